@@ -1,0 +1,16 @@
+"""SMIT: self-distilled masked image transformer, after Jiang et al., MICCAI 2022. Unofficial; not for clinical use.
+
+Read in the paper's order:
+
+    [SMIT 2] encoder                              swin.py
+    [SMIT 2] masking                              masking.py
+    [SMIT 2] heads h^Pred, h^Patch, h^[CLS]       heads.py
+    [SMIT Eq. 1-4] MIP, MPD, ITD                  losses.py
+    [SMIT 2] teacher update, schedules            ema.py
+    [SMIT 2, Fig. 1] student and teacher          pretrain.py, then ../train_ssl.py
+    [SMIT 3] voxels, crops, views                 transforms.py, data.py, sampling.py
+    [SMIT 3] fine-tuning network, inference       segment.py, sliding.py, then ../finetune.py, ../evaluate.py
+    [SMIT 3] DSC and tests                        metrics.py
+    data made here                                phantom.py
+    ranks, checkpoints, signals                   runtime.py
+"""

@@ -1,0 +1,118 @@
+"""The fine-tuning network: the pre-trained encoder under a U-shaped decoder [SMIT 3, 28.19M parameters].
+
+Reading order: SegmentationNet, its decoder's Up and ResidualBlock, load_encoder.
+"""
+
+import torch
+from torch import nn
+
+from smit.swin import SwinTransformer3D
+
+
+class SegmentationNet(nn.Module):
+    """U-shaped network over the Swin encoder, 28,192,614 parameters with 14 classes [SMIT 3; release].
+
+    encoder: arguments of SwinTransformer3D (in_channels, embed_dim, window, drop_path, ...).
+    """
+
+    def __init__(self, num_classes=14, **encoder):
+        super().__init__()
+        self.encoder = SwinTransformer3D(**encoder, mask_token=False)
+        channels = self.encoder.channels                              # 48, 96, 192, 384, 768
+        self.ups = nn.ModuleList(Up(coarse, fine, skip=fine) for fine, coarse in zip(channels[-2::-1], channels[:0:-1]))
+        self.last_up = Up(channels[0], channels[0] // 2, scale=self.encoder.patch)
+        self.out = nn.Conv3d(channels[0] // 2, num_classes, 1)
+
+    def forward(self, x, noise=None):
+        """x (B, in_channels, D, H, W), any size -> logits (B, num_classes, D, H, W); noise: drop path's draws."""
+        *skips, y = self.encoder(x, noise=noise)                      # y (B, 768, D/32, H/32, W/32)
+        for up, skip in zip(self.ups, reversed(skips)):
+            y = up(y, skip.shape[2:], skip)                           # (B, 384, D/16, ...) to (B, 48, D/2, ...)
+        return self.out(self.last_up(y, x.shape[2:]))                 # (B, 24, D, H, W), (B, num_classes, D, H, W)
+
+
+class Up(nn.Module):
+    """One level of the decoder: transposed convolution, skip joined if there is one, residual block [release]."""
+
+    def __init__(self, coarse, fine, skip=0, scale=2):
+        super().__init__()
+        self.up = nn.ConvTranspose3d(coarse, fine, scale, scale, bias=False)
+        self.block = ResidualBlock(fine + skip, fine)
+
+    def forward(self, x, grid, skip=None):
+        """x (B, coarse, d, h, w), grid (D, H, W) of the result, skip (B, skip, D, H, W) -> (B, fine, D, H, W)."""
+        D, H, W = grid
+        x = self.up(x)[:, :, :D, :H, :W]                              # an odd grid was padded on its way down
+        return self.block(x if skip is None else torch.cat([x, skip], 1))
+
+
+class ResidualBlock(nn.Module):
+    """conv3, norm, LeakyReLU, conv3, norm, plus the input (through conv1 and norm if channels change), LeakyReLU."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.body = nn.Sequential(conv_norm(c_in, c_out, 3), nn.LeakyReLU(.01), conv_norm(c_out, c_out, 3))
+        self.shortcut = conv_norm(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.act = nn.LeakyReLU(.01)
+
+    def forward(self, x):
+        return self.act(self.body(x) + self.shortcut(x))              # (B, c_in, D, H, W) -> (B, c_out, D, H, W)
+
+
+def conv_norm(c_in, c_out, size):
+    """Convolution without bias, then a norm without parameters: InstanceNorm, which does not depend on the batch."""
+    return nn.Sequential(nn.Conv3d(c_in, c_out, size, padding=size // 2, bias=False), nn.InstanceNorm3d(c_out))
+
+
+def load_encoder(net, state_dict, partial=False):
+    """Copies pre-trained weights into net.encoder, and reports which [ours].
+
+    state_dict: of a student or teacher (names after `encoder.`; heads are dropped), or of an encoder alone. Its mask
+    token is dropped, and its patch embedding adapted to net's channels. partial: load what fits and leave the rest.
+    Returns the report, one line with parameter counts. Raises ValueError, with nothing loaded, unless every parameter
+    of either encoder has its counterpart (or partial=True), and for values that are not finite.
+    """
+    # differs: the release's fine-tuner loads nothing from its own checkpoints and reports success
+    has_heads = any(name.startswith("encoder.") for name in state_dict)
+    inside, dropped = {}, []
+    for name, w in state_dict.items():
+        if has_heads and not name.startswith("encoder."):
+            dropped.append(w)
+        else:
+            inside[name.removeprefix("encoder.")] = w
+    if "mask_token" in inside:
+        dropped.append(inside.pop("mask_token"))
+    own = net.encoder.state_dict()
+    if "patch_embed.weight" in inside:
+        inside["patch_embed.weight"] = adapt_channels(inside["patch_embed.weight"], own["patch_embed.weight"].shape[1])
+    matched = {name: w for name, w in inside.items() if name in own and w.shape == own[name].shape}
+    missing = {name: w for name, w in own.items() if name not in matched}
+    unexpected = {name: w for name, w in inside.items() if name not in matched}
+    report = (f"encoder weights: {amount(matched.values())} of {amount(own.values())} matched; "
+              f"missing {listed(missing)}; unexpected {listed(unexpected)}; "
+              f"heads and mask token dropped: {amount(dropped)}")
+    if not partial and (missing or unexpected):
+        raise ValueError(f"{report}; build the network as the pre-trained one was, or ask for a partial load")
+    broken = [name for name, w in matched.items() if not w.isfinite().all()]
+    if broken:
+        raise ValueError(f"encoder weights that are not finite, first in {broken[0]}: use another checkpoint")
+    net.encoder.load_state_dict(matched, strict=False)
+    return report
+
+
+def adapt_channels(weight, channels):
+    """Patch embedding (C, c, *patch) for another number of channels: the same answer to one image in all of them."""
+    if weight.ndim != 5 or weight.shape[1] == channels:
+        return weight
+    return weight.sum(1, keepdim=True).repeat(1, channels, 1, 1, 1) / channels
+
+
+def amount(weights):
+    """Say how many parameters there are."""
+    return f"{sum(w.numel() for w in weights):,}"
+
+
+def listed(weights):
+    """Say how many parameters there are, and the first names."""
+    names = ", ".join(list(weights)[:3]) + (", ..." if len(weights) > 3 else "")
+    return amount(weights.values()) + (f" ({names})" if names else "")

@@ -1,0 +1,287 @@
+"""A 3-D Swin transformer: window attention, shifted windows, patch merging [SMIT 2; Swin 3].
+
+The encoder f(theta) of the paper, "Swin-small, 768 embedding": 48 channels after a patch embedding of 2^3 voxels, four
+stages of 2, 2, 4, 2 blocks on windows of 4^3 tokens, and a merge after each stage, so that a 96^3 crop ends as 3^3
+tokens of 768 channels. Tokens travel channels-last, (B, D, H, W, C); D, H, W are whatever three axes the volume has.
+
+Reading order: windows (partition, bias index, shift mask), attention, block, merging, encoder. Needs torch alone.
+Checked against a brute-force attention over token pairs in tests/test_swin.py.
+
+    B batch   D H W grid of tokens   C channels   n tokens in a window   nW windows in a volume   h heads
+"""
+import functools
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+FORBIDDEN = -1e4  # added to a score that must not count: exp() of it is 0 in fp32, bf16 and fp16, and fp16 can hold it
+
+
+# ---------------------------------------------------------------------------------------------------------- windows
+def partition_windows(x, window):
+    """Cut a grid of tokens into windows, both windows and the cells in them in row-major order [Swin 3.2].
+
+    x (B, D, H, W, C), each of D, H, W a multiple of its window. Returns (B*nW, n, C).
+    """
+    B, D, H, W, C = x.shape
+    d, h, w = window
+    x = x.view(B, D // d, d, H // h, h, W // w, w, C)                   # (B, nD, d, nH, h, nW, w, C)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, d * h * w, C)  # (B*nW, n, C)
+
+
+def reverse_windows(windows, window, grid):
+    """Put windows back into the grid: the exact inverse of partition_windows [Swin 3.2].
+
+    windows (B*nW, n, C), grid (D, H, W). Returns (B, D, H, W, C).
+    """
+    # differs: the release permutes axes in another order here, which scatters 99.9 % of a 48^3 grid's tokens
+    (D, H, W), (d, h, w) = grid, window
+    x = windows.view(-1, D // d, H // h, W // w, d, h, w, windows.shape[-1])          # (B, nD, nH, nW, d, h, w, C)
+    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, D, H, W, windows.shape[-1])  # (B, D, H, W, C)
+
+
+def relative_position_index(window, table_window=None):
+    """Row of the bias table for each pair of a window's cells: one value per offset [Swin Eq. 4].
+
+    Returns (n, n) long. The table has prod(2 * t - 1) rows, t the `table_window` (by default the window itself): a
+    window clamped to a small grid looks its true offsets up in the table of the full one.
+    """
+    table_window = table_window or window
+    cells = torch.cartesian_prod(*(torch.arange(w) for w in window))    # (n, 3)
+    index = 0
+    for axis, t in enumerate(table_window):
+        offset = cells[:, None, axis] - cells[None, :, axis]            # (n, n) in [-(t-1), t-1]
+        index = index * (2 * t - 1) + offset + t - 1
+    return index
+
+
+@functools.lru_cache(maxsize=64)  # differs: the release builds this mask again in every forward
+def shift_mask(grid, window, shift, device=None):
+    """What to add to attention scores after the cyclic shift: 0 where allowed, FORBIDDEN elsewhere [Swin 3.2, Fig. 4].
+
+    Two tokens may meet unless one of them came round from the other end of an axis. A grid that is no multiple of the
+    window counts as padded at its ends, and no query may look at a padded key. Returns (nW, n, n); do not write to it.
+    """
+    came_round, is_real = [], []
+    for g, w, s in zip(grid, window, shift):
+        source = (torch.arange(math.ceil(g / w) * w) + s) % (math.ceil(g / w) * w)  # the cell that the roll brings here
+        came_round.append(source < s)
+        is_real.append(source < g)
+    a, b, c = came_round
+    region = 4 * a[:, None, None] + 2 * b[:, None] + c                              # (D, H, W), eight regions
+    a, b, c = is_real
+    real = a[:, None, None] & b[:, None] & c
+    region, real = (partition_windows(t[None, ..., None], window)[..., 0] for t in (region, real))  # (nW, n)
+    allowed = (region[:, :, None] == region[:, None, :]) & real[:, None, :]                         # (nW, query, key)
+    return torch.zeros(allowed.shape).masked_fill_(~allowed, FORBIDDEN).to(device)
+
+
+def pad_after(grid, padded):
+    """F.pad's argument that grows the D, H, W axes of (B, D, H, W, C) from `grid` to `padded`, zeros at the far ends."""
+    (D, H, W), (d, h, w) = grid, padded
+    return 0, 0, 0, w - W, 0, h - H, 0, d - D
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside each window, with a learned bias per head and relative offset [Swin Eq. 4]."""
+
+    def __init__(self, dim, heads, window, qkv_bias=False):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{dim} channels cannot be shared by {heads} heads; choose a divisor of {dim}")
+        self.heads, self.window = heads, tuple(window)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.bias_table = nn.Parameter(torch.empty(math.prod(2 * w - 1 for w in window), heads))
+        nn.init.trunc_normal_(self.bias_table, std=0.02)
+        self.register_buffer("bias_index", relative_position_index(self.window), persistent=False)
+
+    def position_bias(self, window):
+        """The bias of every head for each pair of cells of `window`, which may be smaller than the table's: (h, n, n)."""
+        index = self.bias_index
+        if window != self.window:
+            # differs: the release cuts the index of the full window, which pairs most cells with a wrong offset
+            index = relative_position_index(window, self.window).to(index.device)
+        return self.bias_table[index.flatten()].view(*index.shape, self.heads).permute(2, 0, 1)
+
+    def forward(self, x, window, mask=None):
+        """x (B*nW, n, C), mask (nW, n, n) to be added or None. Returns (B*nW, n, C)."""
+        windows, n, C = x.shape
+        q, k, v = self.qkv(x).view(windows, n, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B*nW, h, n, C/h)
+        scores = (q * (C // self.heads) ** -0.5) @ k.transpose(-2, -1)                                 # (B*nW, h, n, n)
+        scores = scores + self.position_bias(window).to(scores.dtype)
+        if mask is not None:
+            scores = scores.view(-1, len(mask), *scores.shape[1:]) + mask[:, None].to(scores.dtype)    # (B, nW, h, n, n)
+            scores = scores.flatten(0, 1)
+        x = scores.softmax(-1).to(v.dtype) @ v                                                         # (B*nW, h, n, C/h)
+        return self.proj(x.transpose(1, 2).reshape(windows, n, C))                                     # (B*nW, n, C)
+
+
+def drop_path(branch, rate, noise):
+    """Drop a residual branch for the samples whose uniform noise (B,) lies under `rate`; scale up the others [Swin A2]."""
+    keep = (noise >= rate).to(branch.dtype) / (1 - rate)
+    return branch * keep.view(-1, 1, 1, 1, 1)
+
+
+class SwinBlock(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); the windows of odd blocks are shifted by half [Swin Eq. 3]."""
+
+    def __init__(self, dim, heads, window, shifted, mlp_ratio, qkv_bias, drop_rate, mask_padding):
+        super().__init__()
+        self.window, self.shifted = tuple(window), shifted
+        self.drop_rate, self.mask_padding = drop_rate, mask_padding
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = WindowAttention(dim, heads, window, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+
+    def attend(self, x):
+        """Attention in (shifted) windows of a grid of any size: x (B, D, H, W, C) -> the same shape."""
+        grid = tuple(x.shape[1:4])
+        window = tuple(min(w, g) for w, g in zip(self.window, grid))
+        shift = tuple(w // 2 if self.shifted and w < g else 0 for w, g in zip(window, grid))
+        padded = tuple(math.ceil(g / w) * w for g, w in zip(grid, window))
+        mask = None
+        if any(shift) or (padded != grid and self.mask_padding):
+            # differs: padded cells are no keys; the release lets them take part in the softmax, as Swin does
+            mask = shift_mask(grid if self.mask_padding else padded, window, shift, x.device)
+        if padded != grid:
+            x = F.pad(x, pad_after(grid, padded))
+        if any(shift):
+            x = x.roll([-s for s in shift], (1, 2, 3))
+        x = reverse_windows(self.attention(partition_windows(x, window), window, mask), window, padded)
+        if any(shift):
+            x = x.roll(shift, (1, 2, 3))
+        return x[:, :grid[0], :grid[1], :grid[2]]
+
+    def forward(self, x, noise=None):
+        """x (B, D, H, W, C); noise (B, 2) uniform, one draw per branch, or None to drop nothing."""
+        attended = self.attend(self.norm1(x))
+        x = x + (attended if noise is None else drop_path(attended, self.drop_rate, noise[:, 0]))
+        mixed = self.mlp(self.norm2(x))
+        return x + (mixed if noise is None else drop_path(mixed, self.drop_rate, noise[:, 1]))
+
+
+# ------------------------------------------------------------------------------------------------ merging and stages
+class PatchMerging(nn.Module):
+    """Join each 2 x 2 x 2 neighbourhood: concatenate, LayerNorm, Linear(8C -> 2C) [Swin 3.1]. Odd ends are padded."""
+
+    # [release]: neighbours are concatenated in this order of their (D, H, W) offsets; weights made elsewhere may need
+    # the input of `reduction` (and of the norm) permuted
+    ORDER = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1))
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(8 * dim)
+        self.reduction = nn.Linear(8 * dim, 2 * dim, bias=False)
+
+    def forward(self, x):
+        grid = x.shape[1:4]                                                              # (B, D, H, W, C)
+        even = [g + g % 2 for g in grid]
+        if even != list(grid):
+            x = F.pad(x, pad_after(grid, even))
+        x = torch.cat([x[:, d::2, h::2, w::2] for d, h, w in self.ORDER], dim=-1)        # (B, D/2, H/2, W/2, 8C)
+        return self.reduction(self.norm(x))                                              # (B, D/2, H/2, W/2, 2C)
+
+
+class SwinStage(nn.Module):
+    """The blocks of one resolution, and the merge that leaves it."""
+
+    def __init__(self, dim, depth, heads, window, drop_rates, mlp_ratio, qkv_bias, mask_padding):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            SwinBlock(dim, heads, window, bool(i % 2), mlp_ratio, qkv_bias, drop_rates[i], mask_padding)
+            for i in range(depth))
+        self.merge = PatchMerging(dim)
+
+
+class SwinTransformer3D(nn.Module):
+    """The visual tokenizer f(theta): patch embedding, four Swin stages, a merge after each [SMIT 2; Swin Fig. 3].
+
+    window: tokens per axis, one number or one per axis.    patch: voxels per axis of a token.
+    drop_path: rate of the last block; earlier blocks rise to it linearly from 0.
+    mask_token: own the learned vector e_[MASK] that replaces hidden tokens; fine-tuning does without.
+    mask_padding: keep padded cells out of the softmax; False is Swin's habit, for weights trained that way.
+    checkpointing: recompute each block in backward instead of keeping its activations.
+    """
+
+    def __init__(self, in_channels=1, embed_dim=48, depths=(2, 2, 4, 2), heads=(4, 4, 4, 4), window=(4, 4, 4), patch=2,
+                 mlp_ratio=4, qkv_bias=False, drop_path=0.0, mask_token=True, mask_padding=True, checkpointing=False):
+        super().__init__()
+        if len(heads) != len(depths):
+            raise ValueError(f"{len(depths)} depths need as many heads, not {len(heads)}")
+        window = (window,) * 3 if isinstance(window, int) else tuple(window)
+        self.patch, self.checkpointing = patch, checkpointing
+        self.channels = [embed_dim * 2 ** i for i in range(len(depths) + 1)]  # of the tensors that forward returns
+        self.patch_embed = nn.Conv3d(in_channels, embed_dim, patch, patch)
+        self.patch_norm = nn.LayerNorm(embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(embed_dim)) if mask_token else None
+        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+        starts = [sum(depths[:i]) for i in range(len(depths))]
+        self.stages = nn.ModuleList(
+            SwinStage(C, depth, h, window, rates[start:start + depth], mlp_ratio, qkv_bias, mask_padding)
+            for C, depth, h, start in zip(self.channels, depths, heads, starts))
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for C in self.channels[:-1])
+        self.drops = 2 * sum(depths) if drop_path else 0  # uniform draws that one sample's drop path needs
+        self.apply(initialise)
+        if mask_token:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def embed(self, x, hidden=None):
+        """Patches to tokens, the hidden ones replaced by the mask token [SMIT 2]: (B, C, D, H, W) -> (B, D', H', W', C')."""
+        p = self.patch
+        short = [-size % p for size in x.shape[2:]]
+        if any(short):
+            x = F.pad(x, (0, short[2], 0, short[1], 0, short[0]))
+        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 4, 1).contiguous())
+        if hidden is None:
+            return x
+        if self.mask_token is None:
+            raise ValueError("this encoder has no mask token; build it with mask_token=True to hide tokens")
+        if hidden.shape != x.shape[:4]:
+            raise ValueError(f"hidden is {tuple(hidden.shape)}, the token grid {tuple(x.shape[:4])}; "
+                             "expand the mask to token resolution")
+        return torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
+
+    def forward(self, x, hidden=None, noise=None, wanted=None):
+        """Encode a volume into tokens of five resolutions.
+
+        x (B, in_channels, D, H, W); hidden (B, D/patch, H/patch, W/patch) bool, True = replaced by the mask token;
+        noise (B, drops) uniform in [0, 1), the draws of drop path: given, they make a run repeatable whatever the batch;
+        absent, they are drawn here in training mode. Returns a list of (B, C_i, D_i, H_i, W_i): each stage's output,
+        normed, and the last merge's; at 96^3: 48@48^3, 96@24^3, 192@12^3, 384@6^3, 768@3^3. `wanted` names the indices
+        that are used; the others come as None and cost nothing.
+        """
+        x = self.embed(x, hidden)
+        if self.drops and self.training and noise is None:
+            noise = torch.rand(len(x), self.drops, device=x.device)
+        pairs = iter(noise.split(2, dim=1)) if self.drops and self.training else iter(())
+        wanted = range(len(self.channels)) if wanted is None else wanted
+        outputs = []
+        for level, (stage, norm) in enumerate(zip(self.stages, self.norms)):
+            for block in stage.blocks:
+                if self.checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, next(pairs, None), use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = block(x, next(pairs, None))
+            outputs.append(norm(x) if level in wanted else None)
+            x = stage.merge(x) if level + 1 <= max(wanted) else None
+        outputs.append(x)
+        return [y if y is None else y.permute(0, 4, 1, 2, 3).contiguous() for y in outputs]
+
+
+def initialise(module):
+    """Truncated normal of .02 and zero bias for linear layers [Swin].
+
+    The patch embedding keeps torch's own initialisation, whose bias is not zero: a patch of air, all zeros, would
+    otherwise enter the LayerNorms as a zero vector, where their gradient is 1 / sqrt(eps) = 316 each.
+    """
+    # differs: the release writes this initialisation but never calls it
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

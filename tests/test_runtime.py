@@ -1,0 +1,504 @@
+"""Real faults, no stand-ins: processes are killed, disks filled, bits flipped, agents shot."""
+import contextlib
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from smit import runtime
+
+ROOT = Path(__file__).resolve().parents[1]
+ALONE = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+torch.set_num_threads(1)
+
+
+def state_at(step, numbers=2000):
+    """A small training state, different at every step."""
+    generator = torch.Generator().manual_seed(step)
+    weights = {"a.weight": torch.randn(numbers, generator=generator), "a.bias": torch.arange(5) + step}
+    return {"step": step, "model": weights, "settings": {"lr": 2e-4, "grid": (2, 4, 6), "name": "smit", "none": None}}
+
+
+def same(a, b):
+    tensors_equal = all(torch.equal(a["model"][key], b["model"][key]) for key in b["model"])
+    return a.keys() == b.keys() and tensors_equal and (a["step"], a["settings"]) == (b["step"], b["settings"])
+
+
+def in_child(action):
+    """Run action() in a forked process; its wait status (0: fine, 2 << 8: an exception, n: killed by signal n)."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            action()
+            os._exit(0)
+        os._exit(2)
+    return os.waitpid(child, 0)[1]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def torchrun(folder, script, *options, processes=2):
+    """Start a script under torchrun; its body finds `runtime`, `ranks` and `out`."""
+    head = f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nimport torch\n"
+    head += f"from smit import runtime\nout = Path({str(folder)!r})\n"
+    body = "def main():\n    ranks = runtime.start('cpu')\n" + textwrap.indent(textwrap.dedent(script), "    ")
+    (folder / "script.py").write_text(head + body + "\nruntime.run(main)\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+    log = open(folder / "console.txt", "w")
+    return subprocess.Popen([*command, str(folder / "script.py")], stdout=log, stderr=log)
+
+
+def wait_for(condition, seconds):
+    end = time.time() + seconds
+    while not (value := condition()):
+        assert time.time() < end, f"not within {seconds} s"
+        time.sleep(0.1)
+    return value
+
+
+# ---------------------------------------------------------------- checkpoints
+def test_a_checkpoint_comes_back_bit_for_bit_and_the_one_before_stays(tmp_path):
+    for step in (1, 2, 3):
+        runtime.save_checkpoint(tmp_path / "last.pt", state_at(step))
+    assert same(runtime.load_checkpoint(tmp_path / "last.pt"), state_at(3))
+    assert same(runtime.load_checkpoint(tmp_path / "last.prev.pt"), state_at(2))
+    assert names(tmp_path) == ["last.prev.pt", "last.pt"]
+
+
+def test_optimizer_and_generator_states_survive(tmp_path):
+    net = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.Generator().get_state(),
+             "scaler": torch.amp.GradScaler(enabled=False).state_dict()}
+    runtime.save_checkpoint(tmp_path / "x.pt", state)
+    back = runtime.load_checkpoint(tmp_path / "x.pt")
+    assert torch.equal(back["optimizer"]["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"])
+    assert torch.equal(back["random"], state["random"])
+
+
+@pytest.mark.parametrize("share", [0, 1000, 0.5, 0.99])
+def test_a_kill_in_mid_write_leaves_the_previous_checkpoint(tmp_path, share):
+    runtime.save_checkpoint(tmp_path / "last.pt", state_at(1))
+    size = (tmp_path / "last.pt").stat().st_size
+    limit = int(share * size) if 0 < share < 1 else share
+
+    def write_until_killed():
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        runtime.save_checkpoint(tmp_path / "last.pt", state_at(2))
+
+    assert in_child(write_until_killed) & 127 == signal.SIGXFSZ
+    assert any(name.endswith(".partial") for name in names(tmp_path))
+    with runtime.OutputFolder(tmp_path, ALONE, resume=True) as out:
+        assert same(runtime.load_latest(out, ALONE), state_at(1))
+    assert names(tmp_path) == [".lock", "last.pt"]
+
+
+def test_random_kills_while_saving_are_all_resumable(tmp_path):
+    def save_without_end():
+        for step in range(1, 10**6):
+            runtime.save_checkpoint(tmp_path / "last.pt", state_at(step))
+
+    runtime.save_checkpoint(tmp_path / "last.pt", state_at(0))
+    draw = random.Random(0)
+    for _ in range(10):
+        child = os.fork()
+        if child == 0:
+            save_without_end()
+        time.sleep(0.02 + 0.1 * draw.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        state = runtime.load_latest(tmp_path, ALONE)
+        assert same(state, state_at(state["step"]))
+
+
+@pytest.mark.parametrize("moment", ["first", "second"])
+def test_a_kill_at_either_rename_leaves_a_whole_checkpoint(tmp_path, moment):
+    for step in (1, 2):
+        runtime.save_checkpoint(tmp_path / "last.pt", state_at(step))
+    rename, calls = os.replace, []
+
+    def save_and_die():
+        def replace(source, target):
+            calls.append(target)
+            if len(calls) == ("first", "second").index(moment) + 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+        os.replace = replace
+        runtime.save_checkpoint(tmp_path / "last.pt", state_at(3))
+
+    assert in_child(save_and_die) == signal.SIGKILL
+    assert same(runtime.load_latest(tmp_path, ALONE), state_at(2))
+
+
+def test_of_400_bit_flips_none_loads_other_values(tmp_path):
+    path, state, draw, refused = tmp_path / "last.pt", state_at(1, numbers=200), random.Random(7), 0
+    runtime.save_checkpoint(path, state)
+    good = path.read_bytes()
+    for _ in range(400):
+        bad = bytearray(good)
+        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
+        path.write_bytes(bad)
+        try:
+            assert same(runtime.load_checkpoint(path), state)  # flipped padding changes nothing
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 200
+
+
+def test_code_in_a_checkpoint_is_named_and_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"step": 1, "model": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=r"last.pt.*posix.system"):
+        runtime.load_checkpoint(tmp_path / "last.pt")
+    assert names(tmp_path) == ["last.pt"]
+
+
+def test_a_zip_bomb_is_refused_before_memory_is_taken(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 26))
+    with pytest.raises(ValueError, match="bomb.pt.*claims"):
+        runtime.load_checkpoint(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "dangling", "text"])
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, kind):
+    path = tmp_path / "some name.pt"
+    make = {"missing": lambda: None, "folder": path.mkdir, "fifo": lambda: os.mkfifo(path),
+            "dangling": lambda: path.symlink_to(tmp_path / "gone"), "text": lambda: path.write_text("step,loss\n")}
+    make[kind]()
+    with pytest.raises(ValueError, match="some name.pt"):
+        runtime.load_checkpoint(path)
+
+
+def test_a_checkpoint_must_be_a_dict(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="list.pt.*no dict"):
+        runtime.load_checkpoint(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("entry, told", [(Path("x"), "Path"), (json.JSONDecoder(), "JSONDecoder"), (torch.float32, "dtype"),
+                                         (torch.tensor([1.0, float("nan")]), "NaN"), (torch.Size([2]), "Size")])
+def test_what_could_not_be_loaded_again_is_refused_by_its_key(tmp_path, entry, told):
+    with pytest.raises(ValueError, match=rf"state\['model'\]\['list'\]\[1\].*{told}"):
+        runtime.save_checkpoint(tmp_path / "last.pt", {"step": 1, "model": {"list": [0, entry]}})
+    assert names(tmp_path) == []
+
+
+def test_numpy_scalars_are_refused(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(ValueError, match=r"state\['loss'\].*float64"):
+        runtime.save_checkpoint(tmp_path / "last.pt", {"loss": numpy.float64(1)})
+
+
+DAMAGE = {"cut": lambda b: b[:len(b) // 2], "empty": lambda b: b"", "zeroed": lambda b: bytes(len(b)),
+          "flipped": lambda b: b.replace(b[2000:2004], bytes(x ^ 16 for x in b[2000:2004]))}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path, damage):
+    last, before = tmp_path / "last.pt", tmp_path / "last.prev.pt"
+    for step in (10, 20):
+        runtime.save_checkpoint(last, state_at(step))
+    last.write_bytes(DAMAGE[damage](last.read_bytes()))
+    with pytest.warns(UserWarning, match=r"last\.pt .*step 10"):
+        assert same(runtime.load_latest(tmp_path, ALONE), state_at(10))
+    before.write_bytes(DAMAGE[damage](before.read_bytes()))
+    with pytest.raises(ValueError, match=r"last\.pt .*last\.prev\.pt .*--overwrite"):
+        runtime.load_latest(tmp_path, ALONE)
+
+
+def test_a_damaged_newest_never_pushes_out_the_whole_one_before(tmp_path):
+    for step in (10, 20):
+        runtime.save_checkpoint(tmp_path / "last.pt", state_at(step))
+    (tmp_path / "last.pt").write_bytes(b"rotten")
+    runtime.save_checkpoint(tmp_path / "last.pt", state_at(11))
+    assert runtime.load_checkpoint(tmp_path / "last.prev.pt")["step"] == 10
+
+
+def test_the_newest_is_told_by_its_step_and_not_by_the_clock(tmp_path):
+    for step in (10, 20):
+        runtime.save_checkpoint(tmp_path / "last.pt", state_at(step))
+    os.utime(tmp_path / "last.pt", (0, 0))
+    assert runtime.load_latest(tmp_path, ALONE)["step"] == 20
+    (tmp_path / "last.pt").rename(tmp_path / "x")
+    (tmp_path / "last.prev.pt").rename(tmp_path / "last.pt")
+    (tmp_path / "x").rename(tmp_path / "last.prev.pt")
+    assert runtime.load_latest(tmp_path, ALONE)["step"] == 20
+
+
+def test_no_checkpoint_is_none_and_one_without_a_step_is_refused(tmp_path):
+    assert runtime.load_latest(tmp_path, ALONE) is None
+    runtime.save_checkpoint(tmp_path / "last.pt", {"model": {}})
+    with pytest.raises(ValueError, match="last.pt.*step"):
+        runtime.load_latest(tmp_path, ALONE)
+
+
+# ---------------------------------------------------------------- writing
+def test_a_rename_stands_between_two_fsyncs(tmp_path, monkeypatch):
+    calls, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(Path(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append((a, b)), rename(a, b)))
+    path = tmp_path / "a.bin"
+    runtime.atomic_write(path, lambda file: file.write(b"new"))
+    partial = calls[0]
+    assert calls == [partial, (partial, path), tmp_path] and partial.parent == tmp_path and path.read_bytes() == b"new"
+
+
+def test_an_io_error_at_fsync_keeps_the_old_file_and_no_other(tmp_path, monkeypatch):
+    def broken(descriptor):
+        raise OSError(5, "Input/output error")
+
+    runtime.save_checkpoint(tmp_path / "last.pt", state_at(1))
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match=r"last\.pt could not be written: Input/output error"):
+        runtime.save_checkpoint(tmp_path / "last.pt", state_at(2))
+    assert same(runtime.load_checkpoint(tmp_path / "last.pt"), state_at(1)) and names(tmp_path) == ["last.pt"]
+
+
+def test_an_error_of_the_writer_itself_passes_and_leaves_nothing(tmp_path):
+    def wrong(file):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        runtime.atomic_write(tmp_path / "a.bin", wrong)
+    assert names(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 3 MB; skipped where mounting is not permitted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", folder], capture_output=True).returncode:
+        pytest.skip("mount is not permitted")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_named_and_the_old_checkpoint_loads(small_disk):
+    runtime.save_checkpoint(small_disk / "last.pt", state_at(1, numbers=500_000))
+    for numbers in (400_000, 2_000_000):
+        with pytest.raises(OSError, match=r"last\.pt could not be written: No space left on device"):
+            runtime.save_checkpoint(small_disk / "last.pt", state_at(2, numbers))
+        assert names(small_disk) == ["last.pt"]
+    assert same(runtime.load_latest(small_disk, ALONE), state_at(1, numbers=500_000))
+    (small_disk / "fill").write_bytes(bytes(3 * 2**20 - 2**16 - (small_disk / "last.pt").stat().st_size))
+    with pytest.raises(ValueError, match="No space left"), runtime.OutputFolder(small_disk, ALONE, resume=True):
+        pass
+
+
+def test_a_read_only_disk_is_refused_at_the_start(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for folder in (small_disk, small_disk / "below"):
+        with pytest.raises(ValueError, match=f"{folder} cannot be used: Read-only"), runtime.OutputFolder(folder, ALONE):
+            pass
+
+
+def test_sha256_is_the_standard_one(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc" * 10**6)
+    assert runtime.file_sha256(tmp_path / "x") == hashlib.sha256(b"abc" * 10**6).hexdigest()
+
+
+# ---------------------------------------------------------------- the output folder
+def test_a_second_run_is_refused_at_once_and_a_killed_one_leaves_no_lock(tmp_path):
+    def hold():
+        with runtime.OutputFolder(tmp_path, ALONE):
+            (tmp_path / "ready").touch()
+            if os.fork() == 0:  # a loader worker that outlives its parent for a while must not hold the lock
+                time.sleep(5)
+                os._exit(0)
+            time.sleep(60)
+
+    first = os.fork()
+    if first == 0:
+        hold()
+    wait_for((tmp_path / "ready").exists, 5)
+    begin = time.time()
+    with pytest.raises(ValueError, match=f"in use by {os.uname().nodename} pid {first}"), runtime.OutputFolder(tmp_path, ALONE):
+        pass
+    assert time.time() - begin < 2
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    with runtime.OutputFolder(tmp_path, ALONE) as out:
+        assert out == tmp_path
+
+
+def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path):
+    out = tmp_path / "deep" / "er"
+    with runtime.OutputFolder(out, ALONE):
+        runtime.save_checkpoint(out / "last.pt", state_at(1))
+        (out / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match=r"holds a run \(last.pt\): --resume .* --overwrite"), runtime.OutputFolder(out, ALONE):
+        pass
+    with runtime.OutputFolder(out, ALONE, resume=True, overwrite=True):
+        assert runtime.load_latest(out, ALONE)["step"] == 1
+    with runtime.OutputFolder(out, ALONE, overwrite=True):
+        assert runtime.load_latest(out, ALONE) is None and names(out) == [".lock", "mine.txt"]
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling", "loop", "below a file"])
+def test_what_cannot_be_a_folder_is_named(tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("")
+    elif kind == "below a file":
+        (tmp_path / "f").write_text("")
+        out = tmp_path / "f" / "out"
+    else:
+        out.symlink_to(out if kind == "loop" else tmp_path / "gone")
+    with pytest.raises(ValueError, match=f"{out} cannot be used: "), runtime.OutputFolder(out, ALONE):
+        pass
+
+
+# ---------------------------------------------------------------- log and settings
+def test_the_resumed_log_is_the_uninterrupted_one(tmp_path):
+    def write(path, steps, resume_step=None):
+        log = runtime.CsvLog(path, ("step", "mip", "note"), ALONE, resume_step)
+        for step in steps:
+            log.row(step=step, mip=1 / (step + 3))
+
+    write(tmp_path / "whole.csv", range(1, 13))
+    write(tmp_path / "log.csv", range(1, 10))
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("10,0.0769")  # cut by a crash
+    write(tmp_path / "log.csv", range(7, 13), resume_step=6)
+    assert (tmp_path / "log.csv").read_text() == (tmp_path / "whole.csv").read_text()
+    assert (tmp_path / "log.csv").read_text().splitlines()[:2] == ["step,mip,note", "1,0.25,"]
+    write(tmp_path / "log.csv", [1])
+    assert (tmp_path / "log.csv").read_text() == "step,mip,note\n1,0.25,\n"
+
+
+def test_a_log_takes_its_own_columns_only(tmp_path):
+    log = runtime.CsvLog(tmp_path / "log.csv", ("step", "mip"), ALONE)
+    with pytest.raises(ValueError, match="log.csv.*mpd"):
+        log.row(step=1, mpd=0.5)
+    with pytest.raises(ValueError, match="log.csv has the columns step,mip"):
+        runtime.CsvLog(tmp_path / "log.csv", ("step", "mpd"), ALONE, resume_step=1)
+    runtime.CsvLog(tmp_path / "none.csv", ("step",), runtime.Ranks(1, 2, 1, torch.device("cpu"))).row(step=1)
+    assert names(tmp_path) == ["log.csv"]
+
+
+def test_settings_that_matter_must_not_change():
+    saved, now = {"lr": 2e-4, "workers": 2, "seed": 0}, {"lr": 2e-4, "workers": 4, "seed": 0, "new": 1}
+    lines = runtime.compare_settings(saved, now, free={"workers", "new"})
+    assert lines == ["new: absent in the checkpoint, 1 now", "workers: 2 in the checkpoint, 4 now"]
+    with pytest.raises(ValueError, match="seed: 0 in the checkpoint, 1 now"):
+        runtime.compare_settings(saved, {**saved, "seed": 1}, free={"workers"})
+    assert runtime.compare_settings(saved, dict(saved), free=set()) == []
+
+
+# ---------------------------------------------------------------- ranks, errors, signals
+def test_one_process_starts_no_group():
+    ranks = runtime.start("cpu")
+    assert ranks == ALONE and ranks.is_main and not torch.distributed.is_initialized()
+    assert ranks.agree(True, 3, False) == (True, 3, False) and ranks.share({"a": 1}) == {"a": 1}
+    assert torch.equal(ranks.mean(torch.ones(2, 3)), torch.ones(2, 3))
+    assert runtime.peak_memory_mb(ranks.device) > 50
+
+
+def test_devices_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="device tpu"):
+        runtime.start("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="0 GPUs"):
+            runtime.start("cuda")
+
+
+def test_every_stop_signal_sets_the_flag(capfd):
+    before = {number: signal.getsignal(number) for number in runtime.STOP_SIGNALS}
+    try:
+        for number in runtime.STOP_SIGNALS:
+            stop = runtime.StopSignals(ALONE)
+            assert not stop.asked
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            assert stop.asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capfd.readouterr().err.count("saving and leaving") == 3
+
+
+@pytest.mark.parametrize("error, code, told", [(ValueError("bad.nii: cut"), 2, "error: bad.nii: cut [test_runtime.py:"),
+                                               (OSError("disk full"), 2, "error: disk full"),
+                                               (KeyboardInterrupt(), 130, "interrupted"),
+                                               (TypeError("a bug"), 1, "Traceback")])
+def test_errors_become_one_line_and_bugs_keep_their_traceback(capsys, error, code, told):
+    def main(number):
+        raise error
+
+    with pytest.raises(SystemExit) as leaving:
+        runtime.run(main, 1)
+    shown = capsys.readouterr().err
+    assert leaving.value.code == code and shown.startswith(told) and (code == 1 or shown.count("\n") == 1)
+
+
+def test_two_ranks_agree_and_recover_from_a_killed_one(tmp_path):
+    job = torchrun(tmp_path, """
+        with runtime.OutputFolder(out / "run", ranks) as folder:
+            state = runtime.load_latest(folder, ranks)
+            assert ranks.agree(ranks.rank == 1, False, ranks.rank + 5) == (True, False, 6)
+            assert ranks.mean(torch.full((2,), float(ranks.rank))).tolist() == [.5, .5]
+            assert ranks.share([ranks.rank, "x"]) == [0, "x"]
+            if ranks.is_main and not state:
+                runtime.save_checkpoint(folder / "last.pt", {"step": 7})
+            ranks.barrier()
+            if ranks.rank == 1 and not state:
+                os.kill(os.getpid(), signal.SIGKILL)
+            ranks.barrier()
+            (out / f"done{ranks.rank}").write_text(f"{state['step']} {runtime.RESTARTS}")
+        """, "--max-restarts=1")
+    assert job.wait(60) == 0, (tmp_path / "console.txt").read_text()
+    assert [(tmp_path / f"done{rank}").read_text() for rank in (0, 1)] == ["7 1", "7 1"]
+    assert "closed by peer" not in (tmp_path / "console.txt").read_text()
+
+
+def test_the_first_error_is_shown_once_and_last_and_nobody_hangs(tmp_path):
+    begin = time.time()
+    job = torchrun(tmp_path, """
+        stop = runtime.StopSignals(ranks)
+        if ranks.rank == 1:
+            raise ValueError("case 7.nii.gz is cut short")
+        ranks.barrier()
+        """)
+    assert job.wait(60) != 0 and time.time() - begin < 30
+    shown = (tmp_path / "console.txt").read_text()
+    assert shown.count("\nerror: case 7.nii.gz is cut short") + shown.startswith("error: case 7") == 1
+    assert "error: case 7.nii.gz is cut short" in "".join(shown.splitlines(True)[-3:]) and "closed by peer" not in shown
+
+
+def test_workers_leave_when_their_agent_dies_even_in_a_collective(tmp_path):
+    job = torchrun(tmp_path, """
+        runtime.ORPHAN_GRACE_S = 2
+        stop = runtime.StopSignals(ranks)
+        (out / f"pid{ranks.rank}").write_text(str(os.getpid()))
+        if ranks.rank == 1:
+            time.sleep(600)
+        ranks.barrier()
+        """)
+    files = [tmp_path / "pid0", tmp_path / "pid1"]
+    pids = wait_for(lambda: all(f.exists() and f.read_text() for f in files) and [int(f.read_text()) for f in files], 40)
+    job.kill()
+    job.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 12)

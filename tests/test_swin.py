@@ -1,0 +1,198 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from smit import swin
+
+
+def tiny(**settings):
+    torch.manual_seed(0)
+    return swin.SwinTransformer3D(**{**dict(embed_dim=8, depths=(2, 2), heads=(2, 4), window=(2, 4, 3)), **settings})
+
+
+def test_encoder_has_the_papers_parameters():
+    encoder = swin.SwinTransformer3D()
+    count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
+    assert count(encoder) == 8_763_832
+    assert count(encoder.patch_embed, encoder.patch_norm) == 528
+    assert [count(stage) for stage in encoder.stages] == [96_632, 374_840, 2_375_536, 5_914_808]
+    assert count(encoder.norms) == 1_440 and encoder.mask_token.numel() == 48
+
+
+def test_outputs_have_the_papers_shapes():
+    encoder = swin.SwinTransformer3D(embed_dim=8, depths=(1, 1, 1, 1), heads=(1, 1, 1, 1))
+    shapes = [tuple(y.shape) for y in encoder(torch.rand(1, 1, 96, 32, 64))]
+    assert shapes == [(1, 8, 48, 16, 32), (1, 16, 24, 8, 16), (1, 32, 12, 4, 8), (1, 64, 6, 2, 4), (1, 128, 3, 1, 2)]
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (31, 34, 50), (7, 9, 4)])
+def test_any_grid_is_encoded(size):
+    outputs = tiny()(torch.rand(2, 1, *size))
+    halved = [tuple(-(-n // 2 ** k) for n in size) for k in (1, 2, 3)]
+    assert [tuple(y.shape[2:]) for y in outputs] == halved
+    assert all(y.isfinite().all() for y in outputs)
+
+
+def test_windows_are_cut_in_row_major_order_and_put_back():
+    grid, window = (4, 6, 10), (2, 3, 5)
+    x = torch.arange(240.).view(1, *grid, 1)
+    windows = swin.partition_windows(x, window)
+    assert windows.shape == (8, 30, 1)
+    assert windows[1, :6, 0].tolist() == [5, 6, 7, 8, 9, 15]          # next window along W, then its next row
+    assert windows[2, 0, 0] == 30 and windows[4, 0, 0] == 120         # next along H, then along D
+    x = torch.rand(2, *grid, 7)
+    assert torch.equal(swin.reverse_windows(swin.partition_windows(x, window), window, grid), x)
+
+
+def test_bias_index_is_one_value_per_offset():
+    window = (2, 3, 4)
+    index = swin.relative_position_index(window)
+    cells = torch.cartesian_prod(*map(torch.arange, window))
+    offsets = {}
+    for i in range(24):
+        for j in range(24):
+            offsets.setdefault(tuple((cells[i] - cells[j]).tolist()), set()).add(index[i, j].item())
+    values = [v for found in offsets.values() for v in found]
+    assert len(offsets) == 3 * 5 * 7 and sorted(values) == list(range(105))
+
+
+def test_a_clamped_window_finds_the_full_windows_offsets():
+    full, small = swin.relative_position_index((4, 4, 4)), swin.relative_position_index((2, 4, 3), (4, 4, 4))
+    cells = torch.cartesian_prod(*map(torch.arange, (2, 4, 3)))
+    rows = (cells * torch.tensor([16, 4, 1])).sum(1)                  # the same cells in the 4^3 window
+    assert torch.equal(small, full[rows][:, rows])
+
+
+def test_shift_mask_by_hand():
+    mask = swin.shift_mask((1, 1, 6), (1, 1, 4), (0, 0, 2))           # padded to 8; rolled by 2: 2345 | 6'7'01
+    assert torch.equal(mask[0], torch.zeros(4, 4))
+    allowed = torch.tensor([[0, 0, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2).bool()
+    assert torch.equal(mask[1] == 0, allowed)                         # padding may ask, but is asked by nobody
+
+
+def brute_force_attention(attention, x, window, shift):
+    """Every token against every other, by the definition: same window of the shifted lattice; bias by true offset."""
+    grid, heads = x.shape[1:4], attention.heads
+    p = torch.cartesian_prod(*map(torch.arange, grid))                                          # (N, 3)
+    lattice = torch.div(p - torch.tensor(shift), torch.tensor(window), rounding_mode="floor")
+    allowed = (lattice[:, None] == lattice[None]).all(-1)
+    table = attention.bias_table.view(*(2 * w - 1 for w in attention.window), heads)
+    offset = (p[:, None] - p[None]).clamp(-torch.tensor(window) + 1, torch.tensor(window) - 1)
+    a, b, c = (offset + torch.tensor(attention.window) - 1).unbind(-1)
+    q, k, v = attention.qkv(x.flatten(1, 3)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** .5 + table[a, b, c].permute(2, 0, 1)
+    out = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v
+    return attention.proj(out.transpose(1, 2).flatten(2)).view(x.shape)
+
+
+@pytest.mark.parametrize("grid", [(4, 8, 6), (5, 7, 4), (3, 9, 11), (1, 5, 2), (2, 2, 2)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_window_attention_equals_brute_force(grid, shifted):
+    torch.manual_seed(1)
+    block = swin.SwinBlock(12, 3, (2, 4, 3), shifted, 4, True, 0., True)
+    torch.nn.init.normal_(block.attention.bias_table)
+    x = torch.randn(2, *grid, 12)
+    window = tuple(min(w, g) for w, g in zip((2, 4, 3), grid))
+    shift = tuple(w // 2 if shifted and w < g else 0 for w, g in zip(window, grid))
+    expected = brute_force_attention(block.attention, x, window, shift)
+    torch.testing.assert_close(block.attend(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_padded_keys_count_only_when_asked_for():
+    torch.manual_seed(0)
+    masked, usual = (swin.SwinBlock(8, 2, (4, 4, 4), False, 4, False, 0., mask) for mask in (True, False))
+    usual.load_state_dict(masked.state_dict())
+    even, odd = torch.randn(1, 4, 8, 4, 8), torch.randn(1, 4, 6, 4, 8)
+    assert torch.equal(masked.attend(even), usual.attend(even))
+    assert not torch.allclose(masked.attend(odd), usual.attend(odd), atol=1e-4)
+
+
+def test_one_token_reaches_its_window_and_no_other():
+    block = swin.SwinBlock(8, 2, (2, 4, 3), False, 4, False, 0., True)
+    x = torch.randn(1, 4, 8, 6, 8)
+    y = x.clone()
+    y[0, 2, 5, 1, 3] += 1                                              # one channel: LayerNorm would undo a shift of all
+    changed = (block(x) != block(y)).any(-1)[0]
+    window = torch.zeros(4, 8, 6, dtype=torch.bool)
+    window[2:4, 4:8, 0:3] = True
+    assert torch.equal(changed, window)
+
+
+def test_shifted_windows_do_not_join_opposite_ends():
+    block = swin.SwinBlock(8, 2, (4, 4, 4), True, 4, False, 0., True)
+    x = torch.randn(1, 8, 8, 12, 8)
+    y = x.clone()
+    y[0, 0, 0, 0, 3] += 1
+    changed = (block(x) != block(y)).any(-1)[0]
+    assert changed[:2, :2, :2].all() and changed.sum() == 8
+
+
+def test_merging_joins_eight_different_neighbours():
+    merge = swin.PatchMerging(1)
+    merge.norm = torch.nn.Identity()
+    merge.reduction = torch.nn.Identity()
+    x = torch.arange(2 * 4 * 2.).view(1, 2, 4, 2, 1)
+    assert merge(x)[0, 0, 1, 0].tolist() == [4, 12, 6, 5, 14, 7, 13, 15]    # 000 100 010 001 110 011 101 111
+    assert sorted(swin.PatchMerging.ORDER) == sorted({(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)})
+
+
+def test_hidden_tokens_are_replaced_after_the_embedding_and_its_norm():
+    encoder = tiny()
+    x, hidden = torch.rand(1, 1, 8, 12, 10), torch.zeros(1, 4, 6, 5, dtype=torch.bool)
+    hidden[0, 1, 2:4, 3] = True
+    tokens = encoder.embed(x, hidden)
+    assert torch.equal(tokens[hidden], encoder.mask_token.expand(2, -1))
+    assert torch.equal(tokens[~hidden], encoder.embed(x)[~hidden])
+    y = x.clone()
+    y[0, 0, 2:4, 4:8, 6:8] = 0                                         # the voxels under the hidden tokens
+    assert all(torch.equal(a, b) for a, b in zip(encoder(x, hidden), encoder(y, hidden)))
+
+
+def test_a_mask_of_another_resolution_is_refused():
+    with pytest.raises(ValueError, match="token resolution"):
+        tiny()(torch.rand(1, 1, 8, 8, 8), torch.ones(1, 8, 8, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no mask token"):
+        tiny(mask_token=False)(torch.rand(1, 1, 8, 8, 8), torch.ones(1, 4, 4, 4, dtype=torch.bool))
+
+
+def test_checkpointing_changes_no_gradient():
+    x, gradients = torch.rand(2, 1, 8, 12, 10), []
+    for checkpointing in (False, True):
+        encoder = tiny(checkpointing=checkpointing, drop_path=.5)
+        encoder(x, noise=torch.rand(2, encoder.drops, generator=torch.Generator().manual_seed(3)))[-1].sum().backward()
+        gradients.append([p.grad for p in encoder.stages.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients) if a is not None)
+
+
+def test_drop_path_follows_the_samples_noise_not_its_batch():
+    encoder = tiny(drop_path=.9).train()
+    x, noise = torch.rand(4, 1, 8, 12, 10), torch.rand(4, encoder.drops)
+    together = encoder(x, noise=noise)[-1]
+    alone = torch.cat([encoder(x[i:i + 1], noise=noise[i:i + 1])[-1] for i in range(4)])
+    torch.testing.assert_close(together, alone)
+    assert not torch.allclose(together, encoder.eval()(x)[-1], atol=1e-3)
+
+
+def test_drop_path_keeps_the_mean():
+    branch, noise = torch.ones(1000, 1, 1, 1, 1), torch.arange(1000) / 1000
+    dropped = swin.drop_path(branch, .3, noise)
+    assert (dropped == 0).sum() == 300 and dropped.mean().item() == pytest.approx(1)
+
+
+def test_unwanted_outputs_are_left_out():
+    encoder, x = tiny(), torch.rand(1, 1, 8, 12, 10)
+    everything, top = encoder(x), encoder(x, wanted=(1,))
+    assert top[0] is None and top[2] is None and torch.equal(top[1], everything[1])
+
+
+def test_a_zero_patch_has_a_gentle_gradient():
+    encoder = tiny()
+    encoder(torch.zeros(1, 1, 8, 12, 10))[-1].sum().backward()         # air; a zero vector would multiply it by 316 a norm
+    assert max(p.grad.norm() for p in encoder.parameters() if p.grad is not None) < 1e3
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match="5 heads"):
+        tiny(heads=(5, 5))
+    with pytest.raises(ValueError, match="2 depths"):
+        tiny(heads=(2, 2, 2))
