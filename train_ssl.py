@@ -30,9 +30,10 @@ FREE_ON_RESUME = {"resume", "overwrite", "out", "cache", "device", "workers", "b
                   "save_steps", "save_minutes", "checkpointing", "max_bad", "preset", "method"}
 PRESETS = {  # what differs from the flags' defaults
     "paper": {},
-    "tiny": dict(spacing=[4.0, 4.0, 4.0], crop=[80], view=[64], embed_dim=24, drop_path=0.0, head_width=256,
-                 bottleneck=64, prototypes=256, steps=300, batch=2, lr=1e-3, momentum=0.9, log_every=10, val_every=100,
-                 val_fraction=0.1, phantoms=20),
+    # half of everything: three stages, so that a view of 48^3 has the paper's 6^3 cells; see README, "the tiny preset"
+    "tiny": dict(spacing=[4.0, 4.0, 4.0], crop=[64], view=[48], mask_cell=8, embed_dim=24, depths=[2, 2, 2], heads=[4, 4, 4],
+                 drop_path=0.0, head_width=256, bottleneck=64, prototypes=256, steps=300, batch=4, lr=1e-3,
+                 teacher_temp=[0.04, 0.04], workers=2, val_fraction=0.1, val_every=100, phantoms=20),
 }
 METHODS = {  # rows of Table 2 and Fig. 4 on the Swin backbone
     "smit": dict(mip=1.0, mpd=0.1, itd=0.1),                                       # [SMIT 2]
@@ -128,6 +129,7 @@ def check_sizes(args):
         (args.mpd and not args.mask_ratio, "--mpd needs hidden tokens: give a --mask_ratio above 0, or --mpd 0"),
         (args.mip and args.mip_on == "hidden" and not args.mask_ratio, "--mip needs hidden voxels: --mask_ratio above 0, or --mip_on all"),
         (not (args.mip or args.mpd or args.itd or args.contrast), "all loss weights are 0: nothing would be learned"),
+        (args.contrast and args.batch < 2, "--contrast needs other volumes in its micro-batch: --batch 2 or more"),
         (args.resume and args.overwrite, "--resume continues a run and --overwrite discards it: choose one"),
     ]
     for wrong, why in refuse:

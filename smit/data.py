@@ -1,8 +1,7 @@
 """From files to prepared volumes: lists of cases, NIfTI, pre-flight, the cache. [SMIT 3]
 
-The only room that opens NIfTI files and dataset lists, so the boundary at which no file is trusted: a header is held
-against its file's size before memory is taken, a gzip stream is read to its end so that its CRC counts, and what is bad
-leaves as one `BadVolume` naming the file. Read in order; what is done to the voxels is transforms.py's `prepare`.
+The only room that opens NIfTI files and lists, so the boundary where no file is trusted: a header is held against its
+file's size before memory is taken, gzip is read to its end so that its CRC counts, and what is bad leaves as BadVolume.
 """
 import functools
 import gzip
@@ -25,9 +24,8 @@ from smit.runtime import atomic_write
 from smit.transforms import MAX_SIDE, MAX_VOXELS, Preparation, prepare, regrid, spacing_of, to_ras
 
 MAX_TAIL = 2 ** 20                     # bytes that may follow the voxels: some writers pad
-MAX_VALUE = 1e30                       # larger ones overflow in float32 arithmetic
 DEFLATE_RATIO = 1032                   # no gzip stream holds more than this many times its size
-CHUNK = 2 ** 18                        # voxels converted at a time
+CHUNK = 2 ** 16                        # voxels converted at a time
 CACHE_FORMAT = 1                       # raise it when `prepare` changes
 NIFTI = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
 TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
@@ -41,28 +39,24 @@ class BadVolume(ValueError):
 # ----------------------------------------------------------------------------------------------------------- lists
 def read_list(path, key="training"):
     """Cases [{"image": absolute path, "label": absolute path or None}] of a folder, NIfTI file, JSON or text list.
-
     Folder: every NIfTI below it, naturally sorted; linked folders are not entered. JSON: MSD/MONAI or nnU-Net v2, `key`
     names the split. Text: one image a line, then a tab or comma and its label, if any; # starts a comment.
     ValueError, one line, for anything else, for paths that leave the JSON's folder, and for a case listed twice.
     """
     path = os.path.abspath(path)
-    is_json, folder = path.lower().endswith(".json"), os.path.dirname(path)
-    if os.path.isdir(path):
+    cases, folder, is_json = {}, os.path.dirname(path), path.lower().endswith(".json")
+    if os.path.isdir(path) or path.lower().endswith(NIFTI):
         found = [os.path.join(where, name) for where, folders, files in os.walk(path) for name in folders + files]
-        found.sort(key=lambda name: re.sub("[0-9]+", lambda digits: digits[0].zfill(12), name))
-        rows = [[name] for name in found if name.lower().endswith(NIFTI)]
+        rows = [[name] for name in found or [path] if name.lower().endswith(NIFTI)]
+        rows.sort(key=lambda row: _natural(row[0]))
     elif is_json:
         rows = _json_rows(path, _read_json(path), key)
-    elif path.lower().endswith(NIFTI):
-        rows = [[path]]
     else:
         rows = [re.split(r"\s*[\t,]\s*", line.strip(), maxsplit=1) for line in _read_text(path).splitlines()]
         rows = [row for row in rows if row[0] and row[0][0] != "#"]
-    cases = {}
     for row in rows:
         if not all(isinstance(name, str) and re.fullmatch("[^\0\ud800-\udfff]+", name) for name in row):
-            raise ValueError(f"{path}: {str(row)[:200]!r} is not one image (of one channel), or an image and its label")
+            raise ValueError(f"{path}: {str(row)[:200]!r} is no path of one image (one channel), or two; repair it")
         row = [os.path.normpath(os.path.join(folder, name)) for name in row]
         if is_json and any(os.path.commonpath([folder, name]) != folder for name in row):
             raise ValueError(f"{path}: {row} leaves the list's folder; keep the data beside or below the list")
@@ -75,19 +69,24 @@ def read_list(path, key="training"):
     return list(cases.values())
 
 
+def _natural(name):
+    return re.sub("[0-9]+", lambda digits: digits[0].zfill(12), name)
+
+
 def _read_text(path):
     try:
         with _open(path) as file:
             return file.read(2 ** 26).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'is no text'}; give a folder, a NIfTI file, a "
-                         "dataset.json or a text list") from None
+        reason = getattr(error, "strerror", None) or "neither NIfTI nor text"
+        raise ValueError(f"{path}: {reason}; give a folder, NIfTI file, dataset.json or text list") from None
 
 
 def _read_json(path):
+    text = _read_text(path)
     try:
-        return dict(json.loads(_read_text(path)))
-    except (json.JSONDecodeError, TypeError, RecursionError) as error:
+        return {**json.loads(text)}                                  # TypeError unless it is an object
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: no JSON object ({error}); write it in MSD or nnU-Net form") from None
 
 
@@ -95,25 +94,25 @@ def _json_rows(path, content, key):
     """[image] or [image, label] for each entry, a dict or a string, under `key`; as written, so not yet trusted.
     nnU-Net lists nothing: imagesTr/{case}_0000.nii.gz with labelsTr/{case}.nii.gz is "training"; imagesTs is "test"."""
     entries, channels = content.get(key), content.get("channel_names")
-    if entries is None and channels is not None and key in ("training", "test"):
+    if entries is None and isinstance(channels, (dict, list)) and key in ("training", "test"):
         if len(channels) != 1:
             raise ValueError(f"{path}: {len(channels)} channels, {channels}; only volumes of one channel are supported")
         end, part = str(content.get("file_ending", ".nii.gz")), "Tr" if key == "training" else "Ts"
         images, labels = (os.path.join(os.path.dirname(path), kind + part) for kind in ("images", "labels"))
-        names = sorted(os.listdir(images)) if os.path.isdir(images) else []
+        names = sorted(os.listdir(images), key=_natural) if os.path.isdir(images) else []
         cases = [name.removesuffix("_0000" + end) for name in names if name.endswith("_0000" + end)]
         return [[f"{images}/{case}_0000{end}"] + [f"{labels}/{case}{end}"] * os.path.isdir(labels) for case in cases]
     if not isinstance(entries, list):
-        raise ValueError(f"{path}: no list of cases under {key!r}; its keys are {sorted(content)}")
-    rows = [[entry.get("image"), entry.get("label")] if isinstance(entry, dict) else [entry, None] for entry in entries]
-    return [row if row[1] is not None else row[:1] for row in rows]
+        raise ValueError(f"{path}: no list of cases under {key!r}; its keys are {list(content)}; name one")
+    pairs = [(case.get("image"), case.get("label")) if isinstance(case, dict) else (case, None) for case in entries]
+    return [[image] if label is None else [image, label] for image, label in pairs]
 
 
 def label_names(path):
     """{id: name} from the "labels" of a dataset.json, MSD's id -> name or nnU-Net's name -> id; None without them."""
     labels = _read_json(path).get("labels") if str(path).lower().endswith(".json") else None
     try:
-        pairs = [(k, v) if isinstance(v, str) else (v, k) for k, v in (labels or {}).items()]
+        pairs = ((k, v) if isinstance(v, str) else (v, k) for k, v in (labels or {}).items())
         return {int(i): name for i, name in pairs} or None
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"{path}: 'labels' must be {{id: name}} or {{name: id}}; regions are not supported") from None
@@ -131,7 +130,7 @@ def _open(path):
 
 def _pair(path):
     """The file with the header and the one with the voxels: the same, but for .hdr/.img."""
-    return re.sub(r"\.img(\.gz)?$", r".hdr\1", path), re.sub(r"\.hdr(\.gz)?$", r".img\1", path)
+    return re.sub(r"\.img(\.gz)?$", r".hdr\1", str(path)), re.sub(r"\.hdr(\.gz)?$", r".img\1", str(path))
 
 
 def _header(path):
@@ -139,33 +138,31 @@ def _header(path):
     def need(condition, wrong):
         if not condition:
             raise BadVolume(f"{path}: {wrong}")
-
     head, body = _pair(path)
     try:
         with _open(head) as file, _open(body) as voxels:
             block = file.read(nib.Nifti2Header.sizeof_hdr)
             size, packed = os.path.getsize(body), isinstance(voxels, gzip.GzipFile)
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise BadVolume(f"{path}: {getattr(error, 'strerror', None) or error}; check file, path and links (and a .hdr's .img)") from None
+        raise BadVolume(f"{path}: {getattr(error, 'strerror', 0) or error}; check it, its links, or its .img") from None
     sizes = [int.from_bytes(block[:4], order) for order in ("little", "big")]
     kind = nib.Nifti2Header if 540 in sizes else nib.Nifti1Header
     need({348, 540} & set(sizes) and len(block) >= kind.sizeof_hdr, "not a NIfTI file; convert it")
-    order = "<" if sizes[0] in (348, 540) else ">"
+    order = "<" if sizes[0] == kind.sizeof_hdr else ">"
     nifti = kind(block[:kind.sizeof_hdr], order, check=False)        # nibabel's own check would repair silently
-    need(nifti["magic"] == (kind.single_magic if head == body else kind.pair_magic), "wrong magic: convert it to NIfTI")
+    need(nifti["magic"] == (kind.single_magic if head == body else kind.pair_magic), "no NIfTI magic; convert it")
     ndim, *sides = (int(n) for n in nifti["dim"])
     shape, code = tuple(sides[:3]), int(nifti["datatype"])
-    need(ndim == 3 or ndim == 4 and sides[3] == 1, f"{ndim}-D with sides {sides[:ndim]}; give one 3-D volume (one frame)")
+    need(ndim == 3 or ndim == 4 and sides[3] == 1, f"{ndim}-D, sides {sides[:ndim]}; give one 3-D volume (one frame)")
     need(min(shape) > 0 and max(shape) <= MAX_SIDE and np.prod(shape, dtype=float) <= MAX_VOXELS,
          f"sides {shape} are not 1..{MAX_SIDE} and {MAX_VOXELS} voxels at most; crop it or repair the header")
     need(code in TYPES, f"voxel type {code} is not one real number a voxel (RGB, complex, ...); convert it")
-    slope, inter, offset = (float(nifti[name]) for name in ("scl_slope", "scl_inter", "vox_offset"))
-    scaled = slope != 0 and not np.isnan(slope)                      # 0 and NaN are NIfTI's ways to say: not scaled
-    need(not np.isinf([slope, inter]).any() and not (scaled and np.isnan(inter)),
-         f"voxel scaling, slope {slope} and intercept {inter}, is not finite; repair the header")
-    slope, inter = (slope, inter) if scaled else (1., 0.)
-    least, dtype = float(kind.single_vox_offset if head == body else 0), np.dtype(order + TYPES[code])
-    offset = offset or least
+    slope, inter, offset = (np.float64(nifti[name]) for name in ("scl_slope", "scl_inter", "vox_offset"))
+    if slope == 0 or np.isnan(slope):                                # NIfTI's ways to say: not scaled
+        slope, inter = np.float64(1), np.float64(0)
+    need(np.isfinite([slope, inter]).all(), f"voxel scaling {slope}, {inter} is not finite; repair the header")
+    least, dtype = kind.single_vox_offset if head == body else 0, np.dtype(order + TYPES[code])
+    offset = offset or np.float64(least)
     need(offset >= least and offset.is_integer(), f"voxels begin at byte {offset}; repair the header")
     claimed = int(offset) + int(np.prod(shape)) * dtype.itemsize
     need(claimed <= size * (DEFLATE_RATIO if packed else 1) and (packed or size <= claimed + MAX_TAIL),
@@ -177,8 +174,8 @@ def _header(path):
             skew = abs(np.linalg.det(affine[:3, :3] / spacing))
     except (ValueError, nib.spatialimages.HeaderDataError) as error:
         raise BadVolume(f"{path}: orientation: {error}; repair sform or qform") from None
-    need(np.abs(affine).max() < 1e5 and skew > .1, "affine is singular, not finite or far off; repair sform or qform")
-    need(nifti["sform_code"] or (nifti["pixdim"][1:4] > 0).all(), "pixdim is not above 0; repair it")   # it would mirror
+    need(np.abs(affine).max() < 1e5 and skew > .1 and (nifti["sform_code"] or nifti["pixdim"][1:4].min() > 0),
+         "affine is singular, not finite or far off; repair sform, qform or pixdim")
     field = spacing * shape
     need(.01 <= spacing.min() and spacing.max() <= 50 and field.max() <= 5e3 and field.prod() <= 2e9,
          f"spacing {spacing} mm, or the field of view {field} mm, is absurd; repair the header")
@@ -199,10 +196,11 @@ def _voxels(header):
             file.seek(header.offset)
             while done < count:
                 raw = file.read(min(CHUNK, count - done) * size)
-                values = np.frombuffer(raw, header.dtype, len(raw) // size) * np.float64(header.slope) + header.inter
+                with np.errstate(all="ignore"):                      # what overflows is refused below
+                    values = np.frombuffer(raw, header.dtype, len(raw) // size) * header.slope + header.inter
                 if not len(values):
                     raise EOFError(f"ends after {done} of {count} voxels")
-                if not (np.abs(values) < MAX_VALUE).all():
+                if not (np.abs(values) < 1e30).all():                # more would overflow in float32 arithmetic
                     raise BadVolume(f"{header.path}: has voxels that are NaN, infinite or huge; leave it out")
                 yield done, values
                 done += len(values)
@@ -245,8 +243,7 @@ def write_label(path, label, like):
     """Write a label (X, Y, Z) on the grid of the NIfTI file `like`: uint8 .nii.gz with its shape, qform and sform."""
     nifti = _header(like).nifti.copy()
     nifti.set_data_dtype(np.uint8)
-    for name in ("cal_min", "cal_max", "vox_offset"):                # the image's, not the label's
-        nifti[name] = 0
+    nifti["cal_min"] = nifti["cal_max"] = nifti["vox_offset"] = 0     # the image's, not the label's
     kind = nib.Nifti2Image if isinstance(nifti, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(np.asarray(label, np.uint8).reshape(nifti.get_data_shape()), None, nifti)
     atomic_write(path, lambda file: file.write(gzip.compress(image.to_bytes(), 6, mtime=0)))
@@ -271,37 +268,30 @@ def load_case(case, settings=Preparation(), with_label=False, num_classes=None):
 
 def _check_case(case, labels):
     image = _header(case["image"])
-    if not labels:
-        return
-    if not case["label"]:
+    if labels and not case["label"]:
         raise BadVolume(f"{image.path}: has no label; name it in the list, or leave the case out")
-    label = _header(case["label"])
+    label = _header(case["label"]) if labels else image
     far = np.abs((image.affine - label.affine)[:3]) @ [*image.shape, 1]        # mm apart in the farthest corner
     if label.shape != image.shape or far.max() > .1 * spacing_of(image.affine).min():
         raise BadVolume(f"{label.path}: {label.shape} or affine is not its image's, {image.shape}; resample the label")
 
 
-def check_cases(cases, labels=False):
+def check_cases(cases, labels=False, load=None):
     """Pre-flight: every header, with `labels` each label against its image; all problems in one ValueError."""
-    _raise_all(cases, lambda case: _check_case(case, labels), threads=8)
+    def problem(case):
+        try:
+            load(case) if load else _check_case(case, labels)
+        except ValueError as error:
+            return str(error)
+    with ThreadPoolExecutor(1 if load else 8) as pool:               # volumes one at a time, for their memory
+        found = [text for text in pool.map(problem, cases) if text]
+    if found:
+        raise ValueError("\n".join([f"{len(found)} of {len(cases)} cases are bad (20 shown at most):", *found[:20]]))
 
 
 def check_voxels(cases, settings, labels=False, num_classes=None):
     """The full pass: read and prepare each case (CRC, finite voxels, label values); all problems in one ValueError."""
-    _raise_all(cases, lambda case: load_case(case, settings, labels, num_classes), threads=1)
-
-
-def _raise_all(cases, check, threads):
-    def problem(case):
-        try:
-            check(case)
-        except ValueError as error:
-            return str(error)
-    with ThreadPoolExecutor(threads) as pool:
-        found = [text for text in pool.map(problem, cases) if text]
-    if found:
-        more = "first 20 of " * (len(found) > 20)
-        raise ValueError("\n".join([f"{more}{len(found)} bad cases among {len(cases)}:", *found[:20]]))
+    check_cases(cases, load=lambda case: load_case(case, settings, labels, num_classes))
 
 
 @functools.lru_cache(maxsize=None)
@@ -311,14 +301,13 @@ def _checksum(path, time_ns):                                        # once a pr
 
 def cached(case, settings, folder, with_label=False, num_classes=None):
     """(image, label or None) of `load_case` as read-only memory maps of a file: only what is touched costs memory.
-
     The file is folder/KEY/CHECKSUM.npy, KEY from path, size and time of the case's files and from the settings. It is
     renamed into place, so processes may race or die at any byte; one whose checksum is not its name is made again.
     """
     names = ("image", "label") if with_label else ("image",)
     _check_case(case, with_label)
-    files = [os.path.abspath(file) for name in names for file in _pair(case[name])]
-    state = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    files = [Path(file).absolute() for name in names for file in _pair(case[name])]
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     entry = Path(folder, hashlib.sha256(repr((CACHE_FORMAT, state, settings, num_classes)).encode()).hexdigest()[:32])
     whole = [path for path in entry.glob("*.npy") if _checksum(path, path.stat().st_mtime_ns) == path.stem]
     if not whole:

@@ -94,11 +94,13 @@ class Center(nn.Module):
 
 
 def info_nce(predictions, keys, temperature=0.2):
-    """Contrast of image tokens: each prediction against the keys of the whole batch [MoCo v3 Alg. 1].
+    """Contrast of image tokens: each prediction against the keys of the micro-batch [MoCo v3 Alg. 1].
 
-    predictions, keys (B, K), row b of both from the two views of one volume; keys carry no gradient.
+    predictions, keys (B, K), row b of both from the two views of one volume, B >= 2; keys carry no gradient.
     """
-    scores = F.normalize(predictions.float(), dim=-1) @ F.normalize(keys.detach().float(), dim=-1).T / temperature
+    # differs: both are centred on their batch's mean, in place of MoCo v3's batch norms, which would tie a sample to its rank
+    predictions, keys = (F.normalize(x.float() - x.float().mean(0), dim=-1) for x in (predictions, keys.detach()))
+    scores = predictions @ keys.T / temperature
     return 2 * temperature * F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 

@@ -2,14 +2,14 @@
 
     python -m smit.phantom OUT --n 8 --modality ct --seed 0 --spacing 1.5 1.5 2
 
-An atlas of signed distances in mm (x right, y anterior, z superior; origin between the kidneys, on the aorta), each
-shape of random size and place, is seen through a smooth random warp: one patient is the same anatomy at any spacing
-and in CT and MR. Read: shapes, Canvas, anatomy from the skin inwards, image, files. Check against: abdominal CT.
+An atlas of signed distances in mm (x right, y anterior, z superior; origin between the kidneys), every shape of random
+size and place, is seen through a smooth random warp: one patient has one anatomy, at any spacing, in CT and in MR.
+Read: shapes, Canvas, anatomy from the skin inwards, image, files. Check against: any labelled abdominal CT.
 """
 import argparse
 import gzip
 import json
-import os
+import uuid
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +19,12 @@ import numpy as np
 ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
           "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland")
 TISSUES = {  # mean in CT (HU) and in MR (arbitrary units); patients differ by a tenth. An organ's tissue: its last word
-    "air": (-1000, 0), "lung": (-830, 40), "skin": (10, 250), "fat": (-105, 600), "muscle": (55, 150), "disc": (85, 350),
-    "bone": (480, 50), "spongy": (190, 300), "cord": (35, 500), "heart": (95, 180), "blood": (160, 90), "bowel": (60, 260),
+    "air": (-1000, 0), "lung": (-830, 40), "skin": (10, 250), "fat": (-105, 600), "muscle": (55, 150), "gut": (60, 260),
+    "disc": (85, 350), "bone": (480, 50), "spongy": (190, 300), "cord": (35, 500), "heart": (95, 180),
     "fluid": (25, 900), "stool": (40, 420), "spleen": (118, 480), "kidney": (175, 560), "medulla": (120, 700),
     "gallbladder": (10, 1050), "esophagus": (45, 230), "liver": (100, 260), "stomach": (70, 280), "aorta": (200, 70),
     "cava": (125, 100), "veins": (155, 110), "pancreas": (85, 380), "gland": (65, 240)}
 MODALITIES = ("ct", "mr")
-VERSION = 1  # of the anatomy: a folder written by other code is never mixed with new patients
 
 
 def ellipsoid(center, radii, turn=0, tilt=0):
@@ -33,7 +32,6 @@ def ellipsoid(center, radii, turn=0, tilt=0):
     center, radii = np.float32(center), np.float32(radii)
     (c, cos), (s, sin) = np.cos(np.radians((turn, tilt))), np.sin(np.radians((turn, tilt)))
     axes = np.float32([[c * cos, s * cos, -sin], [-s, c, 0], [c * sin, s * sin, cos]])
-
     def sdf(x, y, z):
         p = x - center[0], y - center[1], z - center[2]
         if turn or tilt:
@@ -49,12 +47,11 @@ def tube(points, radii):
     line = np.column_stack([np.float32(points), np.broadcast_to(np.float32(radii), len(points))])
     cut = np.stack([.75 * line[:-1] + .25 * line[1:], .25 * line[:-1] + .75 * line[1:]], 1).reshape(-1, 4)
     line = np.float32([line[0], *cut[1:-1], line[-1]])
-
     def sdf(x, y, z):
         nearest = np.float32(np.inf)
         for (ax, ay, az, radius), (sx, sy, sz, widening) in zip(line[:-1], np.diff(line, axis=0)):
             dx, dy, dz = x - ax, y - ay, z - az
-            t = np.clip((dx * sx + dy * sy + dz * sz) / (sx * sx + sy * sy + sz * sz), 0, 1)
+            t = np.clip((dx * sx + dy * sy + dz * sz) / (sx * sx + sy * sy + sz * sz + np.float32(1e-6)), 0, 1)
             away = np.sqrt((dx - t * sx) ** 2 + (dy - t * sy) ** 2 + (dz - t * sz) ** 2)
             nearest = np.minimum(nearest, away - (radius + t * widening))
         return nearest
@@ -70,11 +67,11 @@ def union(a, b, blend=6, sign=1):
 
 
 carve = partial(union, blend=4, sign=-1)  # a with b taken away, the new edge rounded over `blend` mm
+overlap = np.maximum.reduce  # overlap((a, b, ...)): distance to the part that several shapes share
 
 
 class Canvas:
     """Image and label being painted; atlas: three float32 arrays of the grid's shape, each voxel's x, y, z in mm."""
-
     def __init__(self, rng, atlas, spacing_mm, tissue):
         self.rng, self.atlas, self.tissue = rng, atlas, tissue
         self.soft = np.float32(max(2.0, np.mean(spacing_mm)))  # mm: point spread, partial volume
@@ -86,7 +83,6 @@ class Canvas:
         return np.float32(mean + spread * np.clip(self.rng.standard_normal(np.shape(mean)), -2, 2))
 
     def grow(self, *radii):
-        """The radii of an organ of this patient."""
         return np.float32(radii) * np.exp(self.near(0, .05))
 
     def paint(self, name, sdf, inner=None, keep=False):
@@ -106,11 +102,6 @@ class Canvas:
             if not keep:
                 self.label[part][depth > 0] = ORGANS.index(name) + 1 if name in ORGANS else 0
 
-    def hollow(self, name, sdf, wall_mm, filling, level):
-        """Paint a wall around a filling, gas having risen to the front, above y = level."""
-        self.paint(name, sdf, {wall_mm: filling})
-        self.paint("air", lambda *p: np.maximum.reduce((sdf(*p) + wall_mm, level - p[1])), keep=True)
-
 
 WALL = ellipsoid((0, -6, 40), (146, 108, np.inf))  # outer face of the muscles around chest and belly
 
@@ -120,41 +111,36 @@ def _trunk(canvas, fat_mm):
     paint, near, draw = canvas.paint, canvas.near, canvas.rng.uniform
     paint("skin", ellipsoid((0, -6, 40), (146 + fat_mm, 108 + .75 * fat_mm, np.inf)), {2.5: "fat"})
     paint("muscle", WALL, {13: "fat"})
-    for s in (-1, 1):  # the muscles along the spine, psoas, quadratus lumborum
+    for s in (-1, 1):  # along the spine, psoas
         paint("muscle", tube([(s * 35, -72, -170), (s * 35, -72, 0), (s * 31, -86, 120), (s * 30, -96, 240)], 27))
         paint("muscle", tube([(s * 30, -30, 40), (s * 38, -28, -40), (s * 54, -14, -170)], (6, 17, 26)))
-        paint("muscle", tube([(s * 62, -58, 20), (s * 72, -56, -90)], 14))
-    right, left, front = near((92, 84, 82), 4)
-    dome = union(ellipsoid((70, 0, 30), (76, 98, right)), ellipsoid((-70, -2, 25), (73, 95, left)), 20)
-    dome = union(dome, ellipsoid((0, 25, 20), (75, 85, front)), 20)
+    domes = union(ellipsoid((70, 0, 30), (76, 98, near(92, 4))), ellipsoid((-70, -2, 25), (73, 95, near(84, 4))), 20)
+    dome = union(domes, ellipsoid((0, 25, 20), (75, 85, near(82, 4))), 20)
     middle = ellipsoid((0, -25, 170), (33, 110, np.inf))
-    paint("muscle", lambda *p: np.maximum.reduce((WALL(*p) + 13, -dome(*p), -middle(*p), .45 * p[1] + 38 - p[2])), {2.5: "lung"})
+    paint("muscle", lambda *p: overlap((WALL(*p) + 13, -dome(*p), -middle(*p), .45 * p[1] + 38 - p[2])), {2.5: "lung"})
     for s in (-1, 1) * 14:
-        bend, end = draw((48, -30, 150), (70, 10, 185)), draw((55, -80, 138), (115, 55, 230))
-        paint("muscle", tube(np.array([(36, -12, 165), bend, end]) * (s, 1, 1), (4.5, 3, 1)))
+        vessel = np.array([(36, -12, 165), draw((48, -30, 150), (70, 10, 185)), draw((55, -80, 138), (115, 55, 230))])
+        paint("muscle", tube(vessel * (s, 1, 1), (4.5, 3, 1)))
     heart = union(ellipsoid((-26, 34, 162), near((58, 44, 54), 3), -30), ellipsoid((22, 26, 168), (30, 34, 42)), 10)
-    paint("fat", carve(heart, dome), {3: "heart", 12: "blood"})
-    return lambda *p: -np.maximum.reduce((WALL(*p) + 15, dome(*p) + 3))
+    paint("fat", carve(heart, dome), {3: "heart", 12: "cava"})
+    return lambda *p: -overlap((WALL(*p) + 15, dome(*p) + 3))
 
 
 def _bones(canvas):
-    """Vertebrae with discs, arches, processes and canal; ribs, sternum, iliac wings."""
+    """Vertebrae with discs, arches, processes and canal; ribs, sternum."""
     def spine(shape):  # shape(x, y from the spine's axis, mm up or down from the middle of a vertebra: 16 in the disc)
         return lambda x, y, z: shape(x, y + 30 + .0008 * (z + 20) ** 2, np.abs((z + 4) % 32 - 16))
-
     def ribs(x, y, z):  # bars on the inside of the wall that fall forwards, the lower ones shorter
         t = z + .45 * (y + 90)
         bars = np.hypot(WALL(x, y, z) + 9, ((t - 7) % 26 - 13) * .7) - 5
-        return np.maximum.reduce((bars, y - np.minimum(t - 70, 76), 16 - t, 14 - np.abs(x)))
-    bowl = ellipsoid((0, 5, -150), (120, 92, 130))
-    for bone in (spine(lambda x, y, level: (np.hypot(x / 23, y / 18) - 1) * 20),
-                 spine(lambda x, y, level: np.maximum.reduce((np.abs(np.hypot(x, y + 27) - 12) - 4, level - 13))),
-                 spine(lambda x, y, level: np.maximum.reduce((np.abs(x) - 3.5, np.abs(y + 38) - 14, level - 8))),
-                 spine(lambda x, y, level: np.maximum.reduce((np.hypot(y + 28, level) - 5, np.abs(x) - 36))),
-                 ribs, ellipsoid((0, 91, 190), (17, 7, 62)),
-                 lambda x, y, z: np.maximum.reduce((np.abs(bowl(x, y, z)) - 5, z + 82 + .004 * (y + 25) ** 2, y - 25, 36 - np.abs(x)))):
+        return overlap((bars, y - np.minimum(t - 70, 76), 16 - t, 14 - np.abs(x)))
+    body = spine(lambda x, y, level: (np.hypot(x / 23, y / 18) - 1) * 20)
+    for bone in (body, ribs, ellipsoid((0, 91, 190), (17, 7, 62)),
+                 spine(lambda x, y, level: overlap((np.abs(np.hypot(x, y + 27) - 12) - 4, level - 13))),
+                 spine(lambda x, y, level: overlap((np.abs(x) - 3.5, np.abs(y + 38) - 14, level - 8))),
+                 spine(lambda x, y, level: overlap((np.hypot(y + 28, level) - 5, np.abs(x) - 36)))):
         canvas.paint("bone", bone, {2.3: "spongy"})
-    canvas.paint("disc", spine(lambda x, y, level: np.maximum.reduce(((np.hypot(x / 23, y / 18) - 1) * 20, 12.5 - level))))
+    canvas.paint("disc", lambda x, y, z: overlap((body(x, y, z), 12.5 - np.abs((z + 4) % 32 - 16))))
     canvas.paint("fluid", spine(lambda x, y, level: np.hypot(x, y + 27) - 8), {3: "cord"})
 
 
@@ -166,31 +152,32 @@ def _gut(canvas):
     left = near([(-100, 10, 28), (-104, -8, 0), (-103, -8, -50), (-98, -2, -95), (-88, 4, -140)], 4)
     loops = [(right, haustra, "stool", -.6), (across, haustra * .85, "stool", -.6), (left, haustra * .8, "stool", -.6)]
     for _ in range(15):
-        walk = rng.uniform((-70, 22, -130), (60, 68, -25)) + np.cumsum(rng.uniform(-32, 32, (5, 3)), 0)
-        walk = np.clip(walk, (-82, 18, -140), (78, 76, -10))
-        loops.append((walk, rng.uniform(9, 13), rng.choice(("fluid", "bowel")), .5))
+        tangle = rng.uniform((-52, 44, -112), (48, 54, -36)) + rng.uniform(-32, 32, (5, 3))
+        loops.append((tangle, rng.uniform(9, 13), rng.choice(("fluid", "gut")), .5))
     duodenum = near([(30, 40, 12), (46, 30, 4), (46, 18, -22), (26, 14, -38), (-20, 16, -34)], 2)
     for points, radius, filling, gas in (*loops, (duodenum, 12, "fluid", .5)):
         level = points[:, 1].mean() + rng.uniform(gas, 2) * np.max(radius)
-        canvas.hollow("bowel", carve(tube(points, radius), lambda *p: -WALL(*p) - 14), 3, filling, np.float32(level))
+        bowel = carve(tube(points, radius), lambda *p: -WALL(*p) - 14)
+        canvas.paint("gut", bowel, {3: filling})
+        canvas.paint("air", lambda *p: overlap((bowel(*p) + 3, np.float32(level) - p[1])))  # gas rises to the front
 
 
 def _liver_to_stomach(canvas, outside):
-    """Liver (two lobes under the dome, flat beneath, a fissure, veins), gallbladder in its bed, spleen, stomach."""
+    """Liver (two lobes under the dome, flat beneath, veins), gallbladder in its bed, spleen, stomach."""
     paint, near, grow = canvas.paint, canvas.near, canvas.grow
-    left, shift = ellipsoid(near((0, 50, 80), 3), grow(64, 42, 34), 0, 12), near(-43, 4)
+    left, shift = ellipsoid(near((0, 50, 80), 3), grow(64, 42, 34), 0, 12), near(-37, 4)
     lobes = carve(union(ellipsoid(near((70, 6, 52), 3), grow(67, 86, 78)), left, 20), outside)
-    flat = carve(lobes, lambda x, y, z: .5 * x + .25 * y + .8 * z + shift, 14)
-    paint("liver", carve(flat, ellipsoid((10, 84, 62), (2, 22, 40))))
+    paint("liver", carve(lobes, lambda x, y, z: .5 * x + .25 * y + .8 * z + shift, blend=14))
     for tip in near([(98, 10, 84), (70, 52, 84), (8, 48, 84), (104, 34, 48), (98, -34, 58)], 6):  # hepatic veins
         paint("cava", tube([(24, 12, 112), near((24 + .5 * tip[0], 12, 100), 5), tip], (5, 4, 1.5)), keep=True)
     sac = ellipsoid(near((62, 48, 2), 3), grow(15, 17, 21), 0, 15)
     paint("gallbladder", union(sac, ellipsoid((50, 36, 20), (7, 8, 13), 0, -35), 8))
-    spleen = carve(ellipsoid(near((-95, -33, 62), 3), grow(29, 52, 45), 35), outside)
-    paint("spleen", carve(spleen, ellipsoid((-62, -12, 60), (27, 38, 34), 20), 8))
+    spleen = carve(ellipsoid(near((-95, -33, 62), 3), grow(31, 54, 47), 35), outside)
+    paint("spleen", carve(spleen, ellipsoid((-62, -12, 60), (27, 38, 34), 20), blend=8))
     bag = near([(-58, -2, 80), (-60, 20, 76), (-58, 42, 50), (-40, 60, 26), (-8, 60, 14), (24, 46, 16)], 2)
-    meal, level = canvas.rng.choice(("fluid", "stool", "stomach")), np.float32(canvas.rng.uniform(25, 70))
-    canvas.hollow("stomach", carve(tube(bag, grow(31, 31, 27, 21, 16, 10)), outside), 4, meal, level)
+    stomach, level = carve(tube(bag, grow(31, 31, 27, 21, 16, 10)), outside), np.float32(canvas.rng.uniform(25, 70))
+    paint("stomach", stomach, {4: canvas.rng.choice(("fluid", "stool", "stomach"))})
+    paint("air", lambda *p: overlap((stomach(*p) + 4, level - p[1])), keep=True)
 
 
 def _kidneys_to_vessels(canvas):
@@ -200,9 +187,7 @@ def _kidneys_to_vessels(canvas):
         middle = near((s * 67, -34, 1 - s * 5), 2)
         bean = ellipsoid(middle, grow(28, 25, 50), -s * 30, s * 12)
         paint("fat", lambda *p, bean=bean: bean(*p) - 9)
-        sinus = ellipsoid(middle + (-s * 22, 9, 0), (19, 11, 19), -s * 25)
-        paint(f"{side} kidney", carve(bean, sinus, 8), {7: "medulla"})
-        paint("fluid", ellipsoid(middle + (-s * 14, 7, 0), (10, 6, 11), -s * 25))
+        paint(f"{side} kidney", carve(bean, ellipsoid(middle + (-s * 22, 9, 0), (19, 11, 19), -s * 25)), {7: "medulla"})
         apex, size = middle + (-s * 33, 5, 52 + s * 6), grow(3, 12, 14)
         limbs = union(ellipsoid(apex - (s * 4, 0, 0), size, s * 8), ellipsoid(apex + (s * 4, -1, -1), size, s * 38), 3)
         paint("fat", lambda *p, limbs=limbs: limbs(*p) - 4)
@@ -213,13 +198,9 @@ def _kidneys_to_vessels(canvas):
     paint("esophagus", tube(gullet, grow(7.5)), {4.5: "stomach"})
     aorta = near([(-22, -42, 260), (-22, -40, 160), (-12, -16, 100), (-9, -9, 50), (-8, 0, 0), (-4, 4, -64)], 1.5)
     cava = near([(18, 24, 148), (24, 14, 118), (27, 4, 85), (23, 2, 40), (20, 1, -20), (15, 2, -68)], 1.5)
-    for s in (-1, 1):  # iliac and renal branches
-        paint("branch of aorta", tube([aorta[-1], (s * 16, 2, -92), (s * 40, 1, -130)], 6.5))
-        paint("branch of cava", tube([cava[4], (s * 34, -16, 0), (s * 52, -24, 0)], 4), keep=True)
     join, gate = near([(5, 24, 24), (36, 20, 62)], 2)
-    paint("mesenteric veins", tube([join, join + (-2, 4, -30), (4, 30, -85)], 5))
-    splenic = tube([join, (-20, 22, 37), (-48, 2, 48), (-80, -16, 54)], grow(6, 5, 4.5, 4))
-    portal = tube([join, (join + gate) / 2, gate, gate + (28, -6, 5)], grow(8, 8, 7.5, 5))
+    splenic = tube([join, (-20, 22, 37), (-48, 2, 48), (-80, -16, 54)], grow(7, 6, 5.5, 5))
+    portal = tube([join, (join + gate) / 2, gate, gate + (28, -6, 5)], grow(9, 9, 8.5, 6))
     paint("aorta", tube(aorta, grow(13, 12.5, 11.5, 10.5, 9.5, 9)))
     paint("inferior vena cava", tube(cava, grow(13, 12, 11.5, 11, 10.5, 9.5)))
     paint("portal and splenic veins", union(splenic, portal, 3))
@@ -253,16 +234,16 @@ def _acquire(image, rng, modality, grid, spacing_mm):
         image += np.float32(rng.uniform(6, 13) * quiet) * noise + np.float32(6) * (image > -950) * texture
         return np.rint(np.clip(image, -1024, 3071)).astype(np.int16)
     image *= (1 + np.float32(.04) * texture) * np.exp(_field(rng, grid, .1, 350))
-    sigma = np.float32(rng.uniform(10, 25) * quiet)
-    return np.rint(np.hypot(image + sigma * noise, sigma * texture)).astype(np.int16)
+    noise *= np.float32(rng.uniform(10, 25) * quiet)
+    return np.rint(np.hypot(image + noise, np.roll(noise, 9))).astype(np.int16)
 
 
 def _settings(seed, modality, spacing_mm):
     """The checked settings of a set of patients, as written into its phantom.json."""
     if modality not in MODALITIES or seed < 0 or len(spacing_mm) != 3 or not all(.5 <= mm <= 10 for mm in spacing_mm):
-        raise ValueError(f"phantoms of modality {modality!r}, seed {seed}, spacing {spacing_mm}: give {' or '.join(MODALITIES)}, "
-                         "a seed from 0 and three spacings of 0.5 to 10 mm")
-    return json.dumps({"version": VERSION, "seed": seed, "modality": modality, "spacing_mm": [*map(float, spacing_mm)]})
+        raise ValueError(f"phantoms of modality {modality!r}, seed {seed}, spacing {spacing_mm}: give "
+                         f"{' or '.join(MODALITIES)}, a seed from 0 and three spacings of 0.5 to 10 mm")
+    return json.dumps({"version": 1, "seed": int(seed), "modality": modality, "spacing_mm": [*map(float, spacing_mm)]})
 
 
 def make_patient(seed, index, modality="ct", spacing_mm=(1.5, 1.5, 2.0)):
@@ -275,26 +256,23 @@ def make_patient(seed, index, modality="ct", spacing_mm=(1.5, 1.5, 2.0)):
     which = MODALITIES.index(modality)
     anatomy, scan = np.random.default_rng([seed, index, 0]), np.random.default_rng([seed, index, 1 + which])
     grid, atlas, fat_mm = _grid(anatomy, spacing_mm)
-    tissue = {name: np.float32(means[which] * (1 + .1 * np.clip(scan.standard_normal(), -2, 2)))
-              for name, means in TISSUES.items()}
-    canvas = Canvas(anatomy, atlas, spacing_mm, tissue | {"air": np.float32(TISSUES["air"][which])})
+    vary = 1 + .1 * np.clip(scan.standard_normal(len(TISSUES)), -2, 2) * (np.arange(len(TISSUES)) > 0)  # not air
+    tissue = {name: np.float32(pair[which] * factor) for (name, pair), factor in zip(TISSUES.items(), vary)}
+    canvas = Canvas(anatomy, atlas, spacing_mm, tissue)
     outside = _trunk(canvas, fat_mm)
     _gut(canvas)
     _bones(canvas)
     _liver_to_stomach(canvas, outside)
     _kidneys_to_vessels(canvas)
-    affine = np.diag([*map(float, spacing_mm), 1.0])
-    affine[:3, 3] = [axis.flat[0] for axis in grid]
+    affine = nib.affines.from_matvec(np.diag([*map(float, spacing_mm)]), [axis.flat[0] for axis in grid])
     return _acquire(canvas.image, scan, modality, grid, spacing_mm), canvas.label, affine
 
 
 def _put(path, data):
     """Write bytes under another name, then rename: whole or absent, whoever is killed or writes at the same time."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        os.fsync(file.flush() or file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def write_dataset(out, n, modality="ct", seed=0, spacing_mm=(1.5, 1.5, 2.0), start=0, step=1):
@@ -321,10 +299,10 @@ def write_dataset(out, n, modality="ct", seed=0, spacing_mm=(1.5, 1.5, 2.0), sta
             for path, array in zip(paths, arrays):  # no time stamp: the same patient is the same file
                 path.parent.mkdir(exist_ok=True)
                 _put(path, gzip.compress(nib.Nifti1Image(array, affine).to_bytes(), 1, mtime=0))
-    held = max(1, n // 5) if n > 1 else 0
+    train = n - max(n // 5, n > 1)
     listing = {"name": "phantoms", "description": "synthetic torsos", "modality": {"0": modality.upper()},
-               "labels": {str(i): name for i, name in enumerate(("background", *ORGANS))}, "numTraining": n - held,
-               "numTest": 0, "training": cases[:n - held], "validation": cases[n - held:]}
+               "labels": {str(i): name for i, name in enumerate(("background", *ORGANS))}, "numTraining": train,
+               "numTest": 0, "training": cases[:train], "validation": cases[train:]}
     _put(out / "dataset.json", json.dumps(listing, indent=1).encode())
     return out / "dataset.json"
 
@@ -336,8 +314,7 @@ if __name__ == "__main__":
     parser.add_argument("--modality", choices=MODALITIES, default="ct", help="CT in HU, or T2-like MR (ct)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other patients (0)")
     parser.add_argument("--spacing", type=float, nargs=3, default=(1.5, 1.5, 2.0), help="voxel in mm (1.5 1.5 2)")
-    args = parser.parse_args()
-    try:
-        print(write_dataset(args.out, args.n, args.modality, args.seed, args.spacing))
+    try:  # the flags stand in the order of write_dataset's arguments
+        print(write_dataset(*vars(parser.parse_args()).values()))
     except ValueError as error:
         parser.error(str(error))

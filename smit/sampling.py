@@ -75,7 +75,7 @@ class ViewPairs(torch.utils.data.Dataset):
         for passed_over in range(n):
             index = (first + passed_over) % n
             try:
-                volume = data.cached(self.cases[index], self.settings, self.cache)["image"]
+                volume, _ = data.cached(self.cases[index], self.settings, self.cache)
                 break
             except data.BadVolume as error:
                 warnings.warn(f"skipped: {error}")

@@ -220,7 +220,7 @@ class SwinTransformer3D(nn.Module):
         self.patch_embed = nn.Conv3d(in_channels, embed_dim, patch, patch)
         self.patch_norm = nn.LayerNorm(embed_dim)
         self.mask_token = nn.Parameter(torch.empty(embed_dim)) if mask_token else None
-        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+        rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         starts = [sum(depths[:i]) for i in range(len(depths))]
         self.stages = nn.ModuleList(
             SwinStage(C, depth, h, window, rates[start:start + depth], mlp_ratio, qkv_bias, mask_padding)

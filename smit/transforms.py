@@ -95,6 +95,8 @@ def regrid(volume, affine, target_affine, target_shape, mode="linear"):
     tilt = np.abs(index[:3, :3] - np.diag(step)).max()
     if step.min() <= 0 or tilt * max(target_shape) > .05:
         raise ValueError("regrid: the two grids' axes run in different directions; bring both to RAS first")
+    if mode not in ("linear", "nearest"):
+        raise ValueError(f"regrid: mode {mode!r}; use 'linear' or 'nearest'")
     if mode == "nearest":
         for axis in (-3, -2, -1):
             volume = volume.index_select(axis, _nearest(step[axis], start[axis], shape[axis], target_shape[axis]))
@@ -140,7 +142,7 @@ def percentile_scale(x, low=0., high=99.5):
 
     Foreground: voxels above the volume's minimum, which in MR is the background. ValueError if nothing lies between.
     """
-    foreground = x[x > x.min()].numpy()
+    foreground = x.numpy()[x.numpy() > float(x.min())]         # torch's own indexing would take 24 bytes a voxel
     bounds = np.percentile(foreground, (low, high), overwrite_input=True) if foreground.size else (0., 0.)
     if not bounds[0] < bounds[1]:
         raise ValueError(f"percentiles {low} and {high} of the foreground are equal: the volume has no contrast")

@@ -21,7 +21,7 @@ Item = namedtuple("Item", "path kind good")
 SHAPE, AFFINE = (12, 10, 8), np.array([[-1.5, 0, 0, 9], [0, 2, 0, -8], [0, 0, 2.5, 4], [0, 0, 0, 1.]])
 VOXELS = (np.random.default_rng(0).integers(-450, 450, SHAPE) * 2).astype(np.int16)     # even HU, some above -175
 LABEL = (VOXELS > 0).astype(np.uint8) * 3
-DIM, TYPE, PIXDIM, OFFSET, SLOPE, INTER, QCODE, SCODE, QUATERN, SROW, MAGIC = 40, 70, 76, 108, 112, 116, 252, 254, 256, 280, 344
+DIM, TYPE, PIXDIM, OFFSET, SLOPE, QCODE, QUATERN, SROW, MAGIC = 40, 70, 76, 108, 112, 252, 256, 280, 344    # bytes
 
 
 def plain(voxels=VOXELS, affine=AFFINE, kind=nib.Nifti1Image):
@@ -54,17 +54,23 @@ def bad_images():
         "html.nii.gz": b"<!DOCTYPE html><html>404 not found</html>" * 30, "zip.nii": b"PK\x03\x04" + bytes(2000),
         "header_cut.nii": good[:200], "voxels_cut.nii": good[:-1], "half.nii": good[:len(good) // 2],
         "cut.nii.gz": packed[:-9], "half.nii.gz": packed[:len(packed) // 2], "no_header_left.nii.gz": packed[:30],
-        "crc.nii.gz": packed[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:], "tail.nii.gz": packed + b"tail that is no gzip",
+        "crc.nii.gz": packed[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:],
+        "tail.nii.gz": packed + b"tail that is no gzip",
         "magic.nii": patched((MAGIC, "4s", b"nope")), "analyze.nii": patched((MAGIC, "4s", bytes(4))),
         "pair_magic.nii": patched((MAGIC, "4s", b"ni1\0")), "sizeof_hdr.nii": patched((0, "<i", 349)),
         "zero_side.nii": patched(dims(12, 0, 8)), "negative_side.nii": patched(dims(12, -10, 8)),
-        "no_sides.nii": patched((DIM, "<h", 0)), "ndim_9.nii": patched((DIM, "<h", 9)), "2d.nii": patched(dims(12, 80)),
+        "no_sides.nii": patched((DIM, "<h", 0)), "ndim_9.nii": patched((DIM, "<h", 9)),
+        "2d.nii": patched(dims(12, 80)),
         "5d.nii": patched(dims(12, 10, 2, 2, 2)), "frames.nii": patched(dims(12, 10, 4, 2)),
-        "5d_vector.nii": plain(np.zeros((6, 5, 4, 1, 3), np.float32)), "header_bomb.nii": patched(dims(1000, 1000, 1000)),
-        "header_bomb.nii.gz": gzip.compress(patched(dims(1000, 1000, 1000))), "long_side.nii": patched(dims(32767, 1, 1)),
-        "voxel_bomb.nii.gz": gzip.compress(patched(dims(2000, 2000, 200)), 1), "gzip_bomb.nii.gz": bomb(good, 2 ** 30),
+        "5d_vector.nii": plain(np.zeros((6, 5, 4, 1, 3), np.float32)),
+        "header_bomb.nii": patched(dims(1000, 1000, 1000)),
+        "header_bomb.nii.gz": gzip.compress(patched(dims(1000, 1000, 1000))),
+        "long_side.nii": patched(dims(32767, 1, 1)),
+        "voxel_bomb.nii.gz": gzip.compress(patched(dims(2000, 2000, 200)), 1),
+        "gzip_bomb.nii.gz": bomb(good, 2 ** 30),
         "zeros_bomb.nii.gz": bomb(patched(dims(800, 800, 400))[:352], 2 * 800 * 800 * 400),
-        "rgb.nii": plain(rgb), "complex.nii": plain(VOXELS.astype(np.complex64)), "type_0.nii": patched((TYPE, "<h", 0)),
+        "rgb.nii": plain(rgb), "complex.nii": plain(VOXELS.astype(np.complex64)),
+        "type_0.nii": patched((TYPE, "<h", 0)),
         "type_999.nii": patched((TYPE, "<h", 999)), "binary.nii": patched((TYPE, "<h", 1)),
         "wider_type.nii": patched((TYPE, "<h", 64)), "slope_inf.nii": patched((SLOPE, "<f", inf)),
         "slope_minus_inf.nii": patched((SLOPE, "<f", -inf)), "inter_inf.nii": patched((SLOPE, "<ff", 1, inf)),
@@ -72,9 +78,11 @@ def bad_images():
         "offset_nan.nii": patched((OFFSET, "<f", nan)), "offset_negative.nii": patched((OFFSET, "<f", -16)),
         "offset_low.nii": patched((OFFSET, "<f", 16)), "offset_far.nii": patched((OFFSET, "<f", 1e9)),
         "offset_inf.nii.gz": gzip.compress(patched((OFFSET, "<f", inf))), "nan_voxel.nii": plain(with_hole),
-        "inf_voxel.nii.gz": gzip.compress(plain(endless)), "constant.nii.gz": gzip.compress(plain(np.full(SHAPE, 7, np.int16))),
+        "inf_voxel.nii.gz": gzip.compress(plain(endless)),
+        "constant.nii.gz": gzip.compress(plain(np.full(SHAPE, 7, np.int16))),
         "sform_nan.nii": patched((SROW, "<f", nan)), "sform_inf.nii": patched((SROW + 12, "<f", inf)),
-        "sform_zero.nii": patched((SROW, "<12f", *[0] * 12)), "sform_singular.nii": patched((SROW, "<8f", *[1, 0, 0, 0] * 2)),
+        "sform_zero.nii": patched((SROW, "<12f", *[0] * 12)),
+        "sform_singular.nii": patched((SROW, "<8f", *[1, 0, 0, 0] * 2)),
         "sform_far.nii": patched((SROW + 12, "<f", 1e20)),
         "qform_bad.nii": patched((QCODE, "<hh", 1, 0), (QUATERN, "<3f", 3, 3, 3)),
         "qform_nan.nii": patched((QCODE, "<hh", 1, 0), (QUATERN, "<3f", nan, 0, 0)),
@@ -89,8 +97,8 @@ def bad_images():
 
 def bomb(start, zeros):
     """A gzip stream of `start` and then `zeros` bytes of 0, made in little memory."""
-    squeeze, piece = zlib.compressobj(1, zlib.DEFLATED, 31), bytes(2 ** 20)
-    return b"".join([squeeze.compress(start), *(squeeze.compress(piece) for _ in range(-(-zeros // 2 ** 20))), squeeze.flush()])
+    squeeze, count = zlib.compressobj(1, zlib.DEFLATED, 31), -(-zeros // 2 ** 20)
+    return squeeze.compress(start) + b"".join(squeeze.compress(bytes(2 ** 20)) for _ in range(count)) + squeeze.flush()
 
 
 def good_images():
@@ -99,9 +107,12 @@ def good_images():
     swapped.set_data_dtype(np.int16)
     big = nib.Nifti1Image(VOXELS, AFFINE, swapped)
     return {
-        "plain.nii": good, "packed.nii.gz": gzip.compress(good), "packed.nii": gzip.compress(good), "plain.nii.gz": good,
-        "UPPER.NII": good, "with space é 肝臓.nii.gz": gzip.compress(good), "two_members.nii.gz": gzip.compress(good[:999])
-        + gzip.compress(good[999:]), "big_endian.nii": big.to_bytes(), "nifti2.nii.gz": gzip.compress(plain(kind=nib.Nifti2Image)),
+        "plain.nii": good, "packed.nii.gz": gzip.compress(good), "packed.nii": gzip.compress(good),
+        "plain.nii.gz": good,
+        "UPPER.NII": good, "with space é 肝臓.nii.gz": gzip.compress(good),
+        "two_members.nii.gz": gzip.compress(good[:999])
+        + gzip.compress(good[999:]), "big_endian.nii": big.to_bytes(),
+        "nifti2.nii.gz": gzip.compress(plain(kind=nib.Nifti2Image)),
         "slope.nii": patched((SLOPE, "<ff", 2, -1000), data=plain(((VOXELS + 1000) // 2).astype(np.uint16))),
         "slope_0.nii": patched((SLOPE, "<ff", 0, 5)), "slope_nan.nii": patched((SLOPE, "<ff", float("nan"), 5)),
         **{f"{kind}.nii": plain(VOXELS.astype(kind)) for kind in ("float32", "float64", "int32")},
@@ -109,7 +120,7 @@ def good_images():
         "int64.nii": patched((SLOPE, "<ff", 1, 0), data=plain(VOXELS.astype(np.int64))),
         "one_frame.nii": plain(VOXELS[..., None]), "offset_0.nii": patched((OFFSET, "<f", 0)),
         "padded.nii.gz": gzip.compress(good + bytes(512)), "pixdim_0.nii": patched((PIXDIM + 4, "<f", 0)),
-        "extended.nii": patched((OFFSET, "<f", 368), data=good[:348] + b"\1\0\0\0" + struct.pack("<ii", 16, 6) + b"note" * 2 + good[352:]),
+        "extended.nii": patched((OFFSET, "<f", 368), data=good[:348] + struct.pack("<iii8x", 1, 16, 6) + good[352:]),
         "pair.hdr": patched((MAGIC, "4s", b"ni1\0"), (OFFSET, "<f", 0))[:348], "pair.img": good[352:],
     }
 
@@ -129,9 +140,12 @@ def other_images():
 def labels():
     """{name: (bytes, good)} to be read beside an image on AFFINE and SHAPE."""
     return {
-        "label_uint8.nii.gz": (gzip.compress(plain(LABEL)), True), "label_float.nii": (plain(LABEL.astype(np.float64)), True),
-        "label_half.nii": (plain(LABEL * np.float32(.5)), False), "label_negative.nii": (plain(-LABEL.astype(np.int16)), False),
-        "label_large.nii": (plain(LABEL.astype(np.int16) * 100), False), "label_empty.nii": (plain(LABEL * np.uint8(0)), False),
+        "label_uint8.nii.gz": (gzip.compress(plain(LABEL)), True),
+        "label_float.nii": (plain(LABEL.astype(np.float64)), True),
+        "label_half.nii": (plain(LABEL * np.float32(.5)), False),
+        "label_negative.nii": (plain(-LABEL.astype(np.int16)), False),
+        "label_large.nii": (plain(LABEL.astype(np.int16) * 100), False),
+        "label_empty.nii": (plain(LABEL * np.uint8(0)), False),
         "label_nan.nii": (plain(np.where(LABEL > 0, np.nan, 0).astype(np.float32)), False),
     }
 
@@ -144,13 +158,20 @@ def lists(image="good/plain.nii"):
         "entry.json": (split({"image": image}), True), "string.json": (split(image), True),
         "list.txt": (f"# comment\n\n{image}\n", True), "tab.txt": (f"{image}\tgood/float32.nii\n", True),
         "bom.csv": (f"\ufeff{image},good/float32.nii\r\n", True), "brace.json": ('{"training": [', False),
-        "array.json": ("[1, 2]", False), "no_key.json": (json.dumps({"test": [image]}), False), "none.json": (split(), False),
-        "number.json": (split(5), False), "no_image.json": (split({"label": image}), False), "nul.json": (split("a\0b.nii"), False),
-        "channels.json": (split({"image": [image, image]}), False), "surrogate.json": ('{"training": ["\\ud800.nii"]}', False),
-        "leaves.json": (split("../outside.nii"), False), "leaves_within.json": (split("good/../../outside.nii"), False),
-        "absolute.json": (split("/etc/passwd"), False), "twice.json": (split(image, {"image": "good/../" + image}), False),
-        "two_channels.json": (json.dumps({"channel_names": {"0": "T1", "1": "T2"}}), False), "deep.json": ("[" * 10 ** 5, False),
-        "comments.txt": ("# nothing\n", False), "nul.txt": ("a\0b", False), "twice.txt": (f"{image}\n{image}\n", False),
+        "array.json": ("[1, 2]", False), "no_key.json": (json.dumps({"test": [image]}), False),
+        "none.json": (split(), False),
+        "number.json": (split(5), False), "no_image.json": (split({"label": image}), False),
+        "nul.json": (split("a\0b.nii"), False),
+        "channels.json": (split({"image": [image, image]}), False),
+        "surrogate.json": ('{"training": ["\\ud800.nii"]}', False),
+        "leaves.json": (split("../outside.nii"), False),
+        "leaves_within.json": (split("good/../../outside.nii"), False),
+        "absolute.json": (split("/etc/passwd"), False),
+        "twice.json": (split(image, {"image": "good/../" + image}), False),
+        "two_channels.json": (json.dumps({"channel_names": {"0": "T1", "1": "T2"}}), False),
+        "deep.json": ("[" * 10 ** 5, False),
+        "comments.txt": ("# nothing\n", False), "nul.txt": ("a\0b", False),
+        "twice.txt": (f"{image}\n{image}\n", False),
     }
 
 
@@ -180,8 +201,8 @@ def build(folder):
     os.mkfifo(bad / "pipe.nii.gz")
     (folder / "good/link.nii").symlink_to("plain.nii")
     (folder / "empty_folder").mkdir()
-    special = ["dangling.nii.gz", "loop.nii.gz", "directory.nii.gz", "pipe.nii.gz", "absent.nii.gz", "a\0b.nii", "n" * 300]
-    items += [Item(str(bad / name), "image", False) for name in special] + [Item("/dev/zero", "image", False)]
+    special = ["dangling.nii.gz", "loop.nii.gz", "directory.nii.gz", "pipe.nii.gz", "absent.nii.gz", "a\0b.nii"]
+    items += [Item(str(bad / name), "image", False) for name in (*special, "n" * 300, "/dev/zero")]
     items += [Item(str(folder / name), "list", False) for name in ("empty_folder", "absent", "bad/noise.nii.json")]
     (bad / "noise.nii.json").write_bytes(b"\xff\xfe\x00" * 99)
     return items + [Item(str(folder / "good/link.nii"), "image", True), Item(str(folder / "other"), "list", True)]

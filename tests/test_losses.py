@@ -117,8 +117,8 @@ def test_center_counts_micro_batches_as_one_batch():
 # ------------------------------------------------------------------------------------ the comparisons' losses
 def test_info_nce_by_hand():
     rows = torch.eye(2)
-    expected = 2 * .2 * math.log(1 + math.exp(-5))                      # own key: cosine 1, the other's: 0; tau .2
-    assert losses.info_nce(3 * rows, rows, .2).item() == pytest.approx(expected, rel=1e-4)
+    expected = 2 * .5 * math.log(1 + math.exp(-4))                      # centred: own key's cosine 1, the other's -1
+    assert losses.info_nce(3 * rows + 1, rows, .5).item() == pytest.approx(expected, rel=1e-4)
     assert losses.info_nce(rows, rows.flip(0), .2) > losses.info_nce(rows, rows, .2)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -163,6 +164,15 @@ def test_of_400_bit_flips_none_loads_other_values(tmp_path):
     assert refused > 200
 
 
+def test_a_flip_that_makes_a_tensor_a_folder_is_refused(tmp_path):
+    runtime.save_checkpoint(tmp_path / "x.pt", state_at(1))
+    bad = bytearray((tmp_path / "x.pt").read_bytes())
+    bad[bad.rindex(b"archive/data/0") - 8] ^= 0x10  # torch would read nothing and return what lay in memory
+    (tmp_path / "x.pt").write_bytes(bad)
+    with pytest.raises(ValueError, match="x.pt.*cannot hold"):
+        runtime.load_checkpoint(tmp_path / "x.pt")
+
+
 def test_code_in_a_checkpoint_is_named_and_never_run(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -177,7 +187,7 @@ def test_code_in_a_checkpoint_is_named_and_never_run(tmp_path):
 def test_a_zip_bomb_is_refused_before_memory_is_taken(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(1 << 26))
-    with pytest.raises(ValueError, match="bomb.pt.*claims"):
+    with pytest.raises(ValueError, match="bomb.pt.*cannot hold"):
         runtime.load_checkpoint(tmp_path / "bomb.pt")
 
 
@@ -193,12 +203,13 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, kind):
 
 def test_a_checkpoint_must_be_a_dict(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="list.pt.*no dict"):
+    with pytest.raises(ValueError, match="list.pt.*not a mapping"):
         runtime.load_checkpoint(tmp_path / "list.pt")
 
 
-@pytest.mark.parametrize("entry, told", [(Path("x"), "Path"), (json.JSONDecoder(), "JSONDecoder"), (torch.float32, "dtype"),
-                                         (torch.tensor([1.0, float("nan")]), "NaN"), (torch.Size([2]), "Size")])
+@pytest.mark.parametrize("entry, told", [(Path("x"), "Path"), (json.JSONDecoder(), "JSONDecoder"),
+                                         (torch.float32, "dtype"), (torch.tensor([1.0, float("nan")]), "NaN"),
+                                         (torch.Size([2]), "Size")])
 def test_what_could_not_be_loaded_again_is_refused_by_its_key(tmp_path, entry, told):
     with pytest.raises(ValueError, match=rf"state\['model'\]\['list'\]\[1\].*{told}"):
         runtime.save_checkpoint(tmp_path / "last.pt", {"step": 1, "model": {"list": [0, entry]}})
@@ -216,13 +227,13 @@ DAMAGE = {"cut": lambda b: b[:len(b) // 2], "empty": lambda b: b"", "zeroed": la
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path, damage):
+def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path, capsys, damage):
     last, before = tmp_path / "last.pt", tmp_path / "last.prev.pt"
     for step in (10, 20):
         runtime.save_checkpoint(last, state_at(step))
     last.write_bytes(DAMAGE[damage](last.read_bytes()))
-    with pytest.warns(UserWarning, match=r"last\.pt .*step 10"):
-        assert same(runtime.load_latest(tmp_path, ALONE), state_at(10))
+    assert same(runtime.load_latest(tmp_path, ALONE), state_at(10))
+    assert re.search(r"^warning: .*last\.pt .*step 10$", capsys.readouterr().err, re.MULTILINE)
     before.write_bytes(DAMAGE[damage](before.read_bytes()))
     with pytest.raises(ValueError, match=r"last\.pt .*last\.prev\.pt .*--overwrite"):
         runtime.load_latest(tmp_path, ALONE)
@@ -247,11 +258,8 @@ def test_the_newest_is_told_by_its_step_and_not_by_the_clock(tmp_path):
     assert runtime.load_latest(tmp_path, ALONE)["step"] == 20
 
 
-def test_no_checkpoint_is_none_and_one_without_a_step_is_refused(tmp_path):
+def test_no_checkpoint_is_none(tmp_path):
     assert runtime.load_latest(tmp_path, ALONE) is None
-    runtime.save_checkpoint(tmp_path / "last.pt", {"model": {}})
-    with pytest.raises(ValueError, match="last.pt.*step"):
-        runtime.load_latest(tmp_path, ALONE)
 
 
 # ---------------------------------------------------------------- writing
@@ -293,7 +301,7 @@ def small_disk(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", folder], capture_output=True).returncode:
         pytest.skip("mount is not permitted")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_a_full_disk_is_named_and_the_old_checkpoint_loads(small_disk):
@@ -311,7 +319,7 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_loads(small_disk):
 def test_a_read_only_disk_is_refused_at_the_start(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for folder in (small_disk, small_disk / "below"):
-        with pytest.raises(ValueError, match=f"{folder} cannot be used: Read-only"), runtime.OutputFolder(folder, ALONE):
+        with pytest.raises(ValueError, match=f"{folder} cannot.*Read-only"), runtime.OutputFolder(folder, ALONE):
             pass
 
 
@@ -335,7 +343,8 @@ def test_a_second_run_is_refused_at_once_and_a_killed_one_leaves_no_lock(tmp_pat
         hold()
     wait_for((tmp_path / "ready").exists, 5)
     begin = time.time()
-    with pytest.raises(ValueError, match=f"in use by {os.uname().nodename} pid {first}"), runtime.OutputFolder(tmp_path, ALONE):
+    holder = f"in use by {os.uname().nodename} pid {first}"
+    with pytest.raises(ValueError, match=holder), runtime.OutputFolder(tmp_path, ALONE):
         pass
     assert time.time() - begin < 2
     os.kill(first, signal.SIGKILL)
@@ -349,7 +358,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path):
     with runtime.OutputFolder(out, ALONE):
         runtime.save_checkpoint(out / "last.pt", state_at(1))
         (out / "mine.txt").write_text("kept")
-    with pytest.raises(ValueError, match=r"holds a run \(last.pt\): --resume .* --overwrite"), runtime.OutputFolder(out, ALONE):
+    with pytest.raises(ValueError, match=r"run \(last.pt\): --resume .* --overwrite"), runtime.OutputFolder(out, ALONE):
         pass
     with runtime.OutputFolder(out, ALONE, resume=True, overwrite=True):
         assert runtime.load_latest(out, ALONE)["step"] == 1
@@ -440,7 +449,7 @@ def test_every_stop_signal_sets_the_flag(capfd):
     assert capfd.readouterr().err.count("saving and leaving") == 3
 
 
-@pytest.mark.parametrize("error, code, told", [(ValueError("bad.nii: cut"), 2, "error: bad.nii: cut [test_runtime.py:"),
+@pytest.mark.parametrize("error, code, told", [(ValueError("bad.nii: cut"), 2, f"error: bad.nii: cut [{__file__}:"),
                                                (OSError("disk full"), 2, "error: disk full"),
                                                (KeyboardInterrupt(), 130, "interrupted"),
                                                (TypeError("a bug"), 1, "Traceback")])
@@ -498,7 +507,8 @@ def test_workers_leave_when_their_agent_dies_even_in_a_collective(tmp_path):
         ranks.barrier()
         """)
     files = [tmp_path / "pid0", tmp_path / "pid1"]
-    pids = wait_for(lambda: all(f.exists() and f.read_text() for f in files) and [int(f.read_text()) for f in files], 40)
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files), 40)
+    pids = [file.read_text() for file in files]
     job.kill()
     job.wait()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 12)

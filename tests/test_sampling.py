@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+
+from smit import data, sampling
+
+SETTINGS = data.Preparation((10., 10., 10.))
+
+
+def dataset(cases, tmp_path, **settings):
+    return sampling.ViewPairs(cases, SETTINGS, str(tmp_path / "cache"), **{**dict(
+        crop=(24, 20, 16), view=(16, 16, 8), cell=4, mask_ratio=.7, drops=6, seed=3), **settings})
+
+
+def test_an_epoch_shows_every_volume_once_in_an_order_of_its_own():
+    orders = [sampling.epoch_order(50, 0, epoch) for epoch in range(3)]
+    assert all(sorted(order) == list(range(50)) for order in orders) and len(set(orders)) == 3
+    assert sampling.epoch_order(50, 1, 0) != orders[0]
+
+
+def test_ranks_share_the_samples_that_one_rank_would_see():
+    alone = list(sampling.micro_batches(8, 24, 4))
+    ranks = [list(sampling.micro_batches(8, 24, 2, rank, 2)) for rank in (0, 1)]
+    assert alone == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23]]
+    assert [a + b for a, b in zip(*ranks)] == alone
+    assert list(sampling.micro_batches(16, 24, 4)) == alone[2:]         # resumed at sample 16
+
+
+def test_a_sample_depends_on_its_number_and_the_seed_alone(phantoms, tmp_path):
+    cases = data.read_list(phantoms)
+    one, again = dataset(cases, tmp_path)[5], dataset(cases, tmp_path / "other")[5]
+    assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(again[name])) for name in one)
+    for other in (dataset(cases, tmp_path)[5 + len(cases)], dataset(cases, tmp_path, seed=4)[5]):
+        assert not torch.equal(one["hidden"], other["hidden"])
+
+
+def test_views_and_masks_have_the_shapes_of_the_paper_in_small(phantoms, tmp_path):
+    sample = dataset(data.read_list(phantoms), tmp_path)[0]
+    assert sample["views"].shape == (2, 1, 16, 16, 8) and sample["views"].dtype == torch.uint8
+    assert sample["hidden"].shape == (2, 4, 4, 2) and sample["hidden"].flatten(1).sum(1).tolist() == [23, 23]
+    assert not torch.equal(sample["views"][0], sample["views"][1])
+    assert not torch.equal(sample["hidden"][0], sample["hidden"][1])
+    assert sample["noise"].shape == (2, 6)
+
+
+def test_both_views_lie_in_one_crop_of_the_volume():
+    rng = sampling.generator(0)
+    starts = torch.stack([sampling.random_starts((200, 50, 90), (128, 64, 90), (96, 48, 40), rng) for _ in range(500)])
+    apart = (starts[:, 0] - starts[:, 1]).abs().amax(0)
+    assert (apart <= torch.tensor([32, 16, 50])).all() and (apart >= torch.tensor([28, 14, 40])).all()
+    low, high = starts.amin((0, 1)), starts.amax((0, 1))
+    assert low[0] >= 0 and high[0] <= 200 - 96 and high[0] > 95         # inside, and all over it
+    assert low[1] == -7 and high[1] == 9                                # 50 voxels centred in a crop of 64
+    assert low[2] >= 0 and high[2] <= 50
+
+
+def test_cutting_pads_with_air_where_the_box_leaves_the_volume():
+    volume = np.arange(1, 25, dtype=np.uint8).reshape(2, 3, 4)
+    box = sampling.cut(volume, (-1, 1, 2), (4, 2, 3))
+    assert torch.equal(box[1:3, :, :2], torch.from_numpy(volume[:, 1:, 2:]).contiguous())
+    assert box.sum() == volume[:, 1:, 2:].sum()
+    assert sampling.cut(volume, (5, 0, 0), (2, 2, 2)).sum() == 0
+
+
+def test_a_bad_volume_is_passed_over_and_told(phantoms, tmp_path):
+    cases = data.read_list(phantoms)
+    (tmp_path / "bad.nii.gz").write_bytes(b"no volume")
+    broken = [{"image": str(tmp_path / "bad.nii.gz"), "label": None}, *cases]
+    with pytest.warns(UserWarning, match="bad.nii.gz"):
+        samples = [dataset(broken, tmp_path)[s] for s in range(len(broken))]
+    skipping = [s for s in samples if s["passed_over"]]
+    assert len(skipping) == 1 and skipping[0]["volume"] == 1
+    with pytest.warns(UserWarning), pytest.raises(data.BadVolume, match="bad.nii.gz"):
+        list(sampling.batches(dataset(broken[:1], tmp_path), [[0]]))
+
+
+def test_workers_change_nothing(phantoms, tmp_path):
+    pairs = dataset(data.read_list(phantoms), tmp_path)
+    numbers = list(sampling.micro_batches(0, 8, 2))
+    for one, two in zip(sampling.batches(pairs, numbers), sampling.batches(pairs, numbers, workers=2)):
+        assert all(torch.equal(one[name], two[name]) for name in one)
