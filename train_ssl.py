@@ -31,7 +31,7 @@ FREE_ON_RESUME = {"resume", "overwrite", "out", "cache", "device", "workers", "b
 PRESETS = {  # what differs from the flags' defaults
     "paper": {},
     # half of everything: three stages, so that a view of 48^3 has the paper's 6^3 cells; see README, "the tiny preset"
-    "tiny": dict(spacing=[4.0, 4.0, 4.0], crop=[64], view=[48], mask_cell=8, embed_dim=24, depths=[2, 2, 2], heads=[4, 4, 4],
+    "tiny": dict(spacing=[4.0, 4.0, 4.0], crop=[64], view=[48], mask_cell=8, embed_dim=24, depths=[2, 2, 2], heads=[2, 4, 8],
                  drop_path=0.0, head_width=256, bottleneck=64, prototypes=256, steps=300, batch=4, lr=1e-3,
                  teacher_temp=[0.04, 0.04], workers=2, val_fraction=0.1, val_every=100, phantoms=20),
 }

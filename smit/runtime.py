@@ -77,10 +77,9 @@ def start(device="auto", timeout_minutes=10):
         torch.cuda.set_device(local_rank)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=leave_with_parent, args=(os.getppid(),), daemon=True).start()
-    if world > 1:
+    if world > 1:  # the prefix: else a restarted group reads its dead predecessors' addresses
         timeout, backend = timedelta(minutes=timeout_minutes), "nccl" if kind == "cuda" else "gloo"
-        store = next(dist.rendezvous("env://", timeout=timeout))[0]
-        store = dist.PrefixStore(f"restart_{RESTARTS}", store)  # else a restart reads its dead predecessors' addresses
+        store = dist.PrefixStore(f"restart_{RESTARTS}", next(dist.rendezvous("env://", timeout=timeout))[0])
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return Ranks(rank, world, local_rank, torch.device(kind, local_rank if kind == "cuda" else None))
 

@@ -12,6 +12,7 @@ import torch
 from smit import data
 from smit.masking import random_block_mask
 from smit.runtime import ignore_stop_signals
+from smit.transforms import rotate90
 
 
 def generator(seed, *key):
@@ -88,6 +89,62 @@ class ViewPairs(torch.utils.data.Dataset):
                 "hidden": random_block_mask(2, self.grid, self.mask_ratio, rng),
                 "noise": torch.rand(2, self.drops, generator=rng),
                 "volume": index, "passed_over": passed_over}
+
+
+def random_voxel(mask, rng):
+    """One of the True voxels of mask (D, H, W), each with the same chance: its three indices."""
+    planes = np.count_nonzero(mask, axis=(1, 2)).cumsum()
+    chosen = int(torch.randint(int(planes[-1]), (), generator=rng))
+    plane = int(np.searchsorted(planes, chosen, "right"))
+    return plane, *np.argwhere(mask[plane])[chosen - planes[plane]].tolist()      # counted from the plane's last
+
+
+def labelled_start(label, size, rng):
+    """Corner of a crop around a voxel that lies, with the same chance, in some organ or in none [release].
+
+    Moved to where the crop stays inside the volume; centred where the volume is smaller.
+    """
+    mask = (label > 0) == bool(torch.rand((), generator=rng) < .5)
+    centre = random_voxel(mask if mask.any() else ~mask, rng)
+    return [min(max(c - k // 2, 0), n - k) if n > k else -((k - n) // 2) for c, k, n in zip(centre, size, label.shape)]
+
+
+def augmented_crop(image, label, size, rng):
+    """A crop, turned in the axial plane (p .2), intensities scaled and shifted by up to .1 (p .1 each) [release].
+
+    image, label (D, H, W) uint8; returns float32 and uint8 of shape `size`. No flips: they would swap left and right.
+    """
+    turned, scaled, shifted, factor, offset = torch.rand(5, generator=rng).tolist()
+    turns = int(torch.randint(1, 4, (), generator=rng)) if turned < .2 else 0
+    before = (size[1], size[0], size[2]) if turns % 2 else size
+    start = labelled_start(label, before, rng)
+    image, label = (rotate90(cut(volume, start, before), turns) for volume in (image, label))
+    image = image / 255 * (.9 + .2 * factor if scaled < .1 else 1.) + (.2 * offset - .1 if shifted < .1 else 0.)
+    return image, label
+
+
+class LabelledCrops(torch.utils.data.Dataset):
+    """Sample number -> several augmented crops of one labelled volume, for fine-tuning [release].
+
+    Returns images (n, 1, D, H, W) float32, 0..1 before augmentation, labels (n, D, H, W) uint8, noise (n, drops) uniform
+    in [0, 1), volume: its index. A volume that cannot be used is no sample to pass over: the sample is the error.
+    """
+
+    def __init__(self, cases, settings, cache, num_classes, size, crops=4, drops=0, seed=0):
+        self.cases, self.settings, self.cache, self.num_classes = cases, settings, cache, num_classes
+        self.size, self.crops, self.drops, self.seed = tuple(size), crops, drops, seed
+
+    def __getitem__(self, sample):
+        n = len(self.cases)
+        index = epoch_order(n, self.seed, sample // n)[sample % n]
+        try:
+            image, label = data.cached(self.cases[index], self.settings, self.cache, True, self.num_classes)
+        except data.BadVolume as error:
+            return error
+        rng = generator(self.seed, "labelled", sample)
+        images, labels = zip(*(augmented_crop(image, label, self.size, rng) for _ in range(self.crops)))
+        return {"images": torch.stack(images)[:, None], "labels": torch.stack(labels),
+                "noise": torch.rand(self.crops, self.drops, generator=rng), "volume": index}
 
 
 def collate(samples):

@@ -1,12 +1,17 @@
 """The fine-tuning network: the pre-trained encoder under a U-shaped decoder [SMIT 3, 28.19M parameters].
 
-Reading order: SegmentationNet, its decoder's Up and ResidualBlock, load_encoder.
+Reading order: SegmentationNet, its decoder's Up and ResidualBlock, load_encoder; predict, to_file_grid.
 """
 
+import numpy as np
 import torch
 from torch import nn
 
+from smit.sliding import sliding_window
 from smit.swin import SwinTransformer3D
+from smit.transforms import crop, crop_affine, from_ras, ras_grid, regrid, rotate90
+
+SIZES = ("embed_dim", "depths", "heads", "window")  # what the pre-trained and the fine-tuned encoder must share
 
 
 class SegmentationNet(nn.Module):
@@ -116,3 +121,35 @@ def listed(weights):
     """Say how many parameters there are, and the first names."""
     names = ", ".join(list(weights)[:3]) + (", ..." if len(weights) > 3 else "")
     return amount(weights.values()) + (f" ({names})" if names else "")
+
+
+@torch.no_grad()
+def predict(net, image, window, turns=(0,), **sliding):
+    """Logits (num_classes, D, H, W) of a whole prepared volume, image (D, H, W) uint8, on its own grid [SMIT 3].
+
+    turns: quarter turns in the axial plane to average over, as training turned its crops; sliding: of sliding_window.
+    """
+    volume = torch.from_numpy(np.array(image))[None, None] / 255
+    logits = 0
+    for k in turns:
+        logits = logits + rotate90(sliding_window(net, rotate90(volume, k), window, **sliding), -k)[0]
+    return logits / len(turns)
+
+
+def to_file_grid(logits, affine, file_shape, file_affine):
+    """Label map (X, Y, Z) uint8 in the axis order of the image's file: logits resampled first, then the arg-max [ours].
+
+    logits (num_classes, D, H, W) on a grid with RAS `affine`. What lies farther than a voxel outside it is background.
+    One class at a time: memory is a few volumes on the file's grid, whatever the number of classes.
+    """
+    shape, ras = ras_grid(file_shape, file_affine)
+    index = np.linalg.solve(affine, ras)                              # the file's index -> ours
+    box = [np.flatnonzero(np.abs(start + step * np.arange(n) - (size - 1) / 2) < (size + 1) / 2)
+           for step, start, n, size in zip(index.diagonal(), index[:3, 3], shape, logits.shape[1:])]
+    first, size = [int(inside[0]) for inside in box], [len(inside) for inside in box]
+    highest, label = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.uint8)
+    for number, channel in enumerate(logits):
+        value = regrid(channel.cpu(), affine, crop_affine(ras, first), size)
+        label.masked_fill_(value > highest, number)
+        torch.maximum(highest, value, out=highest)
+    return from_ras(crop(label, [-at for at in first], shape), file_affine).contiguous()

@@ -113,10 +113,9 @@ class WindowAttention(nn.Module):
         windows, n, C = x.shape
         q, k, v = self.qkv(x).view(windows, n, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B*nW, h, n, C/h)
         scores = (q * (C // self.heads) ** -0.5) @ k.transpose(-2, -1)                                 # (B*nW, h, n, n)
-        scores = scores + self.position_bias(window).to(scores.dtype)
+        scores += self.position_bias(window).to(scores.dtype)   # in place: the scores are the largest tensor there is
         if mask is not None:
-            scores = scores.view(-1, len(mask), *scores.shape[1:]) + mask[:, None].to(scores.dtype)    # (B, nW, h, n, n)
-            scores = scores.flatten(0, 1)
+            scores.view(-1, len(mask), *scores.shape[1:]).add_(mask[:, None])                          # (B, nW, h, n, n)
         x = scores.softmax(-1).to(v.dtype) @ v                                                         # (B*nW, h, n, C/h)
         return self.proj(x.transpose(1, 2).reshape(windows, n, C))                                     # (B*nW, n, C)
 
