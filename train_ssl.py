@@ -288,8 +288,11 @@ def main(args):
         # -------------------------------------------------------------------------------------------------- training
         while step < total:
             for group in optimizer.param_groups:
+                # differs: the release sets the rate once an epoch, and to 0 for the whole first one
                 group["lr"] = ema.warmup_cosine(step + 0.5, warmup, total, args.lr)          # the middle of this step
+            # differs: the release starts the warm-up of the patch temperature 30 epochs late
             teacher_temp = ema.linear_warmup(step / max(warmup, 1), *args.teacher_temp)
+            # differs: the release restarts this schedule with every epoch, and so stays at .996
             momentum = ema.cosine(step / max(total - 1, 1), args.momentum, 1.0)
 
             optimizer.zero_grad()
@@ -305,6 +308,7 @@ def main(args):
                 row.update({name: term.detach() / args.accumulate for name, term in terms.items()})
 
             scaler.unscale_(optimizer)
+            # differs: the paper and the release clip no gradient; DINO and iBOT do
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
             finite = bool(norm.isfinite())                           # alike on all ranks: gradients are their mean
             if finite:

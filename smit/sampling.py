@@ -17,6 +17,7 @@ from smit.transforms import rotate90
 
 def generator(seed, *key):
     """A torch.Generator for one purpose: generator(seed, "train", sample) is the same everywhere, always."""
+    # differs: the release's crops come from a random stream that repeats every epoch
     words = [int.from_bytes(k.encode(), "little") if isinstance(k, str) else k for k in key]
     state = np.random.SeedSequence([seed, *words]).generate_state(2)
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)

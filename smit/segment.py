@@ -36,6 +36,12 @@ class SegmentationNet(nn.Module):
         return self.out(self.last_up(y, x.shape[2:]))                 # (B, 24, D, H, W), (B, num_classes, D, H, W)
 
 
+def build_network(config):
+    """The network that a fine-tuning run's settings describe, freshly initialised from torch's global generator."""
+    return SegmentationNet(config["num_classes"], drop_path=config["drop_path"], checkpointing=config["checkpointing"],
+                           **{name: config[name] for name in SIZES})
+
+
 class Up(nn.Module):
     """One level of the decoder: transposed convolution, skip joined if there is one, residual block [release]."""
 
