@@ -24,115 +24,123 @@ from smit import data, ema, losses, phantom, pretrain, runtime, sampling
 from smit.masking import expand_mask
 
 MAX_STRIKES = 20  # steps in a row without a finite gradient; fp16's loss scaling alone takes a few at the start [ours]
-COLUMNS = ("step epoch lr momentum teacher_temp loss mip mpd itd contrast grad_norm skipped mpd_entropy mpd_mean_entropy "
-           "mpd_center itd_entropy itd_mean_entropy itd_center effective_rank val_mip val_mse val_constant val_median").split()
-FREE_ON_RESUME = {"resume", "overwrite", "out", "cache", "device", "workers", "batch", "accumulate", "log_every", "val_every",
-                  "save_steps", "save_minutes", "checkpointing", "max_bad", "preset", "method"}
+COLUMNS = """step epoch lr momentum teacher_temp loss mip mpd itd contrast grad_norm skipped
+             mpd_entropy mpd_mean_entropy mpd_center itd_entropy itd_mean_entropy itd_center effective_rank
+             val_mip val_mse val_constant val_median""".split()
+FREE_ON_RESUME = set("""preset method out resume overwrite cache max_bad device workers batch accumulate checkpointing
+                        log_every val_every save_steps save_minutes""".split())
 PRESETS = {  # what differs from the flags' defaults
     "paper": {},
-    # half of everything: three stages, so that a view of 48^3 has the paper's 6^3 cells; see README, "the tiny preset"
-    "tiny": dict(spacing=[4.0, 4.0, 4.0], crop=[64], view=[48], mask_cell=8, embed_dim=24, depths=[2, 2, 2], heads=[2, 4, 8],
-                 drop_path=0.0, head_width=256, bottleneck=64, prototypes=256, steps=300, batch=4, lr=1e-3,
-                 teacher_temp=[0.04, 0.04], workers=2, val_fraction=0.1, val_every=100, phantoms=20),
+    # half of everything: three stages, so that a view of 48^3 has the paper's 6^3 cells; see README, "The tiny preset"
+    "tiny": dict(spacing=[4.0, 4.0, 4.0], crop=[64], view=[48], mask_cell=8, embed_dim=24, depths=[2, 2, 2],
+                 heads=[2, 4, 8], drop_path=0.0, head_width=256, bottleneck=64, prototypes=256, steps=300, batch=4,
+                 lr=1e-3, teacher_temp=[0.03, 0.03], workers=2, val_fraction=0.1, val_every=100, phantoms=20),
 }
 METHODS = {  # rows of Table 2 and Fig. 4 on the Swin backbone
-    "smit": dict(mip=1.0, mpd=0.1, itd=0.1),                                       # [SMIT 2]
-    "simmim": dict(mip=1.0, mpd=0.0, itd=0.0),                                     # SSIM of Table 2, MIP of Fig. 4 [18]
-    "ibot": dict(mip=0.0, mpd=1.0, itd=1.0),                                       # MPD+ITD of Fig. 4 [19]
-    "dino": dict(mip=0.0, mpd=0.0, itd=1.0, mask_ratio=0.0),                       # two global views, no local crops [24]
+    "smit": dict(mip=1.0, mpd=0.1, itd=0.1),                                  # [SMIT 2]
+    "simmim": dict(mip=1.0, mpd=0.0, itd=0.0),                                # SSIM in Table 2, MIP in Fig. 4 [18]
+    "ibot": dict(mip=0.0, mpd=1.0, itd=1.0),                                  # MPD+ITD in Fig. 4 [19]
+    "dino": dict(mip=0.0, mpd=0.0, itd=1.0, mask_ratio=0.0),                  # two global views, no local crops [24]
     "mpd": dict(mip=0.0, mpd=1.0, itd=0.0),
     "itd": dict(mip=0.0, mpd=0.0, itd=1.0),
-    "full": dict(mip=1.0, mpd=0.0, itd=0.0, mask_ratio=0.0, mip_on="all"),         # full image reconstruction
+    "full": dict(mip=1.0, mpd=0.0, itd=0.0, mask_ratio=0.0, mip_on="all"),    # full image reconstruction
     "ml-mip": dict(mip=1.0, mpd=0.1, itd=0.1, voxel_head="multilayer"),
-    "moco": dict(mip=0.0, mpd=0.0, itd=0.0, contrast=1.0, mask_ratio=0.0),         # contrast on the image token [33]
+    "moco": dict(mip=0.0, mpd=0.0, itd=0.0, contrast=1.0, mask_ratio=0.0),    # contrast on the image token [33]
 }
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, default="paper", help="sizes; single flags override it")
     add("--method", choices=METHODS, default="smit", help="loss weights of a row of the paper's comparisons")
     add("--out", default="runs/ssl", help="output folder [ours]")
-    add("--resume", action="store_true", help="continue OUT/last.pt")
+    add("--resume", action="store_true", help="continue OUT/last.pt, if there is one")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    # ---- data
-    add("--data", nargs="+", default=[], metavar="PATH", help="folders of NIfTI, dataset.json files, text lists; none: phantoms")
+    add("--seed", type=int, default=0, help="of every random draw [ours]")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
+    add("--log_every", type=int, default=10, help="steps between rows of log.csv [ours]")
+    add("--val_every", type=int, default=1000, help="steps between measurements on held-back volumes [ours]")
+    add("--save_minutes", type=float, default=10, help="minutes between checkpoints [ours]")
+    add("--save_steps", type=int, default=0, help="steps between checkpoints besides; 0: none [ours]")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", nargs="+", default=[], metavar="PATH",
+        help="folders of NIfTI, dataset.json files, text lists; without it, phantoms")
     add("--key", default="training", help="split to read from a dataset.json [MSD]")
     add("--modality", choices=["ct", "mr"], default="ct", help="HU window for ct, percentiles for mr [SMIT 3]")
     add("--spacing", nargs=3, type=float, default=[1.5, 1.5, 2.0], metavar="MM", help="voxel size [SMIT 3]")
     add("--hu_window", nargs=2, type=float, default=[-175.0, 250.0], metavar="HU", help="mapped to [0, 1] [release]")
-    add("--crop", nargs="+", type=int, default=[128], help="voxels per axis of the crop that holds both views [SMIT 3]")
+    add("--crop", nargs="+", type=int, default=[128], help="voxels per axis of the crop holding both views [SMIT 3]")
     add("--view", nargs="+", type=int, default=[96], help="voxels per axis of a view [SMIT 3]")
-    add("--val_fraction", type=float, default=0.05, help="share of the volumes held back to measure MIP on [ours]")
+    add("--val_fraction", type=float, default=0.05, help="share of volumes held back to measure MIP on [ours]")
     add("--cache", default="runs/cache", help="folder of prepared volumes, shared by runs [ours]")
     add("--max_bad", type=int, default=0, help="unreadable volumes to skip before giving up [ours]")
     add("--phantoms", type=int, default=40, help="synthetic patients to make when there is no --data [ours]")
-    add("--workers", type=int, default=4, help="loader processes per rank; 0 loads in the training process [ours]")
-    # ---- losses
-    add("--mip", type=float, help="weight of masked image prediction [SMIT 2]; 0 skips it")
-    add("--mpd", type=float, help="weight of masked patch token distillation [SMIT 3]; 0 skips it")
-    add("--itd", type=float, help="weight of image token distillation [SMIT 3]; 0 skips it")
-    add("--contrast", type=float, default=0.0, help="weight of InfoNCE on the image token, for Fig. 4 [SMIT 3]; 0 skips it")
-    add("--mask_ratio", type=float, default=0.7, help="share of cells hidden from the student [SMIT 3]")
-    add("--mask_cell", type=int, default=16, help="voxels per axis of a cell [SMIT 3: 6^3 tokens of 96^3]")
+    add("--workers", type=int, default=4, help="loader processes a rank; 0 loads in the training process [ours]")
+
+    add = parser.add_argument_group("losses").add_argument
+    add("--mip", type=float, help="weight of masked image prediction, 1 [SMIT 2]; 0 skips it")
+    add("--mpd", type=float, help="weight of masked patch token distillation, .1 [SMIT 2]; 0 skips it")
+    add("--itd", type=float, help="weight of image token distillation, .1 [SMIT 2]; 0 skips it")
+    add("--contrast", type=float, default=0.0, help="weight of InfoNCE on the image token, for Fig. 4; 0 skips it")
+    add("--mask_ratio", type=float, default=0.7, help="share of cells hidden from the student [SMIT 2]")
+    add("--mask_cell", type=int, default=16, help="voxels per axis of a cell, 6^3 of them in 96^3 [SMIT 3]")
     add("--mip_on", choices=["hidden", "all"], default="hidden", help="voxels that MIP counts [SMIT Eq. 1]")
-    # ---- networks
-    add("--embed_dim", type=int, default=48, help="channels of the first stage, 768 = 16 * 48 at the end [SMIT 3]")
-    add("--depths", nargs="+", type=int, default=[2, 2, 4, 2], help="blocks per stage [release]")
-    add("--heads", nargs="+", type=int, default=[4, 4, 4, 4], help="attention heads per stage [release]")
-    add("--window", nargs=3, type=int, default=[4, 4, 4], help="tokens per axis of a window [SMIT 3]")
-    add("--drop_path", type=float, default=0.3, help="of the student's last block; the teacher has none [release]")
-    add("--voxel_head", choices=["linear", "multilayer"], default="linear", help="h^Pred [SMIT 2]; multilayer is ML-MIP")
-    add("--shared_head", action="store_true", help="one head for patches and image [iBOT]; the paper has two")
-    add("--head_width", type=int, default=2048, help="hidden width of the projection heads [DINO]")
-    add("--bottleneck", type=int, default=256, help="width before the prototypes [DINO]")
-    add("--prototypes", type=int, default=8192, help="K, outputs of a projection head [iBOT]")
-    add("--checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
-    # ---- optimisation
-    add("--epochs", type=int, default=400, help="passes over the volumes [SMIT 3]")
-    add("--steps", type=int, help="optimiser steps, in place of --epochs; warm-ups keep their share")
-    add("--warmup_epochs", type=float, default=30, help="of the learning rate and the teacher's temperature [SMIT 3]")
-    add("--batch", type=int, default=2, help="volumes, i.e. pairs of views, per GPU and micro-batch [ours: 16 GB]")
-    add("--accumulate", type=int, default=1, help="micro-batches per optimiser step [ours]")
-    add("--lr", type=float, default=2e-4, help="peak learning rate of AdamW [SMIT 3]")
-    add("--weight_decay", type=float, default=0.01, help="on matrices only [release]")
-    add("--clip", type=float, default=3.0, help="largest gradient norm [DINO]; 0 clips nothing")
+    add("--student_temp", type=float, default=0.1, help="tau_s [SMIT 2]")
+    add("--teacher_temp", nargs=2, type=float, default=[0.04, 0.07], help="tau_t, before and after warm-up [SMIT 2]")
     add("--momentum", type=float, default=0.996, help="of the teacher at step 0; rises to 1 along a cosine [SMIT 2]")
     add("--center_momentum", type=float, default=0.9, help="of the centres [DINO]")
-    add("--student_temp", type=float, default=0.1, help="tau_s [SMIT 3]")
-    add("--teacher_temp", nargs=2, type=float, default=[0.04, 0.07], help="tau_t, before and after its warm-up [SMIT 3]")
-    add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="auto: bf16 where the card has it, else fp16; fp32 on CPU [ours]")
-    # ---- running
-    add("--seed", type=int, default=0, help="of every random draw [ours]")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--log_every", type=int, default=10, help="steps between rows of log.csv [ours]")
-    add("--val_every", type=int, default=1000, help="steps between measurements on held-back volumes [ours]")
-    add("--save_steps", type=int, default=0, help="steps between checkpoints; 0: by time alone [ours]")
-    add("--save_minutes", type=float, default=10, help="minutes between checkpoints [ours]")
+
+    add = parser.add_argument_group("networks").add_argument
+    add("--embed_dim", type=int, default=48, help="width of the first stage; 16 * 48 = 768 at the end [SMIT 2]")
+    add("--depths", nargs="+", type=int, default=[2, 2, 4, 2], help="blocks per stage [release]")
+    add("--heads", nargs="+", type=int, default=[4, 4, 4, 4], help="attention heads per stage [release]")
+    add("--window", nargs=3, type=int, default=[4, 4, 4], help="tokens per axis of a window [SMIT 2]")
+    add("--drop_path", type=float, default=0.3, help="of the student's last block; the teacher has none [release]")
+    add("--voxel_head", choices=["linear", "multilayer"], default="linear", help="h^Pred [SMIT 2]; the other: ML-MIP")
+    add("--shared_head", action="store_true", help="one head for patches and image [iBOT]; the paper has two")
+    add("--head_width", type=int, default=2048, help="hidden width of the projection heads [DINO]")
+    add("--bottleneck", type=int, default=256, help="their width before the prototypes [DINO]")
+    add("--prototypes", type=int, default=8192, help="K, their outputs [iBOT]")
+    add("--checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=400, help="passes over the volumes [SMIT 2]")
+    add("--steps", type=int, help="optimiser steps, in place of --epochs; warm-ups keep their share")
+    add("--warmup_epochs", type=float, default=30, help="of learning rate and teacher's temperature [SMIT 2]")
+    add("--batch", type=int, default=2, help="volumes, so pairs of views, a rank and micro-batch [ours, for 16 GB]")
+    add("--accumulate", type=int, default=1, help="micro-batches per optimiser step [ours]")
+    add("--lr", type=float, default=2e-4, help="peak learning rate of AdamW [SMIT 2]")
+    add("--weight_decay", type=float, default=0.01, help="on matrices only [release]")
+    add("--clip", type=float, default=3.0, help="largest gradient norm [DINO]; 0 clips nothing")
+    add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
+        help="auto: bf16 where the card has it, else fp16; fp32 on CPU [ours]")
+
     first, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**{**METHODS["smit"], **PRESETS[first.preset], **METHODS[first.method]})
+    parser.set_defaults(**METHODS["smit"] | PRESETS[first.preset] | METHODS[first.method])
     args = parser.parse_args(argv)
-    args.crop, args.view = (list(size) * 3 if len(size) == 1 else size for size in (args.crop, args.view))
+    args.crop, args.view = (size * 3 if len(size) == 1 else size for size in (args.crop, args.view))
     return args
 
 
 def check_sizes(args):
     """Refuse sizes that do not fit each other before any work is done."""
-    cell, deepest = args.mask_cell, 2 * 2 ** len(args.depths)
-    refuse = [
-        (len(args.view) != 3 or len(args.crop) != 3, "--crop and --view take one number or three"),
-        (any(v % deepest for v in args.view), f"--view {args.view} must be a multiple of {deepest}: a token of the last merge"),
-        (any(v > c for v, c in zip(args.view, args.crop)), f"--view {args.view} is larger than --crop {args.crop}"),
-        (any(v % cell for v in args.view) or cell % 2, f"--mask_cell {cell} must be even and divide --view {args.view}"),
-        (args.mpd and cell % (deepest // 2), f"--mask_cell {cell} must be a multiple of {deepest // 2} for MPD: a patch token"),
-        (args.mpd and not args.mask_ratio, "--mpd needs hidden tokens: give a --mask_ratio above 0, or --mpd 0"),
-        (args.mip and args.mip_on == "hidden" and not args.mask_ratio, "--mip needs hidden voxels: --mask_ratio above 0, or --mip_on all"),
-        (not (args.mip or args.mpd or args.itd or args.contrast), "all loss weights are 0: nothing would be learned"),
-        (args.contrast and args.batch < 2, "--contrast needs other volumes in its micro-batch: --batch 2 or more"),
-        (args.resume and args.overwrite, "--resume continues a run and --overwrite discards it: choose one"),
-    ]
-    for wrong, why in refuse:
+    view, cell, token = args.view, args.mask_cell, 2 ** len(args.depths)      # token: voxels per axis of a patch token
+    for wrong, why in (
+            (len(view) != 3 or len(args.crop) != 3, "--crop and --view take one number or three"),
+            (any(v % (2 * token) for v in view), f"--view {view} must be a multiple of {2 * token}, a last token"),
+            (any(v > c for v, c in zip(view, args.crop)), f"--view {view} is larger than --crop {args.crop}"),
+            (any(v % cell for v in view) or cell % 2, f"--mask_cell {cell} must be even and divide --view {view}"),
+            (args.mpd and cell % token, f"--mask_cell {cell} must be a multiple of {token}, a patch token, for MPD"),
+            (args.mpd and not args.mask_ratio, "--mpd needs hidden tokens: a --mask_ratio above 0, or --mpd 0"),
+            (args.mip and args.mip_on == "hidden" and not args.mask_ratio,
+             "--mip needs hidden voxels: a --mask_ratio above 0, or --mip_on all"),
+            (not (args.mip or args.mpd or args.itd or args.contrast), "all loss weights are 0: nothing to learn"),
+            (args.contrast and args.batch < 2, "--contrast needs other volumes in its micro-batch: --batch 2 or more"),
+            (min(args.batch, args.accumulate, args.log_every, args.val_every, args.epochs, args.steps or 1) < 1,
+             "--batch, --accumulate, --log_every, --val_every, --epochs and --steps start at 1"),
+            (args.resume and args.overwrite, "--resume continues a run and --overwrite discards it: choose one")):
         if wrong:
             raise ValueError(why)
 
@@ -152,12 +160,13 @@ def build_networks(args):
 
 def build_optimizer(student, args):
     """AdamW; biases, norms, bias tables and the mask token are not decayed."""
-    trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-    plain = [p for name, p in trained if p.ndim < 2 or "bias_table" in name]
-    # differs: the release decays every parameter
-    decayed = [p for name, p in trained if not (p.ndim < 2 or "bias_table" in name)]
-    return torch.optim.AdamW([dict(params=decayed, weight_decay=args.weight_decay), dict(params=plain, weight_decay=0.0)],
-                             lr=args.lr, fused=True)
+    groups = {args.weight_decay: [], 0.0: []}
+    for name, parameter in student.named_parameters():
+        # differs: the release decays every parameter
+        decay = 0.0 if parameter.ndim < 2 or "bias_table" in name else args.weight_decay
+        groups[decay].append(parameter)
+    groups = [dict(params=parameters, weight_decay=decay) for decay, parameters in groups.items()]
+    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
 def load_cases(args, ranks):
@@ -190,7 +199,8 @@ def loss_terms(args, student, teacher, centers, batch, teacher_temp, device):
     u and v, the two views of each volume, go through a network as one batch of 2B: all u, then all v. So every loss is
     symmetrised, and the other view is the other half.
     """
-    views, cells, noise = (batch[name].transpose(0, 1).flatten(0, 1).to(device) for name in ("views", "hidden", "noise"))
+    together = lambda pairs: pairs.transpose(0, 1).flatten(0, 1).to(device)          # (B, 2, ...) -> (2B, ...)
+    views, cells, noise = (together(batch[name]) for name in ("views", "hidden", "noise"))
     views = views.float() / 255                                                       # (2B, 1, D, H, W) in [0, 1]
     corrupted = expand_mask(cells, args.mask_cell // 2) if args.mask_ratio else None  # (2B, D/2, H/2, W/2)
     with torch.no_grad():
@@ -215,14 +225,18 @@ def loss_terms(args, student, teacher, centers, batch, teacher_temp, device):
     return terms, taught
 
 
-def check_bad(bad, batch, cases, max_bad, ranks):
-    """Add the volumes that any rank has just passed over to the set `bad`; ValueError if they are more than max_bad."""
-    n = len(cases)
-    mine = {(index - k) % n for index, count in zip(batch["volume"].tolist(), batch["passed_over"].tolist())
+def passed_over(batch, n):
+    """Indices of the bad volumes in whose place others of the n were taken."""
+    return {(index - k) % n for index, count in zip(batch["volume"].tolist(), batch["passed_over"].tolist())
             for k in range(1, count + 1)}
-    bad |= {i for i, flag in enumerate(ranks.agree(*(i in mine for i in range(n)))) if flag}
+
+
+def check_bad(bad, mine, cases, max_bad, ranks):
+    """Add the bad volumes that all ranks have just found to the set `bad`; ValueError if they are more than max_bad."""
+    bad |= {i for i, flag in enumerate(ranks.agree(*(i in mine for i in range(len(cases))))) if flag}
     if len(bad) > max_bad:
-        raise ValueError(f"{len(bad)} bad volumes, more than --max_bad {max_bad}: {', '.join(cases[i]['image'] for i in bad)}")
+        names = ", ".join(cases[i]["image"] for i in sorted(bad))
+        raise ValueError(f"bad volumes, {len(bad)}, are more than --max_bad {max_bad}: {names}; mend or remove them")
 
 
 @torch.no_grad()
@@ -231,8 +245,9 @@ def collapse_monitors(taught, centers, teacher_temp):
     row = {"effective_rank": pretrain.effective_rank(taught.tokens)}
     for name, logits in (("mpd", taught.patch_logits), ("itd", taught.image_logits)):
         if logits is not None:
-            row[f"{name}_entropy"], row[f"{name}_mean_entropy"] = pretrain.entropies(logits, centers[name].value, teacher_temp)
-            row[f"{name}_center"] = centers[name].value.norm().item()
+            center = centers[name].value
+            row[f"{name}_entropy"], row[f"{name}_mean_entropy"] = pretrain.entropies(logits, center, teacher_temp)
+            row[f"{name}_center"] = center.norm().item()
     return row
 
 
@@ -245,8 +260,9 @@ def main(args):
         cases, held_back = load_cases(args, ranks)
         settings = data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window))
         student, teacher, centers = build_networks(args)
-        pairs = functools.partial(sampling.ViewPairs, settings=settings, cache=args.cache, crop=args.crop, view=args.view,
-                                  cell=args.mask_cell, mask_ratio=args.mask_ratio, drops=student.encoder.drops, seed=args.seed)
+        pairs = functools.partial(
+            sampling.ViewPairs, settings=settings, cache=args.cache, crop=args.crop, view=args.view,
+            cell=args.mask_cell, mask_ratio=args.mask_ratio, drops=student.encoder.drops, seed=args.seed)
         global_batch = args.batch * args.accumulate * ranks.world
         total = args.steps or -(-args.epochs * len(cases) // global_batch)
         warmup = total * args.warmup_epochs / args.epochs
@@ -272,9 +288,10 @@ def main(args):
 
         if ranks.is_main:
             runtime.atomic_write(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
-            print(f"{args.method}: {len(cases)} volumes to train on, {len(held_back)} held back; steps {step} to {total}, each "
-                  f"{args.batch} pairs x {args.accumulate} micro-batches x {ranks.world} ranks = {global_batch} pairs; student "
-                  f"{sum(p.numel() for p in student.parameters()):,} parameters; {device.type}, {str(precision)[6:]}")
+            size = sum(parameter.numel() for parameter in student.parameters())
+            print(f"{args.method}: {len(cases)} volumes and {len(held_back)} held back; steps {step} to {total} of "
+                  f"{args.batch} pairs x {args.accumulate} micro-batches x {ranks.world} ranks = {global_batch} pairs; "
+                  f"student of {size:,} parameters; {device.type}, {str(precision)[6:]}", flush=True)
         log = runtime.CsvLog(out / "log.csv", COLUMNS, ranks, step)
         # find_unused_parameters: some have no gradient (the token without masks), and it keeps DDP from reordering its
         # sums after the first step, which would make a resumed run differ from the uninterrupted one in the last bit
@@ -296,9 +313,10 @@ def main(args):
             momentum = ema.cosine(step / max(total - 1, 1), args.momentum, 1.0)
 
             optimizer.zero_grad()
-            row = collections.Counter()
+            row, mine = collections.Counter(), set()
             for micro in range(args.accumulate):
                 batch = next(batches)
+                mine |= passed_over(batch, len(cases))
                 more = micro + 1 < args.accumulate
                 with wrapped.no_sync() if more and ranks.world > 1 else contextlib.nullcontext():
                     with autocast():
@@ -323,25 +341,27 @@ def main(args):
             strikes = 0 if finite else strikes + 1
             skipped += not finite
             if strikes == MAX_STRIKES:
-                raise ValueError(f"step {step}: {strikes} steps in a row without a finite gradient (losses "
-                                 f"{ {name: term.item() for name, term in row.items()} }, volumes {batch['volume'].tolist()}); "
-                                 "lower --lr, or try --precision bf16 or fp32; the last checkpoint is whole")
+                terms = {name: round(term.item(), 4) for name, term in row.items()}
+                raise ValueError(f"step {step}: {strikes} steps in a row without a finite gradient; here {terms}, "
+                                 f"volumes {batch['volume'].tolist()}; lower --lr or try --precision fp32")
             bar.update()
-            if step % args.log_every == 0 or step == total:
+            measure = args.mip and held_back and (step % args.val_every == 0 or step == total)
+            if measure or step % args.log_every == 0 or step == total:
                 row = {name: term.item() for name, term in row.items()} | {"grad_norm": norm.item()}
                 if teacher:
                     row |= collapse_monitors(taught, centers, teacher_temp)
                 row = dict(zip(row, ranks.mean(torch.tensor(list(row.values()), device=device)).tolist()))
-                if args.mip and held_back and (step % args.val_every == 0 or step == total):
+                if measure:
                     share = [[number] for number in range(ranks.rank, len(held_back), ranks.world)]
                     row |= pretrain.validate(student, sampling.batches(pairs(held_back, split="val"), share),
                                              args.mask_cell, device, autocast, ranks)
                 log.row(step=step, epoch=step * global_batch / len(cases), lr=optimizer.param_groups[0]["lr"],
                         momentum=momentum, teacher_temp=teacher_temp, skipped=skipped, **row)
-                bar.set_postfix(loss=f"{row['loss']:.3f}", crops_per_s=f"{2 * global_batch * (step - first) / (time.monotonic() - begun):.2f}")
-            leaving, found_bad = ranks.agree(stop.asked, bool(batch["passed_over"].any()))
+                crops_per_s = 2 * global_batch * (step - first) / (time.monotonic() - begun)
+                bar.set_postfix(loss=f"{row['loss']:.3f}", crops_per_s=f"{crops_per_s:.2f}")
+            leaving, found_bad = ranks.agree(stop.asked, bool(mine))
             if found_bad:
-                check_bad(bad, batch, cases, args.max_bad, ranks)
+                check_bad(bad, mine, cases, args.max_bad, ranks)
             due = args.save_steps and step % args.save_steps == 0 or time.monotonic() - saved > 60 * args.save_minutes
             if ranks.is_main and (due or leaving or step == total):
                 runtime.save_checkpoint(out / "last.pt", {
@@ -349,14 +369,15 @@ def main(args):
                     "centers": centers.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                     "step": step, "samples": step * global_batch, "skipped": skipped, "config": config,
                     "torch": str(torch.__version__)})
-                runtime.save_checkpoint(out / "student.pt", {"model": student.state_dict(), "config": config, "step": step})
+                runtime.save_checkpoint(out / "student.pt", {
+                    "model": student.state_dict(), "config": config, "step": step})
                 saved = time.monotonic()
             if leaving:
                 break
         bar.close()
         if ranks.is_main:
-            seconds, crops = time.monotonic() - begun, 2 * (step - first) * global_batch
-            print(f"{'done' if step == total else 'stopped'} at step {step}: {crops / seconds:.2f} crops/s, peak memory "
+            crops_per_s = 2 * global_batch * (step - first) / (time.monotonic() - begun)
+            print(f"{'done' if step == total else 'stopped'} at step {step}: {crops_per_s:.2f} crops/s, peak memory "
                   f"{runtime.peak_memory_mb(device):.0f} MiB, weights in {out / 'student.pt'}")
 
 

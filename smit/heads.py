@@ -27,7 +27,7 @@ class LinearVoxelHead(nn.Module):
 
 
 class MultiLayerVoxelHead(nn.Sequential):
-    """h^Pred of the ablation, "five transpose convolution layers": 768-384-192-96-48-1, each doubling the grid [SMIT 3].
+    """h^Pred of the ablation, "five transpose convolution layers", 768-384-192-96-48-1, each a doubling [SMIT 3].
 
     tokens (B, in_channels, d, h, w). Returns voxels (B, out_channels, 32d, 32h, 32w).
     """

@@ -1,9 +1,9 @@
 """Equations 1 to 4, centring, and the losses of the comparisons [SMIT 2]. Needs torch alone.
 
-All losses are computed in float32, whatever the network ran in, and are means, so that their size depends neither on the
-batch nor on the mask ratio: the paper prints sums, the release averages.
+All losses are computed in float32, whatever the network ran in, and are means, so that their size depends neither on
+the batch nor on the mask ratio: the paper prints sums, the release averages.
 
-    B samples   N patch tokens   K prototypes   hidden = masked = m_i of the paper
+    B samples   N patch tokens   M hidden ones of the batch   K prototypes   hidden = masked = m_i of the paper
 """
 import torch
 from torch import distributed, nn
@@ -42,9 +42,9 @@ def mpd_loss(student_logits, teacher_logits, hidden, center, student_temp, teach
     """
     per_sample = hidden.sum(dim=1)
     if (per_sample == 0).any():
-        raise ValueError("a sample has no hidden token, so patch distillation has nothing to match; raise the mask ratio")
-    weight = (1 / per_sample)[:, None].expand(hidden.shape)[hidden] / len(hidden)                           # (hidden,)
-    loss = cross_entropy(student_logits[hidden], teacher_logits[hidden], center, student_temp, teacher_temp)  # (hidden,)
+        raise ValueError("a sample has no hidden token, so there is nothing to distil; raise the mask ratio")
+    loss = cross_entropy(student_logits[hidden], teacher_logits[hidden], center, student_temp, teacher_temp)  # (M,)
+    weight = (1 / per_sample)[:, None].expand(hidden.shape)[hidden] / len(hidden)                             # (M,)
     return (loss * weight).sum()
 
 
@@ -98,7 +98,7 @@ def info_nce(predictions, keys, temperature=0.2):
 
     predictions, keys (B, K), row b of both from the two views of one volume, B >= 2; keys carry no gradient.
     """
-    # differs: both are centred on their batch's mean, in place of MoCo v3's batch norms, which would tie a sample to its rank
+    # differs: both are centred on their batch's mean, in place of the batch norms inside MoCo v3's heads
     predictions, keys = (F.normalize(x.float() - x.float().mean(0), dim=-1) for x in (predictions, keys.detach()))
     scores = predictions @ keys.T / temperature
     return 2 * temperature * F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))

@@ -1,7 +1,7 @@
 """Block masks: which cells of a view are hidden from the student [SMIT 2, mask ratio 0.7].
 
-One mask serves three resolutions: drawn on cells (16^3 voxels), expanded to tokens for the encoder and to voxels for the
-MIP loss. True = hidden = counted by the losses. Needs torch alone.
+One mask serves three resolutions: drawn on cells (16^3 voxels), expanded to tokens for the encoder and to voxels for
+the MIP loss. True = hidden = counted by the losses. Needs torch alone.
 """
 import math
 
@@ -25,7 +25,7 @@ def random_block_mask(batch, grid, ratio, generator=None):
 
 
 def expand_mask(mask, factor):
-    """Repeat each cell `factor` times along its three axes: (B, D, H, W) -> (B, fD, fH, fW); one factor, or one per axis."""
+    """Repeat each cell `factor` times along its axes: (B, D, H, W) -> (B, fD, fH, fW); one factor, or one per axis."""
     factors = (factor,) * 3 if isinstance(factor, int) else factor
     for axis, f in enumerate(factors, start=1):
         mask = mask.repeat_interleave(f, dim=axis)

@@ -28,7 +28,7 @@ class SMIT(nn.Module):
     """Encoder plus the heads that the losses need [SMIT 2].
 
     encoder: keyword arguments of SwinTransformer3D. voxel_head: "linear", "multilayer" or None. patch_head, image_head,
-    contrast_head: whether to build them. shared_head: one projection head for patches and image, as iBOT has by default.
+    contrast_head: whether to build them. shared_head: one projection head for patches and image, iBOT's default.
     """
 
     def __init__(self, encoder, voxel_head="linear", patch_head=True, image_head=True, contrast_head=False,
@@ -52,7 +52,7 @@ class SMIT(nn.Module):
             self.predictor = mlp(bottleneck, head_width, bottleneck)
 
     def forward(self, views, hidden=None, noise=None):
-        """views (B, c, D, H, W); hidden (B, D/2, H/2, W/2) bool, at token resolution, or None; noise: drop path's draws."""
+        """views (B, c, D, H, W); hidden (B, D/2, H/2, W/2) bool, at token resolution, or None; noise: for drop path."""
         top = len(self.encoder.stages)
         wanted = (top - 1, top) if self.voxel_head else (top - 1,)
         features = self.encoder(views, hidden, noise, wanted)

@@ -48,7 +48,7 @@ def random_starts(shape, crop, view, rng):
 
 
 def cut(volume, start, size):
-    """The box of `size` voxels at `start` of an array (maybe on disk), zeros where it leaves it: a tensor of its own."""
+    """The box of `size` voxels at `start` of an array, maybe on disk, zeros where it leaves it: a tensor of its own."""
     out = torch.zeros(*size, dtype=torch.uint8)
     inside = [(max(s, 0), min(s + k, n)) for s, k, n in zip(start, size, volume.shape)]
     if all(lo < hi for lo, hi in inside):
@@ -61,8 +61,8 @@ def cut(volume, start, size):
 class ViewPairs(torch.utils.data.Dataset):
     """Sample number -> two views of one volume and their masks [SMIT 2, 3].
 
-    Returns views (2, 1, D, H, W) uint8, hidden (2, d, h, w) bool at cell resolution, noise (2, drops) uniform in [0, 1),
-    volume: its index, and passed_over: how many volumes before it turned out bad and were skipped, with a warning.
+    Returns views (2, 1, D, H, W) uint8, hidden (2, d, h, w) bool at cell resolution, noise (2, drops) uniform in
+    [0, 1), volume: its index, passed_over: how many volumes before it turned out bad and were skipped with a warning.
     Where every volume is bad, the sample is the last error.
     """
 

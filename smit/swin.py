@@ -80,7 +80,7 @@ def shift_mask(grid, window, shift, device=None):
 
 
 def pad_after(grid, padded):
-    """F.pad's argument that grows the D, H, W axes of (B, D, H, W, C) from `grid` to `padded`, zeros at the far ends."""
+    """F.pad's argument that grows the D, H, W axes of (B, D, H, W, C) from `grid` to `padded`, at their far ends."""
     (D, H, W), (d, h, w) = grid, padded
     return 0, 0, 0, w - W, 0, h - H, 0, d - D
 
@@ -101,7 +101,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("bias_index", relative_position_index(self.window), persistent=False)
 
     def position_bias(self, window):
-        """The bias of every head for each pair of cells of `window`, which may be smaller than the table's: (h, n, n)."""
+        """Every head's bias for each pair of cells of `window`, which may be smaller than the table's: (h, n, n)."""
         index = self.bias_index
         if window != self.window:
             # differs: the release cuts the index of the full window, which pairs most cells with a wrong offset
@@ -111,17 +111,18 @@ class WindowAttention(nn.Module):
     def forward(self, x, window, mask=None):
         """x (B*nW, n, C), mask (nW, n, n) to be added or None. Returns (B*nW, n, C)."""
         windows, n, C = x.shape
-        q, k, v = self.qkv(x).view(windows, n, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B*nW, h, n, C/h)
-        scores = (q * (C // self.heads) ** -0.5) @ k.transpose(-2, -1)                                 # (B*nW, h, n, n)
-        scores += self.position_bias(window).to(scores.dtype)   # in place: the scores are the largest tensor there is
+        h = self.heads
+        q, k, v = self.qkv(x).view(windows, n, 3, h, C // h).permute(2, 0, 3, 1, 4)           # (B*nW, h, n, C/h)
+        scores = (q * (C // h) ** -0.5) @ k.transpose(-2, -1)                                 # (B*nW, h, n, n)
+        scores += self.position_bias(window).to(scores.dtype)     # in place: the scores are the largest tensor here
         if mask is not None:
-            scores.view(-1, len(mask), *scores.shape[1:]).add_(mask[:, None])                          # (B, nW, h, n, n)
-        x = scores.softmax(-1).to(v.dtype) @ v                                                         # (B*nW, h, n, C/h)
-        return self.proj(x.transpose(1, 2).reshape(windows, n, C))                                     # (B*nW, n, C)
+            scores.view(-1, len(mask), h, n, n).add_(mask[:, None])                           # (B, nW, h, n, n)
+        x = scores.softmax(-1).to(v.dtype) @ v                                                # (B*nW, h, n, C/h)
+        return self.proj(x.transpose(1, 2).reshape(windows, n, C))                            # (B*nW, n, C)
 
 
 def drop_path(branch, rate, noise):
-    """Drop a residual branch for the samples whose uniform noise (B,) lies under `rate`; scale up the others [Swin A2]."""
+    """Drop a residual branch for samples whose uniform noise (B,) lies under `rate`; scale up the others [Swin A2]."""
     keep = (noise >= rate).to(branch.dtype) / (1 - rate)
     return branch * keep.view(-1, 1, 1, 1, 1)
 
@@ -231,7 +232,7 @@ class SwinTransformer3D(nn.Module):
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def embed(self, x, hidden=None):
-        """Patches to tokens, the hidden ones replaced by the mask token [SMIT 2]: (B, C, D, H, W) -> (B, D', H', W', C')."""
+        """Patches to tokens, hidden ones replaced by the mask token [SMIT 2]: (B, c, D, H, W) -> (B, D/2, ..., C)."""
         p = self.patch
         short = [-size % p for size in x.shape[2:]]
         if any(short):
@@ -250,7 +251,7 @@ class SwinTransformer3D(nn.Module):
         """Encode a volume into tokens of five resolutions.
 
         x (B, in_channels, D, H, W); hidden (B, D/patch, H/patch, W/patch) bool, True = replaced by the mask token;
-        noise (B, drops) uniform in [0, 1), the draws of drop path: given, they make a run repeatable whatever the batch;
+        noise (B, drops) uniform in [0, 1), the draws of drop path: given, a run is repeatable whatever the batch;
         absent, they are drawn here in training mode. Returns a list of (B, C_i, D_i, H_i, W_i): each stage's output,
         normed, and the last merge's; at 96^3: 48@48^3, 96@24^3, 192@12^3, 384@6^3, 768@3^3. `wanted` names the indices
         that are used; the others come as None and cost nothing.

@@ -19,7 +19,7 @@ def test_teacher_moves_by_one_minus_momentum():
 
 
 def test_a_teacher_may_lack_heads_and_names_decide():
-    student = torch.nn.ModuleDict({"unused": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 3), "a": torch.nn.Linear(2, 3)})
+    student = torch.nn.ModuleDict({name: torch.nn.Linear(2, 3) for name in ("unused", "b", "a")})
     teacher = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3), "b": torch.nn.Linear(2, 3)})
     ema.update_teacher(teacher, student, 0.)
     assert torch.equal(teacher["a"].weight, student["a"].weight) and torch.equal(teacher["b"].bias, student["b"].bias)

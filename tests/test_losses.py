@@ -88,8 +88,8 @@ def test_uniform_outputs_cost_ln_k():
 
 
 def test_token_losses_are_float32_whatever_comes_in():
-    half = torch.randn(2, 3, 8).half()
-    assert losses.mpd_loss(half, half, torch.ones(2, 3, dtype=torch.bool), torch.zeros(8), .1, .04).dtype == torch.float32
+    half, hidden = torch.randn(2, 3, 8).half(), torch.ones(2, 3, dtype=torch.bool)
+    assert losses.mpd_loss(half, half, hidden, torch.zeros(8), .1, .04).dtype == torch.float32
     assert losses.itd_loss(half[:, 0], half[:, 0], torch.zeros(8), .1, .04).dtype == torch.float32
 
 

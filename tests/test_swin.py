@@ -111,7 +111,7 @@ def test_one_token_reaches_its_window_and_no_other():
     block = swin.SwinBlock(8, 2, (2, 4, 3), False, 4, False, 0., True)
     x = torch.randn(1, 4, 8, 6, 8)
     y = x.clone()
-    y[0, 2, 5, 1, 3] += 1                                              # one channel: LayerNorm would undo a shift of all
+    y[0, 2, 5, 1, 3] += 1                                              # one channel; LayerNorm undoes a shift of all
     changed = (block(x) != block(y)).any(-1)[0]
     window = torch.zeros(4, 8, 6, dtype=torch.bool)
     window[2:4, 4:8, 0:3] = True
@@ -187,7 +187,7 @@ def test_unwanted_outputs_are_left_out():
 
 def test_a_zero_patch_has_a_gentle_gradient():
     encoder = tiny()
-    encoder(torch.zeros(1, 1, 8, 12, 10))[-1].sum().backward()         # air; a zero vector would multiply it by 316 a norm
+    encoder(torch.zeros(1, 1, 8, 12, 10))[-1].sum().backward()         # air; zero vectors gain 316 at every norm
     assert max(p.grad.norm() for p in encoder.parameters() if p.grad is not None) < 1e3
 
 

@@ -48,7 +48,8 @@ def test_a_weight_of_zero_skips_the_computation(phantoms, tmp_path, monkeypatch)
     train(phantoms, tmp_path / "run", "--method", "simmim", "--steps", 2, "--val_fraction", 0)
     assert len(calls) == 2 and len(set(map(id, calls))) == 1           # the student, once a step: no teacher runs
     state = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
-    assert state["teacher"] is None and not state["centers"] and not any("head.mlp" in name for name in state["student"])
+    assert state["teacher"] is None and not state["centers"]
+    assert not any("head.mlp" in name for name in state["student"])
 
 
 def test_the_logged_loss_is_the_weighted_sum(phantoms, tmp_path):
@@ -79,7 +80,7 @@ def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script
         same = runtime.load_checkpoint(tmp_path / other / "last.pt")
         for part in ("student", "teacher", "centers"):
             for name, tensor in one[part].items():
-                torch.testing.assert_close(same[part][name], tensor, rtol=1e-5, atol=1e-5, msg=f"{other}: {part}.{name}")
+                torch.testing.assert_close(same[part][name], tensor, rtol=1e-5, atol=1e-5, msg=f"{other}: {name}")
         for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / other)):
             assert all(b[term] == pytest.approx(a[term], rel=1e-5) for term in ("loss", "mip", "mpd", "itd"))
 
@@ -112,7 +113,7 @@ def test_resume_refuses_other_settings(phantoms, tmp_path):
 @pytest.mark.parametrize("flags, why", [
     ("--view 20", "multiple of 8"), ("--view 32", "larger than --crop"), ("--mask_cell 5", "--mask_cell 5"),
     ("--mask_cell 2", "patch token"), ("--mask_ratio 0", "--mask_ratio"), ("--mip 0 --mpd 0 --itd 0", "nothing"),
-    ("--val_fraction 1", "--val_fraction"), ("--depths 1 1 1", "2 depths|3 depths|multiple of"), ("--key test", "'test'")])
+    ("--val_fraction 1", "--val_fraction"), ("--depths 1 1 1", "2 heads|multiple of"), ("--key test", "'test'")])
 def test_settings_that_do_not_fit_are_refused_before_any_work(flags, why, phantoms, tmp_path):
     with pytest.raises(ValueError, match=why):
         train(phantoms, tmp_path / "run", *flags.split())
@@ -124,7 +125,8 @@ def test_bad_volumes_stop_the_run_unless_allowed(phantoms, tmp_path):
     import numpy as np
     folder = tmp_path / "images"
     shutil.copytree(phantoms.parent / "imagesTr", folder)
-    nibabel.save(nibabel.Nifti1Image(np.full((30, 30, 30), -1000, np.int16), np.diag([10, 10, 10, 1])), folder / "air.nii.gz")
+    air = nibabel.Nifti1Image(np.full((30, 30, 30), -1000, np.int16), np.diag([10, 10, 10, 1]))
+    nibabel.save(air, folder / "air.nii.gz")
     flags = ["--steps", 6, "--batch", 2, "--val_fraction", 0]
     with pytest.warns(UserWarning, match="air.nii.gz"), pytest.raises(ValueError, match="air.nii.gz.*|.*--max_bad 0"):
         train(folder, tmp_path / "strict", *flags)
