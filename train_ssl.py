@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -29,9 +30,10 @@ COLUMNS = """step epoch lr momentum teacher_temp loss mip mpd itd contrast grad_
              val_mip val_mse val_constant val_median""".split()
 FREE_ON_RESUME = set("""preset method out resume overwrite cache max_bad device workers batch accumulate checkpointing
                         log_every val_every save_steps save_minutes""".split())
+PATCH = 2  # voxels per axis of the encoder's first tokens [SMIT 2]
 PRESETS = {  # what differs from the flags' defaults
     "paper": {},
-    # half of everything: three stages, so that a view of 48^3 has the paper's 6^3 cells; see README, "The tiny preset"
+    # half the width, half the view and three stages, so that a view still has 6^3 cells; see README, "The tiny preset"
     "tiny": dict(spacing=[4.0, 4.0, 4.0], crop=[64], view=[48], mask_cell=8, embed_dim=24, depths=[2, 2, 2],
                  heads=[2, 4, 8], drop_path=0.0, head_width=256, bottleneck=64, prototypes=256, steps=300, batch=4,
                  lr=1e-3, teacher_temp=[0.03, 0.03], workers=2, val_fraction=0.1, val_every=100, phantoms=20),
@@ -45,7 +47,7 @@ METHODS = {  # rows of Table 2 and Fig. 4 on the Swin backbone
     "itd": dict(mip=0.0, mpd=0.0, itd=1.0),
     "full": dict(mip=1.0, mpd=0.0, itd=0.0, mask_ratio=0.0, mip_on="all"),    # full image reconstruction
     "ml-mip": dict(mip=1.0, mpd=0.1, itd=0.1, voxel_head="multilayer"),
-    "moco": dict(mip=0.0, mpd=0.0, itd=0.0, contrast=1.0, mask_ratio=0.0),    # contrast on the image token [33]
+    "moco": dict(mip=0.0, mpd=0.0, itd=0.0, contrast=1.0, mask_ratio=0.0, batch=4),  # image token [33]
 }
 
 
@@ -126,18 +128,22 @@ def parse_arguments(argv=None):
 
 def check_sizes(args):
     """Refuse sizes that do not fit each other before any work is done."""
-    view, cell, token = args.view, args.mask_cell, 2 ** len(args.depths)      # token: voxels per axis of a patch token
+    view, cell, token = args.view, args.mask_cell, PATCH * 2 ** (len(args.depths) - 1)   # voxels of a patch token
     for wrong, why in (
             (len(view) != 3 or len(args.crop) != 3, "--crop and --view take one number or three"),
             (any(v % (2 * token) for v in view), f"--view {view} must be a multiple of {2 * token}, a last token"),
             (any(v > c for v, c in zip(view, args.crop)), f"--view {view} is larger than --crop {args.crop}"),
-            (any(v % cell for v in view) or cell % 2, f"--mask_cell {cell} must be even and divide --view {view}"),
+            (any(v % cell for v in view) or cell % PATCH,
+             f"--mask_cell {cell} must be a multiple of {PATCH} and divide --view {view}"),
             (args.mpd and cell % token, f"--mask_cell {cell} must be a multiple of {token}, a patch token, for MPD"),
             (args.mpd and not args.mask_ratio, "--mpd needs hidden tokens: a --mask_ratio above 0, or --mpd 0"),
             (args.mip and args.mip_on == "hidden" and not args.mask_ratio,
              "--mip needs hidden voxels: a --mask_ratio above 0, or --mip_on all"),
             (not (args.mip or args.mpd or args.itd or args.contrast), "all loss weights are 0: nothing to learn"),
-            (args.contrast and args.batch < 2, "--contrast needs other volumes in its micro-batch: --batch 2 or more"),
+            (args.contrast and args.batch < 4, "--contrast needs other volumes in its micro-batch: --batch 4 or more"),
+            (args.shared_head and not (args.mpd and args.itd), "--shared_head shares between MPD and ITD: use both"),
+            (args.warmup_epochs >= args.epochs, f"--warmup_epochs {args.warmup_epochs:g} must be fewer than --epochs"),
+            (min(args.student_temp, *args.teacher_temp) <= 0, "temperatures are above 0"),
             (min(args.batch, args.accumulate, args.log_every, args.val_every, args.epochs, args.steps or 1) < 1,
              "--batch, --accumulate, --log_every, --val_every, --epochs and --steps start at 1"),
             (args.resume and args.overwrite, "--resume continues a run and --overwrite discards it: choose one")):
@@ -148,7 +154,7 @@ def check_sizes(args):
 def build_networks(args):
     """Student, teacher (None when no loss needs one) and the centres of the teacher's two heads."""
     torch.manual_seed(args.seed)
-    encoder = dict(embed_dim=args.embed_dim, depths=args.depths, heads=args.heads, window=args.window,
+    encoder = dict(patch=PATCH, embed_dim=args.embed_dim, depths=args.depths, heads=args.heads, window=args.window,
                    drop_path=args.drop_path, checkpointing=args.checkpointing)
     student = pretrain.SMIT(encoder, args.voxel_head if args.mip else None, bool(args.mpd), bool(args.itd),
                             bool(args.contrast), args.shared_head, args.head_width, args.bottleneck, args.prototypes)
@@ -180,6 +186,9 @@ def load_cases(args, ranks):
                                                ranks.rank, ranks.world))]
         ranks.barrier()
     cases = [case for path in args.data for case in data.read_list(path, args.key)]
+    counts = collections.Counter(os.path.realpath(case["image"]) for case in cases)
+    if twice := [path for path, count in counts.items() if count > 1]:
+        raise ValueError(f"{twice[0]} comes from two sources of --data, as do {len(twice) - 1} others: drop one source")
     data.check_cases(cases)
     held_back = round(args.val_fraction * len(cases))
     if not 0 <= held_back < len(cases):
@@ -193,7 +202,7 @@ def other_view(x):
     return x.roll(len(x) // 2, dims=0)
 
 
-def loss_terms(args, student, teacher, centers, batch, teacher_temp, device):
+def loss_terms(args, student, teacher, centers, batch, teacher_temp, device, autocast):
     """The paper's losses on one micro-batch of B volumes: dict of scalars, and the teacher's outputs [SMIT Fig. 1].
 
     u and v, the two views of each volume, go through a network as one batch of 2B: all u, then all v. So every loss is
@@ -202,16 +211,18 @@ def loss_terms(args, student, teacher, centers, batch, teacher_temp, device):
     together = lambda pairs: pairs.transpose(0, 1).flatten(0, 1).to(device)          # (B, 2, ...) -> (2B, ...)
     views, cells, noise = (together(batch[name]) for name in ("views", "hidden", "noise"))
     views = views.float() / 255                                                       # (2B, 1, D, H, W) in [0, 1]
-    corrupted = expand_mask(cells, args.mask_cell // 2) if args.mask_ratio else None  # (2B, D/2, H/2, W/2)
-    with torch.no_grad():
-        taught = teacher(views) if teacher else None                                  # f_t sees u and v whole
-    learned = student(views, corrupted, noise)                                        # f_s sees them corrupted
-    terms = {}
+    corrupted = expand_mask(cells, args.mask_cell // PATCH) if args.mask_ratio else None  # (2B, D/2, H/2, W/2)
+    with autocast():
+        with torch.no_grad():
+            taught = teacher(views) if teacher else None                              # f_t sees u and v whole
+        learned = student(views, corrupted, noise)                                    # f_s sees them corrupted
+    terms = {}                                                                        # in float32 from here on
     if args.mip:
         counted = expand_mask(cells, args.mask_cell) if args.mip_on == "hidden" else views >= 0
         terms["mip"] = losses.mip_loss(learned.voxels, views, counted)                            # Eq. 1
     if args.mpd:
-        hidden = expand_mask(cells, args.mask_cell // 2 ** len(args.depths)).flatten(1)           # (2B, N)
+        token = PATCH * 2 ** (len(args.depths) - 1)                                               # 16 voxels
+        hidden = expand_mask(cells, args.mask_cell // token).flatten(1)                           # (2B, N)
         terms["mpd"] = losses.mpd_loss(learned.patch_logits, taught.patch_logits, hidden,         # Eq. 2, 3
                                        centers["mpd"].value, args.student_temp, teacher_temp)
         centers["mpd"].collect(taught.patch_logits)
@@ -225,28 +236,31 @@ def loss_terms(args, student, teacher, centers, batch, teacher_temp, device):
     return terms, taught
 
 
-def passed_over(batch, n):
-    """Indices of the bad volumes in whose place others of the n were taken."""
-    return {(index - k) % n for index, count in zip(batch["volume"].tolist(), batch["passed_over"].tolist())
-            for k in range(1, count + 1)}
+def noted(batches, bad, n):
+    """Pass batches on, adding to the set `bad` the indices of volumes in whose place others of the n were taken."""
+    for batch in batches:
+        for index, count in zip(batch["volume"].tolist(), batch["passed_over"].tolist()):
+            bad |= {(index - k) % n for k in range(1, count + 1)}
+        yield batch
 
 
-def check_bad(bad, mine, cases, max_bad, ranks):
-    """Add the bad volumes that all ranks have just found to the set `bad`; ValueError if they are more than max_bad."""
-    bad |= {i for i, flag in enumerate(ranks.agree(*(i in mine for i in range(len(cases))))) if flag}
+def check_bad(bad, cases, max_bad, ranks):
+    """Join all ranks' sets of bad volumes; ValueError naming them if they are more than max_bad."""
+    bad |= {i for i, flag in enumerate(ranks.agree(*(i in bad for i in range(len(cases))))) if flag}
     if len(bad) > max_bad:
         names = ", ".join(cases[i]["image"] for i in sorted(bad))
         raise ValueError(f"bad volumes, {len(bad)}, are more than --max_bad {max_bad}: {names}; mend or remove them")
 
 
 @torch.no_grad()
-def collapse_monitors(taught, centers, teacher_temp):
-    """What collapse would show in, from the teacher's outputs: see pretrain.entropies and pretrain.effective_rank."""
+def collapse_monitors(taught, centers, teacher_temp, ranks):
+    """What collapse shows in, of the last micro-batch: see pretrain.entropies and pretrain.effective_rank."""
     row = {"effective_rank": pretrain.effective_rank(taught.tokens)}
     for name, logits in (("mpd", taught.patch_logits), ("itd", taught.image_logits)):
         if logits is not None:
             center = centers[name].value
-            row[f"{name}_entropy"], row[f"{name}_mean_entropy"] = pretrain.entropies(logits, center, teacher_temp)
+            row[f"{name}_entropy"], row[f"{name}_mean_entropy"] = pretrain.entropies(
+                logits, center, teacher_temp, ranks.mean)
             row[f"{name}_center"] = center.norm().item()
     return row
 
@@ -257,9 +271,9 @@ def main(args):
     device = ranks.device
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
+        student, teacher, centers = build_networks(args)
         cases, held_back = load_cases(args, ranks)
         settings = data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window))
-        student, teacher, centers = build_networks(args)
         pairs = functools.partial(
             sampling.ViewPairs, settings=settings, cache=args.cache, crop=args.crop, view=args.view,
             cell=args.mask_cell, mask_ratio=args.mask_ratio, drops=student.encoder.drops, seed=args.seed)
@@ -272,14 +286,16 @@ def main(args):
             network.to(device)
         optimizer = build_optimizer(student, args)
         precision = runtime.pick_precision(args.precision, device)
-        scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 12, enabled=precision == torch.float16)
         autocast = functools.partial(torch.autocast, device.type, precision, precision != torch.float32)
         weights = {name: getattr(args, name) for name in ("mip", "mpd", "itd", "contrast") if getattr(args, name)}
-        config = {**vars(args), "global_batch": global_batch, "total": total, "volumes": len(cases)}
+        config = {**vars(args), "global_batch": global_batch, "total": total, "volumes": len(cases),
+                  "precision": str(precision)[6:]}
         step = strikes = skipped = 0
-        bad = set()                                                                     # volumes that could not be read
+        bad, unread = set(), set()                  # volumes that could not be read, of those to train on and held back
         if state := runtime.load_latest(out, ranks):
-            runtime.compare_settings(state["config"], config, FREE_ON_RESUME)
+            tied = {"batch", "accumulate"} if args.contrast else set()              # its negatives: the micro-batch
+            runtime.compare_settings(state["config"], config, FREE_ON_RESUME - tied)
             for name, part in (("student", student), ("teacher", teacher), ("centers", centers),
                                ("optimizer", optimizer), ("scaler", scaler)):
                 if part is not None:
@@ -297,7 +313,8 @@ def main(args):
         # sums after the first step, which would make a resumed run differ from the uninterrupted one in the last bit
         wrapped = DistributedDataParallel(student, find_unused_parameters=True) if ranks.world > 1 else student
         numbers = sampling.micro_batches(step * global_batch, total * global_batch, args.batch, ranks.rank, ranks.world)
-        batches = sampling.batches(pairs(cases), numbers, args.workers)
+        batches = sampling.batches(pairs(cases), numbers, args.workers, pin=device.type == "cuda")
+        batches = noted(batches, bad, len(cases))
         stop = runtime.StopSignals(ranks)
         bar = tqdm(total=total, initial=step, unit="step", disable=None if ranks.is_main else True)
         first, begun, saved = step, time.monotonic(), time.monotonic()
@@ -308,19 +325,17 @@ def main(args):
                 # differs: the release sets the rate once an epoch, and to 0 for the whole first one
                 group["lr"] = ema.warmup_cosine(step + 0.5, warmup, total, args.lr)          # the middle of this step
             # differs: the release starts the warm-up of the patch temperature 30 epochs late
-            teacher_temp = ema.linear_warmup(step / max(warmup, 1), *args.teacher_temp)
+            teacher_temp = ema.linear_warmup(step / warmup if warmup else 1, *args.teacher_temp)
             # differs: the release restarts this schedule with every epoch, and so stays at .996
             momentum = ema.cosine(step / max(total - 1, 1), args.momentum, 1.0)
 
             optimizer.zero_grad()
-            row, mine = collections.Counter(), set()
+            row = collections.Counter()
             for micro in range(args.accumulate):
                 batch = next(batches)
-                mine |= passed_over(batch, len(cases))
                 more = micro + 1 < args.accumulate
                 with wrapped.no_sync() if more and ranks.world > 1 else contextlib.nullcontext():
-                    with autocast():
-                        terms, taught = loss_terms(args, wrapped, teacher, centers, batch, teacher_temp, device)
+                    terms, taught = loss_terms(args, wrapped, teacher, centers, batch, teacher_temp, device, autocast)
                     terms["loss"] = sum(weights[name] * term for name, term in terms.items())      # L_total
                     scaler.scale(terms["loss"] / args.accumulate).backward()
                 row.update({name: term.detach() / args.accumulate for name, term in terms.items()})
@@ -348,20 +363,22 @@ def main(args):
             measure = args.mip and held_back and (step % args.val_every == 0 or step == total)
             if measure or step % args.log_every == 0 or step == total:
                 row = {name: term.item() for name, term in row.items()} | {"grad_norm": norm.item()}
-                if teacher:
-                    row |= collapse_monitors(taught, centers, teacher_temp)
+                if teacher and finite:
+                    row |= collapse_monitors(taught, centers, teacher_temp, ranks)
                 row = dict(zip(row, ranks.mean(torch.tensor(list(row.values()), device=device)).tolist()))
                 if measure:
                     share = [[number] for number in range(ranks.rank, len(held_back), ranks.world)]
-                    row |= pretrain.validate(student, sampling.batches(pairs(held_back, split="val"), share),
-                                             args.mask_cell, device, autocast, ranks)
+                    val_batches = noted(sampling.batches(pairs(held_back, split="val"), share), unread, len(held_back))
+                    row |= pretrain.validate(student, val_batches, args.mask_cell, args.mip_on == "all", device,
+                                             autocast, ranks)
+                    check_bad(unread, held_back, args.max_bad, ranks)
                 log.row(step=step, epoch=step * global_batch / len(cases), lr=optimizer.param_groups[0]["lr"],
                         momentum=momentum, teacher_temp=teacher_temp, skipped=skipped, **row)
                 crops_per_s = 2 * global_batch * (step - first) / (time.monotonic() - begun)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", crops_per_s=f"{crops_per_s:.2f}")
-            leaving, found_bad = ranks.agree(stop.asked, bool(mine))
-            if found_bad:
-                check_bad(bad, mine, cases, args.max_bad, ranks)
+            leaving, worst = ranks.agree(stop.asked, len(bad))
+            if worst:
+                check_bad(bad, cases, args.max_bad, ranks)
             due = args.save_steps and step % args.save_steps == 0 or time.monotonic() - saved > 60 * args.save_minutes
             if ranks.is_main and (due or leaving or step == total):
                 runtime.save_checkpoint(out / "last.pt", {

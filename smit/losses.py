@@ -85,8 +85,9 @@ class Center(nn.Module):
         # differs: the release averages over its own rank only, and leaves the centre out of its checkpoints
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(total)
-        self.value.lerp_(total[:-1] / total[-1], 1 - self.momentum)
-        return self.value
+        mean = total[:-1] / total[-1]
+        mean = torch.where(mean.isfinite().all(), mean, self.value)   # an overflow must not stay for good
+        return self.value.lerp_(mean, 1 - self.momentum)
 
     def discard(self):
         """Forget what was collected: the step is not taken."""
@@ -96,9 +97,10 @@ class Center(nn.Module):
 def info_nce(predictions, keys, temperature=0.2):
     """Contrast of image tokens: each prediction against the keys of the micro-batch [MoCo v3 Alg. 1].
 
-    predictions, keys (B, K), row b of both from the two views of one volume, B >= 2; keys carry no gradient.
+    predictions, keys (B, K), row b of both from the two views of one volume, B >= 4; keys carry no gradient.
     """
-    # differs: both are centred on their batch's mean, in place of the batch norms inside MoCo v3's heads
+    # differs: the keys are this rank's micro-batch, where MoCo v3 gathers all ranks'; and both sides are centred on
+    # their mean, in place of the batch norms inside MoCo v3's heads
     predictions, keys = (F.normalize(x.float() - x.float().mean(0), dim=-1) for x in (predictions, keys.detach()))
     scores = predictions @ keys.T / temperature
     return 2 * temperature * F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))

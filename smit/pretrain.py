@@ -81,14 +81,15 @@ class SMIT(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- monitors
 @torch.no_grad()
-def entropies(logits, center, temperature):
+def entropies(logits, center, temperature, over_ranks=lambda mean: mean):
     """Two signs of collapse, both as shares of ln K: (per-token entropy, entropy of the mean distribution).
 
-    logits (..., K). Uniform outputs give (1, 1); collapse to one prototype (0, 0); what one wants is low and high.
+    logits (..., K), n of them; over_ranks averages a tensor over ranks. Uniform outputs give (1, 1); collapse to one
+    prototype (0, 0); one wants the second well above the first, which it can exceed by ln(n) / ln(K) at most.
     """
-    p = sharpen(logits, temperature, center).flatten(0, -2)                                 # (tokens, K)
+    p = sharpen(logits, temperature, center).flatten(0, -2)                                 # (n, K)
     entropy = lambda q: -(q * q.clamp_min(1e-30).log()).sum(-1).mean().item() / math.log(q.shape[-1])
-    return entropy(p), entropy(p.mean(0))
+    return entropy(p), entropy(over_ranks(p.mean(0)))
 
 
 @torch.no_grad()
@@ -106,30 +107,32 @@ def effective_rank(tokens):
 
 # ------------------------------------------------------------------------------------------------------- validation
 @torch.no_grad()
-def validate(student, batches, cell, device, autocast, ranks):
+def validate(student, batches, cell, count_all, device, autocast, ranks):
     """MIP on held-back volumes, beside two predictors that know nothing of anatomy [ours].
 
-    batches: as sampling.batches gives them, this rank's share; cell: voxels per axis of a mask cell. Returns a dict:
-    val_mip (L1 over hidden voxels, as Eq. 1), val_mse (its square), val_constant (L1 of the best single grey value, the
-    median of all hidden voxels), val_median (L1 of each view's visible median). Leaves the student in train mode.
+    batches: as sampling.batches gives them, this rank's share; cell: voxels per axis of a mask cell; count_all: score
+    visible voxels too, for full image reconstruction. Returns a dict: val_mip (L1 over hidden voxels, as Eq. 1),
+    val_mse (its square), val_constant (L1 of the best single grey value, the median of all voxels scored), val_median
+    (L1 of each view's visible median). Leaves the student in train mode.
     """
-    sums = torch.zeros(4, dtype=torch.float64)                       # L1, L2, L1 of the visible median, hidden voxels
-    counts = torch.zeros(256, dtype=torch.float64)                   # of the hidden voxels' grey values
+    sums = torch.zeros(4, dtype=torch.float64)                       # L1, L2, L1 of the visible median, voxels scored
+    counts = torch.zeros(256, dtype=torch.float64)                   # of the scored voxels' grey values
     student.eval()
     for batch in batches:
-        grey, hidden = batch["views"].flatten(0, 1), batch["hidden"].flatten(0, 1)
+        grey, cells = batch["views"].flatten(0, 1), batch["hidden"].flatten(0, 1)
+        tokens = expand_mask(cells, cell // student.encoder.patch).to(device) if cells.any() else None
         with autocast():
-            patches = expand_mask(hidden, cell // student.encoder.patch).to(device)
-            voxels = student(grey.to(device) / 255, patches).voxels.float().cpu()
-        hidden = expand_mask(hidden, cell)[:, None]                                        # (B, 1, D, H, W)
-        error = (voxels - grey / 255)[hidden]
-        medians = torch.stack([g[~h].median() if not h.all() else g.new_tensor(0) for g, h in zip(grey, hidden)])
-        guess = (medians.view(-1, 1, 1, 1, 1).expand_as(grey)[hidden].float() - grey[hidden].float()) / 255
-        sums += torch.stack([error.abs().sum(), (error ** 2).sum(), guess.abs().sum(), torch.tensor(len(error))])
-        counts += torch.bincount(grey[hidden].long(), minlength=256)
+            voxels = student(grey.to(device).float() / 255, tokens).voxels.float().cpu()
+        hidden = expand_mask(cells, cell)[:, None]                                         # (B, 1, D, H, W)
+        scored = torch.ones_like(hidden) if count_all else hidden
+        median = torch.stack([g[~h if not h.all() else h].median() for g, h in zip(grey, hidden)])
+        error = (voxels - grey / 255)[scored]
+        median_error = (median.float().view(-1, 1, 1, 1, 1) - grey)[scored] / 255
+        sums += torch.stack([error.abs().sum(), (error ** 2).sum(), median_error.abs().sum(), scored.sum()])
+        counts += torch.bincount(grey[scored].long(), minlength=256)
     student.train()
     sums, counts = ranks.mean(sums.to(device)).cpu(), ranks.mean(counts.to(device)).cpu()
-    median = torch.searchsorted(counts.cumsum(0), counts.sum() / 2)
-    constant = (counts * (torch.arange(256) - median).abs()).sum() / 255
-    l1, l2, guess, n = sums.tolist()
-    return {"val_mip": l1 / n, "val_mse": l2 / n, "val_constant": constant.item() / n, "val_median": guess / n}
+    best = torch.searchsorted(counts.cumsum(0), counts.sum() / 2)                          # the median grey value
+    constant = (counts * (torch.arange(256) - best).abs()).sum().item() / 255
+    l1, l2, visible_median, n = sums.tolist()
+    return {"val_mip": l1 / n, "val_mse": l2 / n, "val_constant": constant / n, "val_median": visible_median / n}

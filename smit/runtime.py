@@ -87,8 +87,7 @@ def start(device="auto", timeout_minutes=10):
 def pick_precision(name, device):
     """The dtype to autocast to: fp32, fp16, bf16, or auto: bf16 where the card has it, else fp16; fp32 on CPU."""
     if name == "auto":
-        new_card = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "fp32" if device.type == "cpu" else "bf16" if new_card else "fp16"
+        name = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 

@@ -4,7 +4,10 @@ A run is a sequence of samples 0, 1, 2, ...; sample s belongs to epoch s // n. N
 moment at which a run was resumed enters a draw, so two ranks with batch 1 see what one rank with batch 2 sees.
 """
 import functools
+import math
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +16,11 @@ from smit import data
 from smit.masking import random_block_mask
 from smit.runtime import ignore_stop_signals
 from smit.transforms import rotate90
+
+SPLITS = {  # numbers of the BTCV cases held back
+    "smit21_9": [29, 30, 31, 32, 34, 36, 37, 39, 40],  # [release]
+    "monai24_6": [35, 36, 37, 38, 39, 40],             # in MONAI's tutorials
+}
 
 
 def generator(seed, *key):
@@ -92,6 +100,39 @@ class ViewPairs(torch.utils.data.Dataset):
                 "volume": index, "passed_over": passed_over}
 
 
+def published_split(cases, name):
+    """(train, held back) of BTCV cases by the numbers in their images' names; ValueError if one of them lacks."""
+    def number(case):
+        return int((re.findall(r"\d+", Path(case["image"]).name) or ["0"])[0])
+    train, held_back = ([c for c in cases if (number(c) in SPLITS[name]) == held] for held in (False, True))
+    if sorted(map(number, held_back)) != SPLITS[name]:
+        raise ValueError(f"{name} holds back cases {SPLITS[name]}; found of them: {sorted(map(number, held_back))}")
+    return train, held_back
+
+
+def fold_split(cases, fold, folds):
+    """(train, held back) for one of several folds; nnU-Net's own, where the cases are sorted by name [nnU-Net]."""
+    order = np.arange(len(cases))
+    np.random.RandomState(12345).shuffle(order)
+    held = np.array_split(order, folds)[fold].tolist()
+    return [case for i, case in enumerate(cases) if i not in held], [cases[i] for i in sorted(held)]
+
+
+def share_split(cases, share, seed):
+    """(train, held back) with a random share of the cases held back, at least one unless it is 0."""
+    order = torch.randperm(len(cases), generator=generator(seed, "held back")).tolist()
+    held = math.ceil(share * len(cases))
+    return [cases[i] for i in order[held:]], [cases[i] for i in order[:held]]
+
+
+def nested_subset(cases, n, seed):
+    """The first n of one shuffle of the cases: a smaller n takes a part of what a larger one takes."""
+    if not 1 <= n <= len(cases):
+        raise ValueError(f"{n} cases to train on were asked for, and {len(cases)} are there")
+    order = torch.randperm(len(cases), generator=generator(seed, "subset")).tolist()
+    return [cases[i] for i in order[:n]]
+
+
 def random_voxel(mask, rng):
     """One of the True voxels of mask (D, H, W), each with the same chance: its three indices."""
     planes = np.count_nonzero(mask, axis=(1, 2)).cumsum()
@@ -127,8 +168,8 @@ def augmented_crop(image, label, size, rng):
 class LabelledCrops(torch.utils.data.Dataset):
     """Sample number -> several augmented crops of one labelled volume, for fine-tuning [release].
 
-    Returns images (n, 1, D, H, W) float32, 0..1 before augmentation, labels (n, D, H, W) uint8, noise (n, drops) uniform
-    in [0, 1), volume: its index. A volume that cannot be used is no sample to pass over: the sample is the error.
+    Returns images (n, 1, D, H, W) float32, 0..1 before augmentation, labels (n, D, H, W) uint8, noise (n, drops)
+    uniform in [0, 1), volume: its index. A volume that cannot be used is not passed over: the sample is the error.
     """
 
     def __init__(self, cases, settings, cache, num_classes, size, crops=4, drops=0, seed=0):
@@ -154,10 +195,10 @@ def collate(samples):
     return errors[0] if errors else torch.utils.data.default_collate(samples)
 
 
-def batches(dataset, numbers, workers=0, timeout=300):
+def batches(dataset, numbers, workers=0, pin=False, timeout=300):
     """Iterate over micro-batches: `numbers` yields lists of sample numbers. Raises what the dataset found wrong."""
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=numbers, num_workers=workers, collate_fn=collate,
-                                         timeout=timeout if workers else 0, pin_memory=torch.cuda.is_available(),
+                                         timeout=timeout if workers else 0, pin_memory=pin,
                                          worker_init_fn=ignore_stop_signals)
     for batch in loader:
         if isinstance(batch, Exception):

@@ -43,10 +43,11 @@ def reverse_windows(windows, window, grid):
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, D, H, W, windows.shape[-1])  # (B, D, H, W, C)
 
 
-def relative_position_index(window, table_window=None):
+@functools.lru_cache(maxsize=64)
+def relative_position_index(window, table_window=None, device=None):
     """Row of the bias table for each pair of a window's cells: one value per offset [Swin Eq. 4].
 
-    Returns (n, n) long. The table has prod(2 * t - 1) rows, t the `table_window` (by default the window itself): a
+    Returns (n, n) long; do not write to it. The table has prod(2 * t - 1) rows, t the `table_window` (by default the window itself): a
     window clamped to a small grid looks its true offsets up in the table of the full one.
     """
     table_window = table_window or window
@@ -55,7 +56,7 @@ def relative_position_index(window, table_window=None):
     for axis, t in enumerate(table_window):
         offset = cells[:, None, axis] - cells[None, :, axis]            # (n, n) in [-(t-1), t-1]
         index = index * (2 * t - 1) + offset + t - 1
-    return index
+    return index.to(device)
 
 
 @functools.lru_cache(maxsize=64)  # differs: the release builds this mask again in every forward
@@ -98,14 +99,10 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.bias_table = nn.Parameter(torch.empty(math.prod(2 * w - 1 for w in window), heads))
         nn.init.trunc_normal_(self.bias_table, std=0.02)
-        self.register_buffer("bias_index", relative_position_index(self.window), persistent=False)
 
     def position_bias(self, window):
         """Every head's bias for each pair of cells of `window`, which may be smaller than the table's: (h, n, n)."""
-        index = self.bias_index
-        if window != self.window:
-            # differs: the release cuts the index of the full window, which pairs most cells with a wrong offset
-            index = relative_position_index(window, self.window).to(index.device)
+        index = relative_position_index(window, self.window, self.bias_table.device)
         return self.bias_table[index.flatten()].view(*index.shape, self.heads).permute(2, 0, 1)
 
     def forward(self, x, window, mask=None):
@@ -263,13 +260,16 @@ class SwinTransformer3D(nn.Module):
         wanted = range(len(self.channels)) if wanted is None else wanted
         outputs = []
         for level, (stage, norm) in enumerate(zip(self.stages, self.norms)):
+            if level > max(wanted):
+                outputs.append(None)
+                continue
             for block in stage.blocks:
                 if self.checkpointing and torch.is_grad_enabled():
                     x = checkpoint(block, x, next(pairs, None), use_reentrant=False, preserve_rng_state=False)
                 else:
                     x = block(x, next(pairs, None))
             outputs.append(norm(x) if level in wanted else None)
-            x = stage.merge(x) if level + 1 <= max(wanted) else None
+            x = stage.merge(x) if level < max(wanted) else None
         outputs.append(x)
         return [y if y is None else y.permute(0, 4, 1, 2, 3).contiguous() for y in outputs]
 

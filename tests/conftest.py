@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from smit import phantom
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a bare `pytest` looks for modules in tests/ only
+
+from smit import phantom  # noqa: E402
+
 SMALL = ("--spacing 10 10 10 --crop 24 --view 16 --mask_cell 4 --embed_dim 8 --depths 1 1 --heads 2 2 --head_width 16 "
          "--bottleneck 8 --prototypes 32 --lr 3e-3 --warmup_epochs 40 --workers 0 --log_every 1 --device cpu").split()
 torch.set_num_threads(2)

@@ -71,10 +71,10 @@ def test_mpd_is_a_mean_over_tokens_then_samples():
 # ------------------------------------------------------------------------------------------------ Eq. 4
 def test_itd_by_hand_and_without_gradient_to_the_teacher():
     student = torch.tensor([[.1, 0.], [0., 0.]], requires_grad=True)
-    teacher = torch.tensor([[0., .04], [1., 0.]], requires_grad=True)
+    teacher = torch.tensor([[.3, .04], [1., 0.]], requires_grad=True)
     e = math.e
     first = -(1 / (1 + e) * math.log(e / (1 + e)) + e / (1 + e) * math.log(1 / (1 + e)))
-    loss = losses.itd_loss(student, teacher, torch.zeros(2), .1, .04)
+    loss = losses.itd_loss(student, teacher, torch.tensor([.3, 0.]), .1, .04)       # teacher less centre: 0, .04
     assert loss.item() == pytest.approx((first + math.log(2)) / 2)
     loss.backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
@@ -117,8 +117,8 @@ def test_center_counts_micro_batches_as_one_batch():
 # ------------------------------------------------------------------------------------ the comparisons' losses
 def test_info_nce_by_hand():
     rows = torch.eye(2)
-    expected = 2 * .5 * math.log(1 + math.exp(-4))                      # centred: own key's cosine 1, the other's -1
-    assert losses.info_nce(3 * rows + 1, rows, .5).item() == pytest.approx(expected, rel=1e-4)
+    expected = 2 * .8 * math.log(1 + math.exp(-2.5))                    # centred: own key's cosine 1, the other's -1
+    assert losses.info_nce(3 * rows + 1, rows, .8).item() == pytest.approx(expected, rel=1e-4)
     assert losses.info_nce(rows, rows.flip(0), .2) > losses.info_nce(rows, rows, .2)
 
 

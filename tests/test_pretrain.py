@@ -1,9 +1,10 @@
-import math
+import contextlib
+import types
 
 import pytest
 import torch
 
-from smit import ema, pretrain
+from smit import ema, masking, pretrain
 
 ENCODER = dict(embed_dim=8, depths=(1, 1, 1), heads=(2, 2, 2), window=(2, 4, 3), drop_path=.3)
 
@@ -97,3 +98,31 @@ def test_effective_rank_counts_dimensions_in_use():
     tokens = (torch.eye(5).repeat(200, 1) @ basis).view(4, 250, 32) * 3 + 7
     assert pretrain.effective_rank(tokens) == pytest.approx(4, rel=1e-3)    # five points span four dimensions
     assert pretrain.effective_rank(torch.ones(2, 9, 8)) == pytest.approx(1, abs=1e-3)
+
+
+class Stub(torch.nn.Module):
+    """A student that answers 0 where it was given a mask token and 1 elsewhere."""
+    encoder = type("Encoder", (), {"patch": 2})
+
+    def forward(self, views, hidden):
+        return pretrain.Outputs(tokens=None, voxels=1 - masking.expand_mask(hidden, 2)[:, None].float())
+
+
+def test_validation_by_hand():
+    views = torch.zeros(1, 2, 1, 4, 4, 8, dtype=torch.uint8)             # two cells of 4^3 a view, the second hidden
+    views[0, 0, 0, :, :, :4], views[0, 0, 0, :, :, 4:] = 51, 102         # .2 visible, .4 hidden
+    views[0, 1, 0, :, :, :4], views[0, 1, 0, :, :, 4:] = 255, 204        # 1. visible, .8 hidden
+    cells = torch.tensor([False, True]).view(1, 1, 1, 1, 2).expand(1, 2, 1, 1, 2)
+    alone = types.SimpleNamespace(mean=lambda tensor: tensor)
+    batch = [{"views": views, "hidden": cells}]
+    found = pretrain.validate(Stub(), batch, 4, False, torch.device("cpu"), contextlib.nullcontext, alone)
+    assert found["val_mip"] == pytest.approx((.4 + .8) / 2) and found["val_mse"] == pytest.approx((.16 + .64) / 2)
+    assert found["val_constant"] == pytest.approx((.0 + .4) / 2) and found["val_median"] == pytest.approx((.2 + .2) / 2)
+    everything = pretrain.validate(Stub(), batch, 4, True, torch.device("cpu"), contextlib.nullcontext, alone)
+    assert everything["val_mip"] == pytest.approx((.8 + .4 + .0 + .8) / 4)
+
+
+def test_heads_start_with_something_to_normalise():
+    for width, bottleneck in ((2048, 256), (256, 64), (16, 8)):
+        head = pretrain.ProjectionHead(96, width, bottleneck, 32)
+        assert .1 < head.mlp(torch.nn.functional.layer_norm(torch.randn(50, 96), (96,))).std() < 2

@@ -79,3 +79,67 @@ def test_workers_change_nothing(phantoms, tmp_path):
     numbers = list(sampling.micro_batches(0, 8, 2))
     for one, two in zip(sampling.batches(pairs, numbers), sampling.batches(pairs, numbers, workers=2)):
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def crops(cases, tmp_path, **settings):
+    return sampling.LabelledCrops(cases, SETTINGS, str(tmp_path / "cache"), 14, **{**dict(
+        size=(16, 12, 8), crops=3, drops=4, seed=3), **settings})
+
+
+def test_labelled_crops_depend_on_their_number_and_the_seed_alone(phantoms, tmp_path):
+    cases = data.read_list(phantoms)
+    one, again = crops(cases, tmp_path)[5], crops(cases, tmp_path / "other")[5]
+    assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(again[name])) for name in one)
+    for other in (crops(cases, tmp_path)[5 + len(cases)], crops(cases, tmp_path, seed=4)[5]):
+        assert not torch.equal(one["images"], other["images"])
+    assert one["images"].shape == (3, 1, 16, 12, 8) and one["labels"].shape == (3, 16, 12, 8)
+    assert one["labels"].dtype == torch.uint8 and one["noise"].shape == (3, 4)
+
+
+def test_crop_centres_lie_in_organs_and_in_none_alike():
+    label, size = np.zeros((40, 30, 20), np.uint8), (5, 3, 7)
+    label[20:22, 10:12, 8:13] = 6
+    rng, hits, seen = sampling.generator(1), 0, set()
+    for _ in range(600):
+        centre = tuple(s + k // 2 for s, k in zip(sampling.labelled_start(label, size, rng), size))
+        hits += bool(label[centre])
+        seen |= {centre} if label[centre] else set()
+    assert 240 < hits < 360 and len(seen) == 20                        # all 20 voxels of the organ
+    empty = sampling.labelled_start(label * 0, size, rng)
+    assert all(0 <= s <= n - k for s, k, n in zip(empty, size, label.shape))
+
+
+def test_crops_stay_inside_and_small_volumes_are_centred():
+    label = np.zeros((9, 30, 5), np.uint8)
+    label[0, 0, 0] = label[8, 29, 4] = 1
+    starts = [sampling.labelled_start(label, (6, 12, 8), sampling.generator(n)) for n in range(200)]
+    assert {s[2] for s in starts} == {-1}                              # 5 voxels centred in 8
+    assert all(0 <= s[0] <= 3 and 0 <= s[1] <= 18 for s in starts)
+    assert {(0, 0), (3, 18)} <= {(s[0], s[1]) for s in starts}
+
+
+def test_a_random_voxel_is_any_of_the_true_ones():
+    mask = np.random.default_rng(0).random((4, 5, 6)) < .1
+    rng = sampling.generator(0)
+    drawn = [sampling.random_voxel(mask, rng) for _ in range(400)]
+    assert set(drawn) == set(map(tuple, np.argwhere(mask).tolist()))
+
+
+def test_augmentation_turns_image_and_label_together_and_never_mirrors():
+    image = np.random.default_rng(0).integers(1, 255, (12, 12, 8), dtype=np.uint8)
+    size, turned, dimmed = (12, 12, 8), 0, 0
+    for n in range(300):
+        x, y = sampling.augmented_crop(image, image, size, sampling.generator(n))
+        k = [k for k in range(4) if torch.equal(y, torch.rot90(torch.from_numpy(image), k, (0, 1)))]
+        slope, offset = np.polyfit(y.flatten().numpy(), x.flatten().numpy() * 255, 1)
+        np.testing.assert_allclose(slope * y + offset, x * 255, atol=1e-3)
+        assert len(k) == 1 and .9 <= slope + 1e-6 and slope <= 1.1 + 1e-6 and abs(offset) <= 25.5 + 1e-3
+        turned, dimmed = turned + (k[0] > 0), dimmed + (abs(slope - 1) > 1e-5)
+    assert 35 < turned < 85 and 12 < dimmed < 50                       # p .2 and .1
+    assert sampling.augmented_crop(image, image, (12, 6, 4), sampling.generator(1))[0].shape == (12, 6, 4)
+
+
+def test_a_volume_that_cannot_be_used_stops_the_fine_tuning(phantoms, tmp_path):
+    broken = [{**data.read_list(phantoms)[0], "label": str(tmp_path / "gone.nii.gz")}]
+    with pytest.raises(data.BadVolume, match="gone.nii.gz"):
+        list(sampling.batches(crops(broken, tmp_path), [[0]]))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from smit import swin
 
@@ -155,13 +155,15 @@ def test_a_mask_of_another_resolution_is_refused():
         tiny(mask_token=False)(torch.rand(1, 1, 8, 8, 8), torch.ones(1, 4, 4, 4, dtype=torch.bool))
 
 
-def test_checkpointing_changes_no_gradient():
+def test_checkpointing_recomputes_each_block_and_changes_no_gradient(monkeypatch):
+    calls = []
+    monkeypatch.setattr(swin, "checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
     x, gradients = torch.rand(2, 1, 8, 12, 10), []
     for checkpointing in (False, True):
         encoder = tiny(checkpointing=checkpointing, drop_path=.5)
         encoder(x, noise=torch.rand(2, encoder.drops, generator=torch.Generator().manual_seed(3)))[-1].sum().backward()
         gradients.append([p.grad for p in encoder.stages.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients) if a is not None)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients) if a is not None) and len(calls) == 4
 
 
 def test_drop_path_follows_the_samples_noise_not_its_batch():
@@ -183,6 +185,7 @@ def test_unwanted_outputs_are_left_out():
     encoder, x = tiny(), torch.rand(1, 1, 8, 12, 10)
     everything, top = encoder(x), encoder(x, wanted=(1,))
     assert top[0] is None and top[2] is None and torch.equal(top[1], everything[1])
+    assert torch.equal(encoder(x, wanted=(0,))[0], everything[0])
 
 
 def test_a_zero_patch_has_a_gentle_gradient():
@@ -196,3 +199,34 @@ def test_heads_that_do_not_divide_the_width_are_refused():
         tiny(heads=(5, 5))
     with pytest.raises(ValueError, match="2 depths"):
         tiny(heads=(2, 2, 2))
+
+
+def test_odd_blocks_are_shifted_and_drop_more_the_deeper_they_are():
+    blocks = [block for stage in swin.SwinTransformer3D(drop_path=.3).stages for block in stage.blocks]
+    assert [block.shifted for block in blocks] == [False, True] * 5
+    assert [block.drop_rate for block in blocks] == pytest.approx([.3 * i / 9 for i in range(10)])
+
+
+def test_each_branch_has_its_own_draw_and_eval_drops_nothing():
+    encoder, x = tiny(drop_path=.9).train(), torch.rand(1, 1, 8, 12, 10)
+    noise = torch.ones(1, encoder.drops)
+    keep = encoder(x, noise=noise)[-1]
+    for draw in range(2, encoder.drops):                               # the first block's rate is 0
+        less = noise.clone()
+        less[0, draw] = 0
+        assert not torch.equal(encoder(x, noise=less)[-1], keep)
+    assert torch.equal(encoder.eval()(x, noise=noise * 0)[-1], encoder(x)[-1])
+
+
+def test_merging_takes_the_tokens_before_the_output_norm():
+    encoder, x = tiny(), torch.rand(1, 1, 8, 12, 10)
+    before = encoder(x)[1]
+    encoder.norms[0].weight.data.fill_(3)
+    assert torch.equal(encoder(x)[1], before)
+
+
+def test_weights_start_as_swins():
+    encoder = swin.SwinTransformer3D()
+    qkv, proj = encoder.stages[3].blocks[0].attention.qkv, encoder.stages[3].blocks[0].attention.proj
+    assert qkv.weight.std().item() == pytest.approx(.02, rel=.02) and not proj.bias.any()
+    assert isinstance(encoder.stages[0].blocks[0].mlp[1], torch.nn.GELU)

@@ -2,13 +2,16 @@ import csv
 import json
 import math
 import shutil
+from contextlib import nullcontext
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 
 import train_ssl
 from conftest import SMALL
-from smit import runtime
+from smit import losses, masking, runtime
 
 
 def train(data, out, *flags):
@@ -32,10 +35,123 @@ def test_defaults_are_the_papers():
     assert train_ssl.parse_arguments(["--method", "ibot", "--itd", ".5"]).itd == .5
 
 
+def networks(*flags):
+    """Student, teacher and centres of a small run, each with other weights, so that no mix-up goes unseen."""
+    args = train_ssl.parse_arguments([*SMALL, "--drop_path", "0", *map(str, flags)])
+    student, teacher, centers = train_ssl.build_networks(args)
+    for network in (teacher, centers):
+        for tensor in network.state_dict().values():
+            tensor.add_(.1 * torch.randn_like(tensor))
+    return args, student.eval(), teacher, centers
+
+
+def a_batch(volumes=3):
+    return {"views": torch.randint(0, 256, (volumes, 2, 1, 16, 16, 16), dtype=torch.uint8),
+            "hidden": masking.random_block_mask(2 * volumes, (4, 4, 4), .7).view(volumes, 2, 4, 4, 4),
+            "noise": torch.rand(volumes, 2, 0)}
+
+
+def test_each_loss_pairs_the_views_networks_and_masks_of_the_paper():
+    args, student, teacher, centers = networks()
+    batch, expected = a_batch(), {"mip": 0., "mpd": 0., "itd": 0.}
+    center = {name: module.value.clone() for name, module in centers.items()}
+    terms, _ = train_ssl.loss_terms(args, student, teacher, centers, batch, .05, torch.device("cpu"), nullcontext)
+    taught = {"mpd": [], "itd": []}
+    for b in range(3):
+        for here, there in ((0, 1), (1, 0)):                           # u from v, then v from u, one view at a time
+            u, v = (batch["views"][b, [view]].float() / 255 for view in (here, there))
+            m = batch["hidden"][b, [here]]                             # 4^3 cells of 4^3 voxels, which are patch tokens
+            mine = student(u, masking.expand_mask(m, 2))
+            same, other = teacher(u), teacher(v)
+            expected["mip"] += losses.mip_loss(mine.voxels, u, masking.expand_mask(m, 4)) / 6
+            expected["mpd"] += losses.mpd_loss(mine.patch_logits, same.patch_logits, m.flatten(1), center["mpd"], .1, .05) / 6
+            expected["itd"] += losses.itd_loss(mine.image_logits, other.image_logits, center["itd"], .1, .05) / 6
+            taught["mpd"].append(same.patch_logits[0])
+            taught["itd"].append(same.image_logits)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-5, atol=1e-6)
+    for name, logits in taught.items():                                # centres see the teacher, all tokens, both views
+        total = centers[name].collected[0]
+        torch.testing.assert_close(total[:-1] / total[-1], torch.cat(logits).mean(0))
+
+
+def test_full_reconstruction_counts_all_voxels_and_hides_none():
+    args, student, _, _ = networks("--method", "full")
+    batch = a_batch()
+    terms, _ = train_ssl.loss_terms(args, student, None, {}, batch, .05, torch.device("cpu"), nullcontext)
+    views = batch["views"].flatten(0, 1).float() / 255
+    torch.testing.assert_close(terms["mip"], (student(views).voxels - views).abs().mean())
+
+
+def test_contrast_is_between_one_view_and_the_other():
+    args, student, teacher, centers = networks("--method", "moco")
+    batch = a_batch(4)
+    terms, _ = train_ssl.loss_terms(args, student, teacher, centers, batch, .05, torch.device("cpu"), nullcontext)
+    u, v = (batch["views"][:, view].float() / 255 for view in (0, 1))
+    expected = sum(losses.info_nce(student(a).embedding, teacher(b).embedding) for a, b in ((u, v), (v, u))) / 2
+    torch.testing.assert_close(terms["contrast"], expected)
+
+
+def test_one_step_moves_the_student_then_the_teacher(phantoms, tmp_path):
+    flags = ["--val_fraction", 0, "--momentum", .5, "--center_momentum", 0, "--clip", 0]
+    args = train_ssl.parse_arguments([*SMALL, *map(str, flags)])
+    start = train_ssl.build_networks(args)[0].state_dict()
+    train(phantoms, tmp_path / "run", *flags, "--steps", 1)
+    state = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+    for name, teacher in state["teacher"].items():
+        torch.testing.assert_close(teacher, .5 * start[name] + .5 * state["student"][name])
+    assert any(not torch.equal(start[name], tensor) for name, tensor in state["student"].items())
+    assert all(value.abs().sum() > 0 for value in state["centers"].values())
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ssl.losses, "mip_loss", lambda pred, target, hidden: pred.sum() * math.nan)
+    flags = ["--val_fraction", 0]
+    log = train(phantoms, tmp_path / "run", *flags, "--steps", 2)
+    state = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+    start = train_ssl.build_networks(train_ssl.parse_arguments([*SMALL]))[0].state_dict()
+    assert [row["skipped"] for row in log] == [1, 2] and state["skipped"] == 2
+    assert all(torch.equal(start[name], tensor) for name, tensor in state["student"].items())
+    assert all(torch.equal(start[name], tensor) for name, tensor in state["teacher"].items())
+    assert all(not value.any() for value in state["centers"].values())
+    with pytest.raises(ValueError, match="20 steps in a row.*mip"):
+        train(phantoms, tmp_path / "other", *flags, "--steps", 30)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_low_precision_trains_and_resumes_its_scale(precision, phantoms, tmp_path):
+    flags = ["--precision", precision, "--steps", 8, "--save_steps", 4, "--val_fraction", 0]
+    assert all(math.isfinite(row["loss"]) for row in train(phantoms, tmp_path / "run", *flags))
+    whole = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+    (tmp_path / "run" / "last.prev.pt").rename(tmp_path / "run" / "last.pt")
+    train(phantoms, tmp_path / "run", *flags, "--resume")
+    resumed = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert resumed["scaler"] == whole["scaler"] and bool(whole["scaler"]) == (precision == "fp16")
+    with pytest.raises(ValueError, match="precision"):
+        train(phantoms, tmp_path / "run", *flags, "--resume", "--precision", "fp32")
+
+
+def test_matrices_decay_and_nothing_else():
+    args = train_ssl.parse_arguments(SMALL)
+    student = train_ssl.build_networks(args)[0]
+    names = {id(p): name for name, p in student.named_parameters()}
+    decayed, plain = ([names[id(p)] for p in group["params"]] for group in train_ssl.build_optimizer(student, args).param_groups)
+    assert len(decayed) + len(plain) == len(names) and "encoder.stages.0.blocks.0.mlp.0.weight" in decayed
+    assert not any(name.endswith(("bias", "bias_table", "mask_token")) or "norm" in name for name in decayed)
+
+
+def test_gradients_are_clipped(phantoms, tmp_path, monkeypatch):
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, limit: seen.append(limit) or clip(p, limit))
+    train(phantoms, tmp_path / "a", "--steps", 1, "--val_fraction", 0, "--clip", .5)
+    train(phantoms, tmp_path / "b", "--steps", 1, "--val_fraction", 0, "--clip", 0)
+    assert seen == [.5, math.inf]
+
+
 @pytest.mark.parametrize("method", train_ssl.METHODS)
 def test_the_loss_of_each_method_decreases(method, phantoms, tmp_path):
     # a teacher and centres that stand still, so that the target does not move while the student approaches it
-    log = train(phantoms, tmp_path / "run", "--method", method, "--steps", 24, "--batch", 3, "--val_fraction", 0,
+    log = train(phantoms, tmp_path / "run", "--method", method, "--steps", 24, "--batch", 4, "--val_fraction", 0,
                 "--momentum", 1, "--center_momentum", 1, "--lr", "1e-2", "--drop_path", 0)
     losses = [row["loss"] for row in log]
     assert all(map(math.isfinite, losses)) and sum(losses[-6:]) < .97 * sum(losses[:6])
@@ -61,13 +177,18 @@ def test_schedules_run_from_end_to_end(phantoms, tmp_path):
     log = train(phantoms, tmp_path / "run", "--steps", 6, "--val_fraction", 0)
     assert log[0]["momentum"] == .996 and log[-1]["momentum"] == 1
     assert log[0]["teacher_temp"] == pytest.approx(.04) and log[-1]["teacher_temp"] == pytest.approx(.07)
-    assert max(row["lr"] for row in log) <= 3e-3 and 0 < log[-1]["lr"] < .3 * 3e-3
+    rates = [row["lr"] for row in log]                                  # a tenth of 6 steps is warm-up
+    assert rates[0] == max(rates) < 3e-3 and 0 < rates[-1] < .3 * 3e-3
+    slow = train(phantoms, tmp_path / "slow", "--steps", 6, "--val_fraction", 0, "--warmup_epochs", 200)
+    assert [round(row["lr"] / 3e-3 * 6) for row in slow[:3]] == [1, 3, 5]
 
 
 def test_validation_stands_beside_predictors_that_know_nothing(phantoms, tmp_path):
     log = train(phantoms, tmp_path / "run", "--steps", 2, "--val_fraction", .4, "--val_every", 2)
     assert "val_mip" not in log[0]
     assert 0 < log[1]["val_median"] and 0 < log[1]["val_constant"] < .5 and log[1]["val_mip"] > 0
+    full = train(phantoms, tmp_path / "full", "--method", "full", "--steps", 1, "--val_fraction", .4)
+    assert full[0]["val_mip"] > 0
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script):
@@ -82,7 +203,7 @@ def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script
             for name, tensor in one[part].items():
                 torch.testing.assert_close(same[part][name], tensor, rtol=1e-5, atol=1e-5, msg=f"{other}: {name}")
         for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / other)):
-            assert all(b[term] == pytest.approx(a[term], rel=1e-5) for term in ("loss", "mip", "mpd", "itd"))
+            assert all(b[term] == pytest.approx(a[term], rel=1e-5) for term in ("loss", "mip", "mpd", "itd", "grad_norm"))
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(phantoms, tmp_path):
@@ -111,9 +232,10 @@ def test_resume_refuses_other_settings(phantoms, tmp_path):
 
 
 @pytest.mark.parametrize("flags, why", [
-    ("--view 20", "multiple of 8"), ("--view 32", "larger than --crop"), ("--mask_cell 5", "--mask_cell 5"),
+    ("--view 18", "multiple of 8"), ("--view 32", "larger than --crop"), ("--mask_cell 5", "--mask_cell 5"),
     ("--mask_cell 2", "patch token"), ("--mask_ratio 0", "--mask_ratio"), ("--mip 0 --mpd 0 --itd 0", "nothing"),
-    ("--val_fraction 1", "--val_fraction"), ("--depths 1 1 1", "2 heads|multiple of"), ("--key test", "'test'")])
+    ("--val_fraction 1", "--val_fraction"), ("--depths 1 1 1", "2 heads|multiple of"), ("--key test", "'test'"), ("--epochs 20", "warmup"),
+    ("--teacher_temp 0 .1", "temperatures"), ("--shared_head --mpd 0", "shared_head"), ("--method moco --batch 2", "batch 4")])
 def test_settings_that_do_not_fit_are_refused_before_any_work(flags, why, phantoms, tmp_path):
     with pytest.raises(ValueError, match=why):
         train(phantoms, tmp_path / "run", *flags.split())
@@ -121,17 +243,22 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(flags, why, phanto
 
 
 def test_bad_volumes_stop_the_run_unless_allowed(phantoms, tmp_path):
-    import nibabel
-    import numpy as np
     folder = tmp_path / "images"
     shutil.copytree(phantoms.parent / "imagesTr", folder)
     air = nibabel.Nifti1Image(np.full((30, 30, 30), -1000, np.int16), np.diag([10, 10, 10, 1]))
     nibabel.save(air, folder / "air.nii.gz")
     flags = ["--steps", 6, "--batch", 2, "--val_fraction", 0]
-    with pytest.warns(UserWarning, match="air.nii.gz"), pytest.raises(ValueError, match="air.nii.gz.*|.*--max_bad 0"):
+    with pytest.warns(UserWarning, match="air.nii.gz"), pytest.raises(ValueError, match="--max_bad 0.*air.nii.gz"):
         train(folder, tmp_path / "strict", *flags)
     with pytest.warns(UserWarning, match="air.nii.gz"):
         train(folder, tmp_path / "lenient", *flags, "--max_bad", 1)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="--max_bad 0.*air.nii.gz"):       # held back, too
+        train(folder, tmp_path / "held", *flags[:4], "--val_fraction", ".8", "--val_every", 1, "--seed", 1)
+
+
+def test_a_volume_from_two_sources_is_refused(phantoms, tmp_path):
+    with pytest.raises(ValueError, match="two sources"):
+        train(phantoms, tmp_path / "run", "--data", phantoms, phantoms.parent / "imagesTr")
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path, run_script):

@@ -1,0 +1,202 @@
+"""From label maps to tables: organs by name, a row per case and organ, means and intervals [SMIT Tables 1 and 2].
+
+Reading order: names, score_case, columns and summary, what is written, compare.
+"""
+import csv
+import functools
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from smit import data, metrics, runtime, transforms
+
+ORGANS = {  # the paper's columns, in its order: BTCV's name, then those of AMOS, MONAI, TotalSegmentator and others
+    "SP": "spleen", "RK": "right kidney, rkid, rk", "LK": "left kidney, lkid, lk",
+    "GB": "gallbladder, gall bladder, gall", "ESO": "esophagus, oesophagus, eso", "LV": "liver",
+    "STO": "stomach, sto", "AOR": "aorta, arota, aor", "IVC": "inferior vena cava, postcava, post cava, ivc",
+    "SPV": "portal and splenic veins, portal vein and splenic vein, portal and splenic vein, veins, spv, psv",
+    "Pan": "pancreas, pan", "RA": "right adrenal gland, right adrenal, rad, ra",
+    "LA": "left adrenal gland, left adrenal, lad, la"}
+CODES = {names.split(", ")[0]: code for code, names in ORGANS.items()}
+ABSENT = ("absent from prediction and label: not scored; in one of them alone: a miss, Dice and surface Dice 0, HD95 "
+          "inf; the mean HD95 leaves misses out and stands beside their number; the background is not scored")
+FILES = ("cases.csv", "table.md", "results.json")
+COLUMNS = "case organ dice hd95_mm surface_dice prediction_ml label_ml".split()
+
+
+def case_name(path):
+    """The name of a case from that of its file, without nnU-Net's channel: chaos01_0000.nii.gz -> chaos01."""
+    return re.sub(r"(_0000)?\.(nii|hdr|img)(\.gz)?$", "", Path(path).name, flags=re.I)
+
+
+def case_key(path):
+    """What image, label and prediction of a case have in common: img0029, label0029 and 0029 are one."""
+    return re.sub(r"^(img|label)(?=\d)", "", case_name(path))
+
+
+@functools.cache
+def organ(name):
+    """BTCV's name of an organ, whatever the order, case and separators of the words; any other name in lower case."""
+    def words(text):
+        return sorted(re.findall(r"[^\W_]+", text.lower()))
+    aliases = (names.split(", ") for names in ORGANS.values())
+    return next((known[0] for known in aliases if words(name) in map(words, known)), " ".join(name.lower().split()))
+
+
+def organ_ids(names, where):
+    """{organ: id} of {id: name} without the background; ValueError where two names mean one organ."""
+    ids = {}
+    for number, name in sorted(names.items()):
+        if number and ids.setdefault(organ(name), number) != number:
+            raise ValueError(f"{where}: labels {ids[organ(name)]} and {number} are both {organ(name)}; rename one")
+    return ids
+
+
+def numbered(count):
+    """Names for label numbers that have none."""
+    return {number: f"label {number}" for number in range(count)}
+
+
+def score_case(case, names, tolerance_mm):
+    """A row for each organ that the case's label names and the prediction knows, on the label's own grid [ours].
+
+    case: paths "label" and "prediction", and {id: name} of the label as "names"; names: those of the prediction. One
+    that lacks is the other's. ValueError for files that are damaged, of two grids, or hold numbers without a name.
+    """
+    truth, affine = data.read_label(case["label"])
+    pred, other = data.read_label(case["prediction"], allow_empty=True)
+    spacing = transforms.spacing_of(affine)
+    if pred.shape != truth.shape or (np.abs((affine - other)[:3]) @ [*truth.shape, 1]).max() > .1 * spacing.min():
+        raise ValueError(f"{case['label']}: {tuple(truth.shape)} or affine is not the prediction's; resample one")
+    truth, pred = truth.numpy(), pred.numpy()
+    theirs = case["names"] or names or numbered(int(max(truth.max(), pred.max())) + 1)
+    names = names or theirs
+    for array, known, kind in ((truth, theirs, "label"), (pred, names, "prediction")):
+        if unnamed := set(np.unique(array).tolist()) - {0, *known}:
+            raise ValueError(f"{case[kind]}: no name for its numbers {sorted(unnamed)}; give the JSON that has them")
+    wanted, ids = organ_ids(theirs, case["label"]), organ_ids(names, case["prediction"])
+    rows, millilitres = [], float(np.prod(spacing)) / 1000
+    for name in (name for name in ids if name in wanted):
+        p, t = pred == ids[name], truth == wanted[name]
+        distances = metrics.surface_distances(p, t, spacing)
+        rows.append({"case": case_name(case["prediction"]), "organ": name, "dice": float(metrics.dice(p, t, 2)[0]),
+                     "hd95_mm": metrics.hausdorff_95(*distances),
+                     "surface_dice": metrics.share_within(*distances, tolerance_mm),
+                     "prediction_ml": p.sum() * millilitres, "label_ml": t.sum() * millilitres})
+    if not rows:
+        raise ValueError(f"{case['label']}: none of its organs ({', '.join(wanted)}) is predicted ({', '.join(ids)})")
+    return rows
+
+
+def finite_mean(values):
+    """Mean over the first axis of what is finite, nan where nothing is."""
+    return np.ma.filled(np.ma.masked_invalid(np.asarray(values, dtype=float)).mean(0).astype(float), math.nan)
+
+
+def columns(rows, score):
+    """{column: values over cases, nan where absent}: the paper's columns if its 13 organs are there, else by name."""
+    organs, cases = (list(dict.fromkeys(row[name] for row in rows)) for name in ("organ", "case"))
+    found = {(row["case"], row["organ"]): row[score] for row in rows}
+    table = {name: np.array([found.get((case, name), math.nan) for case in cases]) for name in organs}
+    average = finite_mean([*table.values()])
+    if set(organs) != set(CODES):
+        return {**table, "AVG": average}
+    table = {code: table[name] for name, code in CODES.items()}
+    glands = finite_mean([table["RA"], table["LA"]])                  # Table 1 has AG, Table 2 RA and LA
+    return {**table, "AG": glands, "AVG": average, "AVG12": finite_mean([*[*table.values()][:11], glands])}
+
+
+def summary(rows, score):
+    """{column: mean, 95 % bootstrap interval over cases, n, misses}; AG and AVG are the means of their columns."""
+    result = {}
+    for name, values in columns(rows, score).items():
+        finite = values[np.isfinite(values)]
+        low, high = metrics.bootstrap_interval(finite)
+        result[name] = {"mean": float(finite_mean(values)), "low": low, "high": high, "n": len(finite),
+                        "misses": int(np.isinf(values).sum())}
+    organs = [name for name in result if name not in ("AG", "AVG", "AVG12")]
+    parts = {"AG": ["RA", "LA"], "AVG": organs, "AVG12": [*organs[:11], "AG"]}
+    for name in (name for name in parts if name in result):
+        result[name].update(mean=float(finite_mean([result[part]["mean"] for part in parts[name]])),
+                            misses=sum(result[part]["misses"] for part in parts[name]))
+    return result
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
+
+
+def table_text(scores, tolerance_mm):
+    """table.md: per score its mean, interval and misses, one column per organ."""
+    rows = []
+    titles = {"dice": "DSC", "hd95_mm": "HD95, mm", "surface_dice": f"surface Dice, {tolerance_mm:g} mm"}
+    for score, title in titles.items():
+        cells, digits = scores[score].values(), 1 if score == "hd95_mm" else 3
+        rows.append([title, *(f"{cell['mean']:.{digits}f}" for cell in cells)])
+        rows.append(["95 % interval", *(f"{cell['low']:.{digits}f}-{cell['high']:.{digits}f}" for cell in cells)])
+    rows.append(["misses", *(cell["misses"] for cell in scores["hd95_mm"].values())])
+    return markdown(["", *scores["dice"]], rows)
+
+
+def without_nan(value):
+    """The same for JSON, which knows neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(path, text):
+    runtime.atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def write_results(out, rows, names, failed, facts, tolerance_mm):
+    """cases.csv, table.md and, last, results.json."""
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in row.items()})
+    write(out / "cases.csv", lines.getvalue())
+    scores = {score: summary(rows, score) for score in ("dice", "hd95_mm", "surface_dice")} if rows else {}
+    text = table_text(scores, tolerance_mm) if rows else "no case was scored\n"
+    write(out / "table.md", text)
+    scored = list(dict.fromkeys(row["case"] for row in rows))
+    write(out / "results.json", json.dumps(without_nan({
+        **facts, "n": len(scored), "cases": scored, "failed": failed, "labels": names, "absent_organs": ABSENT,
+        "tolerance_mm": tolerance_mm, "scores": scores}), indent=1))
+    return text
+
+
+def read_dice(folder):
+    """{(case, organ): Dice} of a folder's cases.csv."""
+    try:
+        with open(Path(folder, "cases.csv"), newline="") as file:
+            return {(row["case"], row["organ"]): float(row["dice"]) for row in csv.DictReader(file)}
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{folder}: no cases.csv to read ({error}); give a folder that evaluate.py wrote") from None
+
+
+def compare(folders, out):
+    """Paired tests of two result folders' Dice, per organ and of the cases' mean; writes OUT/compare.md, returns it."""
+    found = [read_dice(folder) for folder in folders]
+    both = [pair for pair in found[0] if pair in found[1]]
+    if not both:
+        raise ValueError(f"{' and '.join(folders)} have no case and organ in common")
+    sides = [columns([{"case": case, "organ": organ, "dice": scores[case, organ]} for case, organ in both], "dice")
+             for scores in found]
+    rows = []
+    for name in sides[0]:
+        test = metrics.paired_test(sides[0][name], sides[1][name])
+        rows.append([name, test["n"], *(f"{float(finite_mean(side[name])):.3f}" for side in sides),
+                     f"{test['mean_difference']:+.3f}", f"{test['low']:+.3f} to {test['high']:+.3f}",
+                     f"{test['p']:.3g}"])
+    text = markdown(["", "n", *folders, "difference", "95 % interval (paired bootstrap)", "p (Wilcoxon)"], rows)
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "compare.md", text)
+    alone = len(found[0]) + len(found[1]) - 2 * len(both)
+    return text + (f"\n{alone} rows of cases.csv are in one folder alone and were left out\n" if alone else "")

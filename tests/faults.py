@@ -1,0 +1,311 @@
+"""Injects the faults of long runs into a training script, for real, and prints what each one cost.
+
+    python tests/faults.py --all --out DIR                                  # the whole table: hours on two cores
+    python tests/faults.py --only saving damage --script finetune.py --out DIR
+
+The scripts know nothing of this file: `enter` arms faults in a fresh process, then runs the script as it stands. Every
+run has 13 steps of 4 samples, 3 steps an epoch, a checkpoint every 4. Lost: steps whose log row was written and that
+had to be done again. Exact: last.pt, the exported weights (sha256 of all they hold) and the bytes of log.csv are those
+of the run to which nothing happened. Mounts need root.
+"""
+import argparse
+import contextlib
+import errno
+import functools
+import io
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from conftest import SMALL  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
+from smit import losses, phantom, runtime, sampling  # noqa: E402
+
+STEPS, EVERY = 13, 4
+COMMON = f"--steps {STEPS} --save_steps {EVERY} --val_fraction .2 --workers 0 --log_every 1 --drop_path .3".split()
+FLAGS = {"train_ssl.py": [*SMALL, "--val_every", "5", *COMMON],
+         "finetune.py": "--spacing 10 10 10 --crop 16 --crops_per_volume 1 --embed_dim 8 --depths 1 1 --heads 2 2 "
+                        "--lr 3e-3 --val_key none --val_every 2 --device cpu".split() + COMMON}
+SHARE = {"train_ssl.py": {1: "--batch 2 --accumulate 2", 2: "--batch 1 --accumulate 2", 4: "--batch 1 --accumulate 1"},
+         "finetune.py": {1: "--batch 4", 2: "--batch 2", 4: "--batch 1"}}                      # of 4 samples, by ranks
+Row = namedtuple("Row", "fault lost message code exact good")
+
+
+# ---------------------------------------------------------------- inside the faulty process
+def enter(script, flags, faults):
+    """Arm the faults, then be the script."""
+    torch.set_num_threads(1)
+    sys.argv = [script, *flags]
+    for fault in faults:
+        arm(**fault)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def arm(at, do, nth=1, times=1, rank=0, life=0, **how):
+    """Do something at the nth to (nth + times - 1)th passing of a point, in one rank (None: all) and torchrun life."""
+    count = itertools.count(1)
+    path_of = lambda fd: os.readlink(f"/proc/self/fd/{fd}")
+    onto = lambda name: lambda source, target: Path(target).name == name
+    owner, names, concerns, late = {                          # functions to wrap, which of their calls, act afterwards?
+        "loss": (losses, ["mip_loss", "dice_ce_loss"], lambda *_: True, True),
+        "write": (runtime, ["atomic_write"], lambda path, write: Path(path).name == "last.pt", False),
+        "prev": (os, ["replace"], onto("last.prev.pt"), False), "rename": (os, ["replace"], onto("last.pt"), False),
+        "renamed": (os, ["replace"], onto("last.pt"), True), "disk": (os, ["fsync", "replace"], lambda *_: True, False),
+        "fsync": (os, ["fsync"], lambda fd: "/.last.pt." in path_of(fd), False),
+        "fsync folder": (os, ["fsync"], lambda fd: os.path.isdir(path_of(fd)), False)}.get(at, (None, [], None, False))
+
+    def due():
+        return nth <= next(count) < nth + times
+
+    def wrap(name, real):
+        def call(*args, **more):
+            hit, what = concerns(*args) and due(), f"{name} {path_of(args[0]) if name == 'fsync' else args[-1]}"
+            if hit and not late:
+                act(do, what=what, **how)
+            value = real(*args, **more)
+            return act(do, value, what, **how) if hit and late else value
+        setattr(owner, name, call)
+
+    if at == "start":
+        runtime.start = functools.partial(runtime.start, timeout_minutes=.2)       # for a hung rank, not 10
+        sampling.batches = functools.partial(sampling.batches, timeout=5)          # seconds for a hung worker
+    elif rank in (None, int(os.environ.get("RANK", 0))) and life in (None, runtime.RESTARTS):
+        if at == "step":
+            register_optimizer_step_post_hook(lambda *_: due() and act(do, **how))
+        for name in names:
+            wrap(name, getattr(owner, name))
+
+
+def act(do, value=None, what="", path="", source="", size=0):
+    if do.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[do])
+    elif do.startswith("worker"):
+        os.kill(multiprocessing.active_children()[0].pid, signal.Signals[do.split()[1]])
+    elif do == "limit":                                              # the byte after `size` kills
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    elif do == "fill":
+        with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+    elif do == "trace":
+        with open(path, "a") as file:
+            file.write(what + "\n")
+    elif do in ("sleep", "remove", "copy"):
+        {"sleep": lambda: time.sleep(.5), "remove": lambda: os.unlink(path), "copy": lambda: shutil.copy(source, path)}[do]()
+    elif do in ("EIO", "error", "bug"):
+        raise {"EIO": OSError(errno.EIO, os.strerror(errno.EIO)), "error": ValueError("injected"), "bug": KeyError(0)}[do]
+    return value * math.nan if do == "nan" else value
+
+
+# ---------------------------------------------------------------- runs
+class Run:
+    """One run: ranks forked from a server that has torch loaded, or a real torchrun with the flags `agent`."""
+    server, all = None, []
+
+    def __init__(self, script, folder, console, flags, ranks=1, faults=(), agent=None):
+        self.folder, self.console, self.forked, self.begun = folder, console, agent is None, time.time()
+        flags = [*FLAGS[script], *SHARE[script][ranks].split(), "--out", str(folder), *map(str, flags)]
+        self.console.write_text("")
+        Run.all.append(self)
+        if not self.forked:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *agent]
+            env = os.environ | {"FAULTS": json.dumps(faults), "OMP_NUM_THREADS": "1"}
+            self.jobs = [subprocess.Popen([*command, __file__, script, *flags], env=env, stdout=open(self.console, "a"),
+                                          stderr=subprocess.STDOUT, start_new_session=True)]
+            return
+        if not Run.server:
+            Run.server = multiprocessing.get_context("forkserver")
+            Run.server.set_forkserver_preload(["faults", "torch.nn.parallel", "torch._dynamo"])
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            env = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        self.jobs = [Run.server.Process(target=be_rank, args=(script, flags, list(faults), self.console, {
+            **env, "RANK": str(rank), "LOCAL_RANK": str(rank)})) for rank in range(ranks)]
+        for job in self.jobs:
+            job.start()
+
+    def codes(self):
+        return [job.exitcode if self.forked else job.poll() for job in self.jobs]
+
+    def wait(self, seconds=240):
+        """(exit code, console text). When a rank was killed the others are too, as schedulers do; "hung" if it was."""
+        while None in self.codes() and time.time() < self.begun + seconds and not {-9, -25} & set(self.codes()):
+            time.sleep(.02)
+        codes = self.codes()
+        self.signal("SIGKILL")
+        for job in self.jobs:
+            job.join() if self.forked else job.wait()
+        code = next((code for code in codes if code), "hung" if None in codes and not any(codes) else 0)
+        return code, self.console.read_text(errors="replace")
+
+    def signal(self, name):
+        for job, code in zip(self.jobs, self.codes()):
+            if code is None:
+                os.kill(job.pid, signal.Signals[name])
+
+    def until(self, condition, seconds=120):
+        """Seconds until condition() held."""
+        begun = time.time()
+        while not condition() and time.time() < begun + seconds:
+            time.sleep(.05)
+        return time.time() - begun
+
+    def alive(self):
+        """Whether any of its processes is, loader workers and torchrun's ranks included."""
+        return any(process_of(process, self) for process in Path("/proc").glob("[0-9]*"))
+
+
+def process_of(process, run):
+    with contextlib.suppress(OSError):
+        state, _, _, session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+        ours = f"--out\0{run.folder}\0" in (process / "cmdline").read_text()
+        return state != "Z" and (ours or int(session) in [job.pid for job in run.jobs])
+
+
+def be_rank(script, flags, faults, console, env):
+    """The body of a forked rank: a session, a console and an environment of its own."""
+    os.setsid()
+    os.environ.update(env)
+    for stream in (1, 2):
+        os.dup2(os.open(console, os.O_WRONLY | os.O_APPEND), stream)
+    enter(script, flags, faults)
+
+
+def last_row(folder):
+    """The last step in log.csv, 0 without one."""
+    text = (folder / "log.csv").read_text() if (folder / "log.csv").exists() else ""
+    return max(map(int, re.findall(r"^(\d+),.*\n", text, re.M)), default=0)
+
+
+def kept(folder):
+    """The step from which a run would be resumed, 0 without a checkpoint."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return (runtime.load_latest(folder, runtime.Ranks(0, 1, 0, torch.device("cpu"))) or {"step": 0})["step"]
+
+
+def fingerprint(folder):
+    """sha256 of all tensors and numbers of a finished run, its settings aside, and of its log."""
+    digest = hashlib.sha256((folder / "log.csv").read_bytes())
+
+    def add(value):
+        if isinstance(value, (dict, list, tuple)):
+            for entry in value.items() if isinstance(value, dict) else value:
+                add(entry)
+        else:
+            digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+    for name in ("last.pt", "student.pt", "best.pt"):
+        state = runtime.load_checkpoint(folder / name) if (folder / name).exists() else {}
+        add([name, {key: value for key, value in state.items() if key != "config"}])
+    return digest.hexdigest()
+
+
+def message(text, told=""):
+    """The last line that says what was to be told, else the last error or warning; without folders."""
+    lines = [line for line in text.splitlines() if told and re.search(told, line)]
+    lines = lines or re.findall(r"^(?:error|warning|interrupted|SIG|\w*Error)\b.*", text, re.M) or ["-"]
+    return re.sub(r"(?<!\w)/\S*/(?=[\w.])", "", lines[-1])
+
+
+class Lab:
+    """A folder with phantoms, their cache and a folder a run, for one script."""
+    def __init__(self, folder, script="train_ssl.py"):
+        self.folder, self.script, self.number, self.wholes = Path(folder).resolve(), script, itertools.count(1), {}
+        self.data = phantom.write_dataset(self.folder / "phantoms", 18, spacing_mm=(10.0, 10.0, 10.0))
+
+    def fresh(self):
+        return self.folder / f"{self.script[:-3]}-{next(self.number):03d}"
+
+    def run(self, folder, *flags, **how):
+        return Run(self.script, folder, Path(f"{self.fresh()}.txt"), ["--data", self.data, "--cache", self.folder / "cache", *flags], **how)
+
+    def whole(self, ranks=1, flags=()):
+        """The folder of the run to which nothing happens."""
+        if (ranks, flags) not in self.wholes:
+            self.wholes[ranks, flags] = folder = self.fresh()
+            code, text = self.run(folder, *flags, ranks=ranks).wait()
+            assert code == 0, text
+        return self.wholes[ranks, flags]
+
+    def broken(self, *flags, ranks=1, nth=10):
+        """The folder of a run killed in its nth step."""
+        folder = self.fresh()
+        self.run(folder, *flags, ranks=ranks, faults=[dict(at="step", do="SIGKILL", nth=nth)]).wait()
+        return folder
+
+    def trial(self, fault, *faults, ranks=1, flags=(), same=(), again=(), most=EVERY - 1, code=-9, told="",
+              folder=None, agent=None):
+        """Meet the faults, then resume: once for each fault of `again`, and to the end. flags: may not change the
+        result; same: may, and are the uninterrupted run's too."""
+        folder = folder or self.fresh()
+        found, text = self.run(folder, *same, *flags, ranks=ranks, faults=faults, agent=agent).wait()
+        lost = last_row(folder) - kept(folder)
+        for more in again:
+            self.run(folder, *same, *flags, "--resume", ranks=ranks, faults=[more]).wait()
+        return self.resumed(fault, folder, lost, text, found, lost <= most and found == code, told, ranks, flags, same)
+
+    def resumed(self, fault, folder, lost=0, text="", code=0, good=True, told="", ranks=1, flags=(), same=()):
+        """Go on to the end, and judge."""
+        end, more = self.run(folder, *same, *flags, "--resume", ranks=ranks).wait()
+        exact = end == 0 and fingerprint(folder) == fingerprint(self.whole(ranks, same))
+        whole = bool(re.search(told, text + more, re.S)) and not [*folder.glob(".*.partial")]
+        return Row(fault, lost, message(text + more, told), code, exact, good and exact and whole)
+
+    def refused(self, fault, folder, *flags, told, code=2, **how):
+        """One line that says why, and an exit code."""
+        found, text = self.run(folder, *flags, **how).wait()
+        good = found == code and re.search(told, text, re.S) and "Traceback" not in text
+        return Row(fault, 0, message(text, told), found, "-", bool(good))
+
+
+# ---------------------------------------------------------------- the table
+def main():
+    from test_faults import GROUPS
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every group")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=[], help="these groups")
+    parser.add_argument("--script", choices=FLAGS, default="train_ssl.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all runs")
+    args = parser.parse_args()
+    os.nice(10)
+    lab, rows, begun = Lab(args.out, args.script), [], time.time()
+    print(f"{'fault':66} {'good':>7} {'lost':>4} {'exact':>7} {'exit':>4}  last message", flush=True)
+    cases = [case for name, group in GROUPS.items() if args.all or name in args.only for case in group(lab)]
+    for fault, some in itertools.groupby((case() for case in cases), key=lambda row: row.fault):
+        some = list(some)
+        worst, exact = min(some, key=lambda row: row.good), [row.exact for row in some]
+        share = f"{exact.count(True)}/{len(some)}" if {True, False} & set(exact) else exact[0]
+        print(f"{fault:66} {sum(row.good for row in some):>3}/{len(some):<3} {max(row.lost for row in some):>4} "
+              f"{share:>7} {worst.code:>4}  {worst.message[:150]}", flush=True)
+        rows += some
+    time.sleep(10)                                                   # for loader workers to miss their parents
+    left = sum(run.alive() for run in Run.all)
+    print(f"{len(rows)} faults, {sum(row.good for row in rows)} as they should be; {len(Run.all)} runs, {left} of them left "
+          f"a process behind; {sum(row.exact is True for row in rows)} exact, {sum(row.exact is False for row in rows)} "
+          f"not; {(time.time() - begun) / 60:.0f} minutes")
+
+
+if __name__ == "__main__":
+    if "FAULTS" in os.environ:                                       # a rank of torchrun
+        enter(sys.argv[1], sys.argv[2:], json.loads(os.environ["FAULTS"]))
+    else:
+        main()
