@@ -34,7 +34,7 @@ CHARTS = (  # file, title, y axis, {column of log.csv: its name in the legend}, 
 CAPTIONS = {  # of the pictures, in the order of the page
     "reconstruction": "A view, what the student saw of it and what it predicts; it is trained on hidden voxels alone.",
     "tokens": "Tokens of the whole view: main components as colours, and similarity to the token in the box.",
-    "overlay": "A held-back case: truth and prediction.",
+    "overlay": "One case, held back if any is: truth and prediction.",
     "worst": "The case of the lowest mean Dice.", "median": "The case in the middle.",
     "best": "The case of the highest mean Dice.",
     "loss": "", "dice": "On the prepared grid; evaluate.py scores on the original one.",
@@ -235,7 +235,7 @@ def finetuning_report(out, config, image=None, label=None, pred=None):
     numbers = from_log(out / "log.csv", out)
     if image is not None:
         figures.overlay_panel(out / "overlay.png", np.asarray(image) / 255, label, pred, config["spacing"],
-                              config["labels"], title=f"A held-back case, step {int(numbers.get('step', 0))}")
+                              config["labels"], title=f"One case, step {int(numbers.get('step', 0))}")
     index_html(out, "Fine-tuning", config, numbers)
 
 
@@ -264,9 +264,8 @@ def evaluation_report(out, cases, rows, names, facts):
         dices.setdefault(row["case"], []).append(row["dice"])
     means = {case: float(np.nanmean(values)) for case, values in dices.items() if np.isfinite(values).any()}
     ranked, by_name = sorted(means, key=means.get), {scoring.case_name(case["prediction"]): case for case in cases}
-    for rank, place in (("worst", 0), ("median", len(ranked) // 2), ("best", -1)):
-        if ranked:
-            name = ranked[place]
-            case_panel(out / f"{rank}.png", by_name[name], names, facts,
-                       f"{name}, {rank} of {len(ranked)}, mean Dice {means[name]:.3f}")
+    places = (("worst", 0), ("median", len(ranked) // 2), ("best", -1)) if ranked else ()
+    for name, rank in {ranked[place]: rank for rank, place in places}.items():            # few cases: each once
+        case_panel(out / f"{rank}.png", by_name[name], names, facts,
+                   f"{name}, {rank} of {len(ranked)}, mean Dice {means[name]:.3f}")
     index_html(out, "Evaluation", facts, {f"mean Dice of {name}": means[name] for name in reversed(ranked)})

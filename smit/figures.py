@@ -146,7 +146,7 @@ def displayed(volume, spacing_mm, at=None, side=240, smooth=True):
             values = torch.from_numpy(plane.astype(np.float32))[None, None]
             shown.append(F.interpolate(values, size, mode="bilinear", antialias=True)[0, 0].numpy())
         else:
-            rows, columns = (np.arange(n) * old // n for n, old in zip(size, plane.shape))
+            rows, columns = ((2 * np.arange(n) + 1) * old // (2 * n) for n, old in zip(size, plane.shape))
             shown.append(plane[rows][:, columns])
     return shown
 
