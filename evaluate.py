@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from smit import data, runtime, scoring, segment
+from smit import curves, data, runtime, scoring, segment
 from smit.scoring import case_key, case_name
 
 
@@ -116,6 +116,7 @@ def predict_all(args):
     sources = {Path(case[kind]).resolve() for case in cases for kind in ("image", "label") if case[kind]}
     if clash := sources & {target.resolve() for target in targets}:
         raise ValueError(f"--out {out} would overwrite {min(clash)}: give another folder")
+    scoring.clear(out)
     for case, target in zip(tqdm(cases, unit="case"), targets):
         try:
             label = predict_case(net, case, settings, tuple(config["crop"]), autocast, range(4) if args.tta else (0,),
@@ -173,10 +174,7 @@ def main(args):
     if args.compare:
         return print(scoring.compare(args.compare, out))
     out.mkdir(parents=True, exist_ok=True)
-    found = find_predictions(args) if args.predictions else None
-    for name in scoring.FILES:
-        (out / name).unlink(missing_ok=True)                         # of an earlier run: results are whole or absent
-    cases, names, failed, facts = found or predict_all(args)
+    cases, names, failed, facts = predict_all(args) if args.weights else find_predictions(args)
     rows, labelled = [], [case for case in cases if case["label"]]
     for case in labelled:
         try:
@@ -184,6 +182,7 @@ def main(args):
         except ValueError as error:
             failed[case_name(case["prediction"])] = str(error)
     text = scoring.write_results(out, rows, names, failed, facts, args.tolerance_mm)
+    curves.evaluation_report(out, cases, rows, names, facts)
     print(f"{text}\n{len(cases)} predictions, {len(labelled)} with a label; results in {out}")
     for reason in failed.values():
         print(f"not done: {reason}")

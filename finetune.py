@@ -20,7 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from smit import data, ema, losses, metrics, phantom, runtime, sampling, segment
+from smit import curves, data, ema, losses, metrics, phantom, runtime, sampling, segment
 
 MAX_STRIKES = 20  # steps in a row without a finite gradient; fp16's loss scaling alone takes a few at the start [ours]
 COLUMNS = "step epoch lr loss grad_norm skipped val_dice best_dice".split()
@@ -296,6 +296,10 @@ def main(args):
                 row["epoch"] = step * global_batch / len(train)
                 log.row(step=step, lr=rate, skipped=skipped, best_dice=best, **row)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{best:.3f}")
+            if ranks.is_main and ("val_dice" in row or step == total):
+                image, label = data.cached((held_back or train)[0], settings, args.cache, True, args.num_classes)
+                pred = segment.predict(net.eval(), image, tuple(args.crop)).argmax(0)
+                curves.finetuning_report(out, config, image, label, pred)
             (leaving,) = ranks.agree(stop.asked)
             due = args.save_steps and step % args.save_steps == 0 or time.monotonic() - saved > 60 * args.save_minutes
             if ranks.is_main and improved:

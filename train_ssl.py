@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=4 train_ssl.py --data imagesTr --method simmim      # a column of Table 2
 
 Writes OUT/last.pt (everything; --resume goes on from it), OUT/student.pt (weights for finetune.py and for others),
-OUT/log.csv (the losses as back-propagated, and the signs of collapse) and OUT/config.json.
+OUT/log.csv (the losses as back-propagated, and the signs of collapse), OUT/config.json and OUT/index.html (pictures).
 """
 import argparse
 import collections
@@ -21,7 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from smit import data, ema, losses, phantom, pretrain, runtime, sampling
+from smit import curves, data, ema, losses, phantom, pretrain, runtime, sampling
 from smit.masking import expand_mask
 
 MAX_STRIKES = 20  # steps in a row without a finite gradient; fp16's loss scaling alone takes a few at the start [ours]
@@ -376,6 +376,8 @@ def main(args):
                         momentum=momentum, teacher_temp=teacher_temp, skipped=skipped, **row)
                 crops_per_s = 2 * global_batch * (step - first) / (time.monotonic() - begun)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", crops_per_s=f"{crops_per_s:.2f}")
+            if ranks.is_main and (step % args.val_every == 0 or step == total):
+                curves.pretraining_report(out, config, student, pairs(held_back or cases, split="val")[0])
             leaving, worst = ranks.agree(stop.asked, len(bad))
             if worst:
                 check_bad(bad, cases, args.max_bad, ranks)

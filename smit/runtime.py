@@ -27,7 +27,9 @@ import torch.distributed as dist
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ORPHAN_GRACE_S = 20  # for a last checkpoint once torchrun's agent is gone
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun began again
-RUN_FILES = ["log.csv", "config.json"] + [n + e for n in ("last", "best", "student") for e in (".pt", ".prev.pt")]
+RUN_FILES = """log.csv config.json index.html last.pt last.prev.pt best.pt best.prev.pt student.pt student.prev.pt
+               reconstruction.png tokens.png overlay.png loss.svg mip.svg token_losses.svg contrast.svg entropy.svg
+               rank.svg dice.svg gradient.svg rate.svg""".split()
 
 
 # ---------------------------------------------------------------- ranks
@@ -57,13 +59,6 @@ class Ranks(NamedTuple):
 
     def barrier(self):
         self.agree(0)
-
-    def share(self, value):
-        """Rank 0's value on every rank: a pickle, but one that this job's own rank 0 has just made, never a file's."""
-        box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
 
 
 def start(device="auto", timeout_minutes=10):

@@ -154,8 +154,15 @@ def write(path, text):
     runtime.atomic_write(path, lambda file: file.write(text.encode()))
 
 
+def clear(out):
+    """Remove the results of an earlier run: they belong to its predictions."""
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+
+
 def write_results(out, rows, names, failed, facts, tolerance_mm):
     """cases.csv, table.md and, last, results.json."""
+    clear(out)
     lines = io.StringIO()
     writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -86,7 +86,7 @@ def arm(at, do, nth=1, times=1, rank=0, life=0, **how):
         setattr(owner, name, call)
 
     if at == "start":
-        runtime.start = functools.partial(runtime.start, timeout_minutes=.2)       # for a hung rank, not 10
+        runtime.start = functools.partial(runtime.start, timeout_minutes=.5)       # for a hung rank, not 10
         sampling.batches = functools.partial(sampling.batches, timeout=5)          # seconds for a hung worker
     elif rank in (None, int(os.environ.get("RANK", 0))) and life in (None, runtime.RESTARTS):
         if at == "step":
@@ -185,6 +185,7 @@ def process_of(process, run):
 def be_rank(script, flags, faults, console, env):
     """The body of a forked rank: a session, a console and an environment of its own."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)             # for loader workers, as in a process of its own
     os.environ.update(env)
     for stream in (1, 2):
         os.dup2(os.open(console, os.O_WRONLY | os.O_APPEND), stream)

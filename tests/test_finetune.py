@@ -24,6 +24,10 @@ def parse(*flags):
 def tune(source, out, *flags):
     """A small run in this process; its log as a list of dicts."""
     finetune.main(parse(*SMALL, "--data", source, "--out", out, "--cache", out.parent / "cache", *flags))
+    return read_log(out)
+
+
+def read_log(out):
     with open(out / "log.csv") as file:
         return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
 
@@ -192,13 +196,18 @@ def test_without_validation_cases_a_share_is_held_back(tmp_path):
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script):
-    flags = [*SMALL, "--data", phantoms, "--cache", "cache", "--steps", 4, "--drop_path", ".3", "--val_every", 1]
+    flags = [*SMALL, "--data", phantoms, "--cache", "cache", "--steps", 4, "--drop_path", ".3", "--lr", "1e-3"]
     run_script("finetune.py", *flags, "--batch", 2, "--out", "one")
     run_script("finetune.py", *flags, "--batch", 1, "--out", "two", ranks=2)
-    one, two = (runtime.load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
-    for name, weight in one["model"].items():
-        torch.testing.assert_close(two["model"][name], weight, rtol=1e-4, atol=1e-4, msg=name)
-    assert two["best"] == pytest.approx(one["best"], abs=2e-3)
+    for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+    one, two = (torch.cat([w.flatten() for w in model(tmp_path / name).values()]) for name in ("one", "two"))
+    torch.manual_seed(0)
+    net = segment.build_network(runtime.load_checkpoint(tmp_path / "one" / "last.pt")["config"])
+    start = torch.cat([w.flatten() for w in net.state_dict().values()])
+    # AdamW's first steps enlarge the rounding of gradients near 0: compare with the way that was gone
+    assert (two - one).norm() < .02 * (one - start).norm()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(phantoms, tmp_path):
