@@ -237,7 +237,8 @@ def main(args):
                   "held_back": [Path(case["image"]).name for case in held_back]}
         step, strikes, skipped, best = 0, 0, 0, -1.0
         if state := runtime.load_latest(out, ranks):
-            runtime.compare_settings(state["config"], config, FREE_ON_RESUME)
+            for line in runtime.compare_settings(state["config"], config, FREE_ON_RESUME) * ranks.is_main:
+                print(f"resumed with another {line}")
             for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler)):
                 part.load_state_dict(state[name])
             step, skipped, best = state["step"], state["skipped"], state["best"]
@@ -283,8 +284,12 @@ def main(args):
             strikes = 0 if finite else strikes + 1
             skipped += not finite
             if strikes == MAX_STRIKES:
+                (culprit,) = ranks.agree(0 if loss.isfinite() else ranks.rank)
+                if culprit != ranks.rank:
+                    ranks.barrier()                                  # the one with the NaN is to speak
+                volumes = [Path(train[i]["image"]).name for i in batch["volume"].tolist()]
                 raise ValueError(f"step {step}: {strikes} steps in a row without a finite gradient; loss {loss.item()},"
-                                 f" volumes {batch['volume'].tolist()}; lower --lr or try --precision fp32")
+                                 f" volumes {volumes}; lower --lr or try --precision fp32")
             bar.update()
             row, every = {}, args.val_every * len(train) / global_batch                                     # steps
             if held_back and (step == total or step // every > (step - 1) // every):

@@ -290,12 +290,13 @@ def main(args):
         autocast = functools.partial(torch.autocast, device.type, precision, precision != torch.float32)
         weights = {name: getattr(args, name) for name in ("mip", "mpd", "itd", "contrast") if getattr(args, name)}
         config = {**vars(args), "global_batch": global_batch, "total": total, "volumes": len(cases),
-                  "precision": str(precision)[6:]}
+                  "volume_list": sampling.list_digest(cases + held_back), "precision": str(precision)[6:]}
         step = strikes = skipped = 0
         bad, unread = set(), set()                  # volumes that could not be read, of those to train on and held back
         if state := runtime.load_latest(out, ranks):
             tied = {"batch", "accumulate"} if args.contrast else set()              # its negatives: the micro-batch
-            runtime.compare_settings(state["config"], config, FREE_ON_RESUME - tied)
+            for line in runtime.compare_settings(state["config"], config, FREE_ON_RESUME - tied) * ranks.is_main:
+                print(f"resumed with another {line}")
             for name, part in (("student", student), ("teacher", teacher), ("centers", centers),
                                ("optimizer", optimizer), ("scaler", scaler)):
                 if part is not None:
@@ -357,8 +358,12 @@ def main(args):
             skipped += not finite
             if strikes == MAX_STRIKES:
                 terms = {name: round(term.item(), 4) for name, term in row.items()}
+                (culprit,) = ranks.agree(0 if math.isfinite(sum(terms.values())) else ranks.rank)
+                if culprit != ranks.rank:
+                    ranks.barrier()                                  # the one with the NaN is to speak
+                volumes = [Path(cases[i]["image"]).name for i in batch["volume"].tolist()]
                 raise ValueError(f"step {step}: {strikes} steps in a row without a finite gradient; here {terms}, "
-                                 f"volumes {batch['volume'].tolist()}; lower --lr or try --precision fp32")
+                                 f"volumes {volumes}; lower --lr or try --precision fp32")
             bar.update()
             measure = args.mip and held_back and (step % args.val_every == 0 or step == total)
             if measure or step % args.log_every == 0 or step == total:
@@ -383,13 +388,13 @@ def main(args):
                 check_bad(bad, cases, args.max_bad, ranks)
             due = args.save_steps and step % args.save_steps == 0 or time.monotonic() - saved > 60 * args.save_minutes
             if ranks.is_main and (due or leaving or step == total):
+                runtime.save_checkpoint(out / "student.pt", {               # first: a resume trusts last.pt
+                    "model": student.state_dict(), "config": config, "step": step})
                 runtime.save_checkpoint(out / "last.pt", {
                     "student": student.state_dict(), "teacher": teacher.state_dict() if teacher else None,
                     "centers": centers.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                     "step": step, "samples": step * global_batch, "skipped": skipped, "config": config,
                     "torch": str(torch.__version__)})
-                runtime.save_checkpoint(out / "student.pt", {
-                    "model": student.state_dict(), "config": config, "step": step})
                 saved = time.monotonic()
             if leaving:
                 break

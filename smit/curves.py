@@ -170,8 +170,10 @@ def from_log(log_csv, folder, prototypes=None):
         series = {name: (columns["step"][np.isfinite(y)], y[np.isfinite(y)])
                   for name, y in found.items() if np.isfinite(y).any()}
         lines = {"ln K": math.log(prototypes)} if stem == "token_losses" and prototypes else None
+        chart = Path(folder, f"{stem}.svg")
+        chart.unlink(missing_ok=True)                                # an earlier run's may have had more columns
         if series:
-            curves_svg(Path(folder, f"{stem}.svg"), series, "step", y_label, title, lines, limits, log_y)
+            curves_svg(chart, series, "step", y_label, title, lines, limits, log_y)
     return {name: values[np.isfinite(values)][-1] for name, values in columns.items() if np.isfinite(values).any()}
 
 

@@ -1,7 +1,7 @@
 """Ranks, stop signals, checkpoints, the output folder and the log: what a long run needs beside the algorithm [ours].
 
-A file is whole or not there: written beside its name, fsynced, renamed. No file is trusted: checksums come first, and a
-pickle builds tensors and plain types only. What one rank sees alone (a NaN, a signal) passes through `Ranks.agree`.
+A file is whole or not there: written beside its name, fsynced, renamed. No file is trusted: checksums come first, and
+a pickle builds tensors and plain types only. What one rank sees alone (a NaN, a signal) passes through `Ranks.agree`.
 """
 import contextlib
 import fcntl
@@ -25,11 +25,10 @@ import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-ORPHAN_GRACE_S = 20  # for a last checkpoint once torchrun's agent is gone
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun began again
-RUN_FILES = """log.csv config.json index.html last.pt last.prev.pt best.pt best.prev.pt student.pt student.prev.pt
-               reconstruction.png tokens.png overlay.png loss.svg mip.svg token_losses.svg contrast.svg entropy.svg
-               rank.svg dice.svg gradient.svg rate.svg""".split()
+JOB = f"job {os.environ.get('TORCHELASTIC_RUN_ID')}, agent {os.getppid()}"  # its restarts go on with its own runs only
+RUN_FILES = [name + end for name in ("last", "best", "student") for end in (".pt", ".prev.pt")]
+RUN_FILES += "log.csv config.json index.html reconstruction.png tokens.png overlay.png".split()
 
 
 # ---------------------------------------------------------------- ranks
@@ -95,8 +94,7 @@ def peak_memory_mb(device):
 # ---------------------------------------------------------------- leaving: errors, signals, a lost parent
 def run(main, *arguments):
     """Call main(*arguments); ValueError, OSError: one line and exit code 2; Ctrl-C: 130; a bug: its traceback and 1.
-    The first error must be the last thing shown: a rank that may only echo one (a collective whose peer is gone raises
-    RuntimeError) waits, while torchrun sees the first rank leave, ends the others and quotes it."""
+    A rank that may only echo the first error, its peer being gone, waits, while torchrun ends the others and quotes it."""
     try:
         main(*arguments)
         return dist.destroy_process_group() if dist.is_initialized() else None
@@ -108,9 +106,12 @@ def run(main, *arguments):
     except Exception:
         code, text, wait_s = 1, traceback.format_exc(), 5
     report, alone = {"message": text, "timestamp": int(time.time())}, not dist.is_initialized()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGCHLD):  # of the latter the loader's handler would raise
+        signal.signal(number, signal.SIG_DFL)
     time.sleep(0 if alone else wait_s)
     print(text, file=sys.stderr)
+    for worker in torch.multiprocessing.active_children():  # a loader's, deaf to the SIGTERM with which Python ends it
+        worker.kill()
     with contextlib.suppress(KeyError, OSError):
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
     sys.stdout.flush()
@@ -141,7 +142,7 @@ def leave_with_parent(parent):
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ORPHAN_GRACE_S)
+    time.sleep(20)  # for the last checkpoint
     os._exit(1)
 
 
@@ -252,7 +253,7 @@ def load_latest(folder, ranks):
 def OutputFolder(folder, ranks, resume=False, overwrite=False):
     """The one run that writes to a folder, as a context giving its Path; ValueError if it is in use or not writable.
     One that holds a run asks for resume (implied when torchrun restarts) or else overwrite, which deletes RUN_FILES."""
-    with claim(Path(folder), resume or RESTARTS > 0, overwrite) if ranks.is_main else contextlib.nullcontext():
+    with claim(Path(folder), resume, overwrite) if ranks.is_main else contextlib.nullcontext():
         ranks.barrier()
         yield Path(folder)
 
@@ -261,8 +262,9 @@ def claim(folder, resume, overwrite):
     """Make, lock, try and clean a folder; returns the open lock, which the kernel frees with the process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "ab", buffering=0)
+        lock = open(folder / ".lock", "a+b", buffering=0)
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked loader workers would keep that alive
+        resume = resume or RESTARTS > 0 and os.pread(lock.fileno(), 999, 0).endswith(JOB.encode())
         lock.truncate(0)
         lock.write(f"{os.uname().nodename} pid {os.getpid()}".encode())
         atomic_write(folder / ".probe.partial", lambda file: file.write(bytes(1 << 16)))  # a full disk shows now
@@ -276,6 +278,7 @@ def claim(folder, resume, overwrite):
         raise ValueError(f"{folder} holds a run ({', '.join(found)}): --resume continues it, --overwrite deletes it")
     for path in [*folder.glob(".*.partial"), *(folder / name for name in found if not resume)]:
         path.unlink()
+    lock.write(f", {JOB}".encode())
     return lock
 
 
@@ -300,16 +303,18 @@ class CsvLog:
         line = ",".join(f"{cell:.9g}" if isinstance(cell, float) else str(cell) for cell in cells)
         if self.is_main:
             try:
-                with open(self.path, "a") as file:
-                    file.write(line + "\n")
+                with open(self.path, "ab", buffering=0) as file:
+                    file.write(f"{line}\n".encode())
+                    os.fsync(file.fileno())  # else a power loss takes rows that the checkpoint counts
             except OSError as error:
                 raise OSError(f"{self.path} could not be written: {error.strerror}") from error
 
 
 def compare_settings(saved, now, free):
-    """One line for each setting that differs from the checkpoint's; ValueError if one of them is not in `free`."""
-    differ = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key, "absent") != now.get(key, "absent")]
-    lines = [f"{key}: {saved.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now" for key in differ]
-    if not set(differ) <= set(free):
-        raise ValueError(f"the checkpoint is of another run: {'; '.join(lines)}; use its settings or another --out")
-    return lines
+    """One line for each setting that differs from the checkpoint's; ValueError with those that are not in `free`."""
+    keys = sorted((saved.keys() | now.keys()) - {"resume", "overwrite"})
+    lines = {key: f"{key}: {saved.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now" for key in keys
+             if saved.get(key, "absent") != now.get(key, "absent")}
+    if matter := [line for key, line in lines.items() if key not in free]:
+        raise ValueError(f"the checkpoint is of another run: {'; '.join(matter)}; use its settings or another --out")
+    return list(lines.values())

@@ -4,7 +4,9 @@ A run is a sequence of samples 0, 1, 2, ...; sample s belongs to epoch s // n. N
 moment at which a run was resumed enters a draw, so two ranks with batch 1 see what one rank with batch 2 sees.
 """
 import functools
+import hashlib
 import math
+import os
 import re
 import warnings
 from pathlib import Path
@@ -66,6 +68,24 @@ def cut(volume, start, size):
     return out
 
 
+def list_digest(cases):
+    """Twelve hex digits that change with the names and the order of the cases' images, not with their folder."""
+    names = [Path(case["image"]).name for case in cases]
+    return hashlib.sha256(repr(names).encode()).hexdigest()[:12]
+
+
+def written(case):
+    """When a case's files were written last, 0 for what is not there."""
+    return [os.stat(path).st_mtime_ns if os.path.exists(path) else 0 for path in (case["image"], case["label"]) if path]
+
+
+def unchanged(case, before):
+    """The case; BadVolume if its files are not those of before: epochs of one run are over the same volumes."""
+    if written(case) != before:
+        raise data.BadVolume(f"{case['image']}: changed or removed since the run began; put the old one back")
+    return case
+
+
 class ViewPairs(torch.utils.data.Dataset):
     """Sample number -> two views of one volume and their masks [SMIT 2, 3].
 
@@ -78,6 +98,7 @@ class ViewPairs(torch.utils.data.Dataset):
         self.cases, self.settings, self.cache = cases, settings, cache
         self.crop, self.view, self.grid = crop, view, tuple(v // cell for v in view)
         self.mask_ratio, self.drops, self.seed, self.split = mask_ratio, drops, seed, split
+        self.written = [written(case) for case in cases]             # now, before workers start
 
     def __getitem__(self, sample):
         n = len(self.cases)
@@ -85,11 +106,14 @@ class ViewPairs(torch.utils.data.Dataset):
         for passed_over in range(n):
             index = (first + passed_over) % n
             try:
-                volume, _ = data.cached(self.cases[index], self.settings, self.cache)
+                case = unchanged(self.cases[index], self.written[index])
+                volume, _ = data.cached(case, self.settings, self.cache)
                 break
             except data.BadVolume as error:
                 warnings.warn(f"skipped: {error}")
                 found = error
+            except OSError as error:                                 # the cache's disk
+                return error
         else:
             return found
         rng = generator(self.seed, self.split, sample)
@@ -175,13 +199,15 @@ class LabelledCrops(torch.utils.data.Dataset):
     def __init__(self, cases, settings, cache, num_classes, size, crops=4, drops=0, seed=0):
         self.cases, self.settings, self.cache, self.num_classes = cases, settings, cache, num_classes
         self.size, self.crops, self.drops, self.seed = tuple(size), crops, drops, seed
+        self.written = [written(case) for case in cases]             # now, before workers start
 
     def __getitem__(self, sample):
         n = len(self.cases)
         index = epoch_order(n, self.seed, sample // n)[sample % n]
         try:
-            image, label = data.cached(self.cases[index], self.settings, self.cache, True, self.num_classes)
-        except data.BadVolume as error:
+            case = unchanged(self.cases[index], self.written[index])
+            image, label = data.cached(case, self.settings, self.cache, True, self.num_classes)
+        except (data.BadVolume, OSError) as error:                   # a bad file, or the cache's disk
             return error
         rng = generator(self.seed, "labelled", sample)
         images, labels = zip(*(augmented_crop(image, label, self.size, rng) for _ in range(self.crops)))
@@ -198,6 +224,8 @@ def collate(samples):
 def batches(dataset, numbers, workers=0, pin=False, timeout=300):
     """Iterate over micro-batches: `numbers` yields lists of sample numbers. Raises what the dataset found wrong."""
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=numbers, num_workers=workers, collate_fn=collate,
+                                         # else (Python 3.14) they outlive a killed rank, whose children they are not
+                                         multiprocessing_context="fork" if workers else None,
                                          timeout=timeout if workers else 0, pin_memory=pin,
                                          worker_init_fn=ignore_stop_signals)
     for batch in loader:
