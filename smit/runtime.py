@@ -1,7 +1,6 @@
 """Ranks, stop signals, checkpoints, the output folder and the log: what a long run needs beside the algorithm [ours].
 
-A file is whole or not there: written beside its name, fsynced, renamed. No file is trusted: checksums come first, and
-a pickle builds tensors and plain types only. What one rank sees alone (a NaN, a signal) passes through `Ranks.agree`.
+A file is whole or not there. No file is trusted. What one rank sees alone (a NaN, a signal) passes `Ranks.agree`.
 """
 import contextlib
 import fcntl
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ORPHAN_GRACE_S = 20  # for a last checkpoint once torchrun's agent is gone
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun began again
 JOB = f"job {os.environ.get('TORCHELASTIC_RUN_ID')}, agent {os.getppid()}"  # its restarts go on with its own runs only
 RUN_FILES = [name + end for name in ("last", "best", "student") for end in (".pt", ".prev.pt")]
@@ -94,7 +94,7 @@ def peak_memory_mb(device):
 # ---------------------------------------------------------------- leaving: errors, signals, a lost parent
 def run(main, *arguments):
     """Call main(*arguments); ValueError, OSError: one line and exit code 2; Ctrl-C: 130; a bug: its traceback and 1.
-    A rank that may only echo the first error, its peer being gone, waits, while torchrun ends the others and quotes it."""
+    A rank that may only echo the first error, its peer gone, waits, while torchrun ends the others and quotes it."""
     try:
         main(*arguments)
         return dist.destroy_process_group() if dist.is_initialized() else None
@@ -142,7 +142,7 @@ def leave_with_parent(parent):
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(20)  # for the last checkpoint
+    time.sleep(ORPHAN_GRACE_S)
     os._exit(1)
 
 

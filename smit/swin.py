@@ -47,8 +47,8 @@ def reverse_windows(windows, window, grid):
 def relative_position_index(window, table_window=None, device=None):
     """Row of the bias table for each pair of a window's cells: one value per offset [Swin Eq. 4].
 
-    Returns (n, n) long; do not write to it. The table has prod(2 * t - 1) rows, t the `table_window` (by default the window itself): a
-    window clamped to a small grid looks its true offsets up in the table of the full one.
+    Returns (n, n) long; do not write to it. The table has prod(2 * t - 1) rows, t the `table_window` (by default the
+    window itself): a window clamped to a small grid looks its true offsets up in the table of the full one.
     """
     table_window = table_window or window
     cells = torch.cartesian_prod(*(torch.arange(w) for w in window))    # (n, 3)

@@ -111,10 +111,13 @@ def act(do, value=None, what="", path="", source="", size=0):
     elif do == "trace":
         with open(path, "a") as file:
             file.write(what + "\n")
-    elif do in ("sleep", "remove", "copy"):
-        {"sleep": lambda: time.sleep(.5), "remove": lambda: os.unlink(path), "copy": lambda: shutil.copy(source, path)}[do]()
+    elif do == "sleep":
+        time.sleep(.5)
+    elif do in ("remove", "copy"):
+        os.unlink(path) if do == "remove" else shutil.copy(source, path)
     elif do in ("EIO", "error", "bug"):
-        raise {"EIO": OSError(errno.EIO, os.strerror(errno.EIO)), "error": ValueError("injected"), "bug": KeyError(0)}[do]
+        eio = OSError(errno.EIO, os.strerror(errno.EIO))
+        raise {"EIO": eio, "error": ValueError("injected"), "bug": KeyError(0)}[do]
     return value * math.nan if do == "nan" else value
 
 
@@ -129,7 +132,7 @@ class Run:
         self.console.write_text("")
         Run.all.append(self)
         if not self.forked:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *agent]
+            command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node={ranks}".split() + agent
             env = os.environ | {"FAULTS": json.dumps(faults), "OMP_NUM_THREADS": "1"}
             self.jobs = [subprocess.Popen([*command, __file__, script, *flags], env=env, stdout=open(self.console, "a"),
                                           stderr=subprocess.STDOUT, start_new_session=True)]
@@ -302,9 +305,10 @@ def main():
         rows += some
     time.sleep(10)                                                   # for loader workers to miss their parents
     left = sum(run.alive() for run in Run.all)
-    print(f"{len(rows)} faults, {sum(row.good for row in rows)} as they should be; {len(Run.all)} runs, {left} of them left "
-          f"a process behind; {sum(row.exact is True for row in rows)} exact, {sum(row.exact is False for row in rows)} "
-          f"not; {(time.time() - begun) / 60:.0f} minutes")
+    exact = [row.exact for row in rows]
+    print(f"{len(rows)} faults, {sum(row.good for row in rows)} as they should be; {exact.count(True)} exact, "
+          f"{exact.count(False)} not; {len(Run.all)} runs, {left} of them left a process behind; "
+          f"{(time.time() - begun) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ def kills(lab):
             for nth in range(1, STEPS):
                 fault = at("step", KILL, nth, rank=nth % ranks)
                 yield partial(lab.trial, name, fault, ranks=ranks, flags=("--workers", workers))
-        sixth, first, second = at("step", KILL, 6), at("step", KILL, 1, rank=ranks - 1), at("step", KILL, 2)
-        yield partial(lab.trial, f"kill -9 in the first step after a resume; {ranks} ranks", sixth, ranks=ranks, again=[first])
-        yield partial(lab.trial, f"kill -9 thrice in an epoch; {ranks} ranks", sixth, ranks=ranks, again=[first, second])
+        sixth, again = at("step", KILL, 6), [at("step", KILL, 1, rank=ranks - 1), at("step", KILL, 2)]
+        for name, more in (("in the first step after a resume", again[:1]), ("thrice in an epoch", again)):
+            yield partial(lab.trial, f"kill -9 {name}; {ranks} ranks", sixth, ranks=ranks, again=more)
 
 
 def at_random(lab):
@@ -47,7 +47,7 @@ def at_random(lab):
             run.signal(KILL)
             run.wait()
             good &= last_row(folder) - kept(folder) <= 1
-        return lab.resumed("kill -9 at 5 random times of a run that saves every step", folder, 1, good=good, ranks=ranks)
+        return lab.resumed("kill -9 at 5 random times, saving in every step", folder, 1, good=good, ranks=ranks)
     return [partial(killed, seed) for seed in range(20)]
 
 
@@ -72,8 +72,9 @@ def agents(lab):
         gone = run.until(lambda: not run.alive(), 60)
         code, text = run.wait()
         lost = last_row(folder) - kept(folder)
-        return lab.resumed(f"{name} to torchrun; its ranks must leave in 30 s", folder, lost, f"{text}\ngone in {gone:.0f} s\n",
-                           code, gone < 30 and lost == 0 and code == expected, "gone in", 2)
+        text += f"\ngone in {gone:.0f} s\n"
+        return lab.resumed(f"{name} to torchrun; its ranks must leave in 30 s", folder, lost, text, code,
+                           gone < 30 and lost == 0 and code == expected, "gone in", 2)
     return [partial(stopped, *signal) for signal in ((KILL, -9), ("SIGUSR1", -10), ("SIGTERM", 1))]
 
 
@@ -101,7 +102,8 @@ def saving(lab):
     yield partial(lab.trial, "killed after the last rename of a run", at("renamed", KILL, 4), most=0)
     told = "error: .*last.pt could not be written: Input/output error"
     for name, point, nth in (("1", "fsync", 3), ("2", "fsync", 4), ("of the folder", "renamed", 2)):
-        yield partial(lab.trial, f"EIO on fsync {name} of a checkpoint", at(point, "EIO", nth), code=2, most=most, told=told)
+        fault = at(point, "EIO", nth)
+        yield partial(lab.trial, f"EIO on fsync {name} of a checkpoint", fault, code=2, most=most, told=told)
 
     def ordered():
         folder, trace = lab.fresh(), lab.folder / "trace.txt"
@@ -111,8 +113,8 @@ def saving(lab):
         fsync = r"fsync \.last\.pt\.\w+\.partial\n"
         saves = re.findall(f"{fsync}(?:replace last.prev.pt\n)?{fsync}replace last.pt\nfsync {folder.name}\n", calls)
         exact = fingerprint(folder) == fingerprint(lab.whole())
-        return Row("power loss: fsync(file), rename, fsync(folder), always", 0, f"{len(saves)} saves in this order", code,
-                   exact, len(saves) == calls.count("replace last.pt\n") == 4 and exact)
+        return Row("power loss: fsync(file), rename, fsync(folder), always", 0, f"{len(saves)} saves in this order",
+                   code, exact, len(saves) == calls.count("replace last.pt\n") == 4 and exact)
     yield ordered
 
 
@@ -174,8 +176,9 @@ def hangs(lab):
         code, text = run.wait(200 + rows)
         took, lost = time.time() - (folder / "log.csv").stat().st_mtime, last_row(folder) - kept(folder)
         end = "".join(text.splitlines(True)[-6:])
-        return lab.resumed(f"{name}; all gone in {most_s} s", folder, lost, f"{text}\nin {took:.0f} s: {message(end, told)}\n",
-                           code, code == 1 and took < most_s and lost < EVERY and bool(re.search(told, end)), "^in", 2)
+        good = code == 1 and took < most_s and lost < EVERY and bool(re.search(told, end))
+        text += f"\nafter {took:.0f} s: {message(end, told)}\n"
+        return lab.resumed(f"{name}; all gone in {most_s} s", folder, lost, text, code, good, "after", 2)
     for name, do, told, most_s in (
             ("a loader worker is killed", "worker SIGKILL", "killed by signal: Killed", 30),
             ("a loader worker hangs (timeout 5 s, not 300)", "worker SIGSTOP", "timed out after 5 seconds", 60),
@@ -190,8 +193,8 @@ def damage(lab):
     def flip(data):
         half = len(data) // 2
         return data[:half] + bytes([data[half] ^ 1]) + data[half + 1:]
-    ways = {"cut": lambda data: data[:len(data) // 2], "flipped by a bit": flip, "zeroed": lambda data: bytes(len(data)),
-            "empty": lambda data: b""}
+    ways = {"cut": lambda data: data[:len(data) // 2], "flipped by a bit": flip,
+            "zeroed": lambda data: bytes(len(data)), "empty": lambda data: b""}
 
     def damaged(name):
         folder = lab.broken()
@@ -297,8 +300,9 @@ def files(lab):
         folder = lab.fresh()
         shutil.copytree(lab.folder / "phantoms", folder)
         fault = at("step", nth=2, path=str(folder / "imagesTr/phantom0004.nii.gz"), **fault)
-        return lab.refused(f"a volume is {name} in mid-run", lab.fresh(), "--data", folder / "dataset.json", "--val_fraction",
-                           0, *TWO_WORKERS, ranks=2, agent=[], faults=[fault], code=1, told="error: [^\n]*phantom0004.nii.gz")
+        flags = ("--data", folder / "dataset.json", "--val_fraction", 0, *TWO_WORKERS)
+        return lab.refused(f"a volume is {name} in mid-run", lab.fresh(), *flags, ranks=2, agent=[], faults=[fault],
+                           code=1, told="error: [^\n]*phantom0004.nii.gz")
     yield partial(touched, "removed", do="remove")
     yield partial(touched, "replaced", do="copy", source=str(lab.folder / "phantoms/imagesTr/phantom0005.nii.gz"))
     few, case = lab.folder / "few.txt", "phantoms/imagesTr/phantom{0}.nii.gz\tphantoms/labelsTr/phantom{0}.nii.gz\n"
@@ -308,8 +312,8 @@ def files(lab):
     yield partial(lab.trial, "epochs of 3.75 steps", at("step", KILL, 10, rank=1), ranks=2, same=("--val_fraction", 0))
 
 
-GROUPS = {group.__name__: group for group in (kills, signals, saving, damage, disks, hangs, changes, together, nans, files,
-                                              agents, restarts, at_random)}
+GROUPS = {group.__name__: group for group in (kills, signals, saving, damage, disks, hangs, changes, together, nans,
+                                              files, agents, restarts, at_random)}
 
 
 # ---------------------------------------------------------------- a few of each, as tests
@@ -319,8 +323,9 @@ def lab(tmp_path_factory):
 
 
 @pytest.mark.parametrize("group, chosen", [
-    ("kills", [20, 30, 77]), ("signals", [2]), ("saving", [3, 6, 8, 9, -1]), ("damage", [1, 4, -1]), ("disks", [3, -1]),
-    ("changes", [1, 5, -1]), ("together", [1]), ("nans", [0]), ("files", [0, -1]), ("restarts", [0]), ("at_random", [3])])
+    ("kills", [20, 30, 77]), ("signals", [2]), ("saving", [3, 6, 8, 9, -1]), ("damage", [1, 4, -1]),
+    ("disks", [3, -1]), ("changes", [1, 5, -1]), ("together", [1]), ("nans", [0]), ("files", [0, -1]),
+    ("restarts", [0]), ("at_random", [3])])
 def test_nothing_is_lost(group, chosen, lab):
     cases = list(GROUPS[group](lab))
     for row in (cases[i]() for i in chosen if i < len(cases)):
