@@ -10,7 +10,8 @@ Read in the paper's order:
     [SMIT 2, Fig. 1] student and teacher          pretrain.py, then ../train_ssl.py
     [SMIT 3] voxels, crops, views                 transforms.py, data.py, sampling.py
     [SMIT 3] fine-tuning network, inference       segment.py, sliding.py, then ../finetune.py, ../evaluate.py
-    [SMIT 3] DSC and tests                        metrics.py
+    [SMIT 3] DSC, tests, tables                   metrics.py, scoring.py
+    [SMIT Fig. 2, 3, 5] panels, curves, page      figures.py, curves.py
     data made here                                phantom.py
     ranks, checkpoints, signals                   runtime.py
 """
