@@ -35,7 +35,7 @@ PRESETS = {  # what differs from the flags' defaults
     "paper": {},
     # half the width, half the view and three stages, so that a view still has 6^3 cells; see README, "The tiny preset"
     "tiny": dict(spacing=[4.0, 4.0, 4.0], crop=[64], view=[48], mask_cell=8, embed_dim=24, depths=[2, 2, 2],
-                 heads=[2, 4, 8], drop_path=0.0, head_width=256, bottleneck=64, prototypes=256, steps=300, batch=4,
+                 heads=[2, 4, 8], drop_path=0.0, head_width=256, bottleneck=64, prototypes=256, steps=300, batch=3,
                  lr=1e-3, teacher_temp=[0.03, 0.03], workers=2, val_fraction=0.1, val_every=100, phantoms=20),
 }
 METHODS = {  # rows of Table 2 and Fig. 4 on the Swin backbone
