@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import SMALL  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
-from smit import losses, phantom, runtime, sampling  # noqa: E402
+from smit import data, losses, phantom, runtime, sampling  # noqa: E402
 
 STEPS, EVERY = 13, 4
 COMMON = f"--steps {STEPS} --save_steps {EVERY} --val_fraction .2 --workers 0 --log_every 1 --drop_path .3".split()
@@ -67,6 +67,7 @@ def arm(at, do, nth=1, times=1, rank=0, life=0, **how):
     onto = lambda name: lambda source, target: Path(target).name == name
     owner, names, concerns, late = {                          # functions to wrap, which of their calls, act afterwards?
         "loss": (losses, ["mip_loss", "dice_ce_loss"], lambda *_: True, True),
+        "load": (data, ["cached"], lambda *_: torch.utils.data.get_worker_info(), False),
         "write": (runtime, ["atomic_write"], lambda path, write: Path(path).name == "last.pt", False),
         "prev": (os, ["replace"], onto("last.prev.pt"), False), "rename": (os, ["replace"], onto("last.pt"), False),
         "renamed": (os, ["replace"], onto("last.pt"), True), "disk": (os, ["fsync", "replace"], lambda *_: True, False),
@@ -111,8 +112,8 @@ def act(do, value=None, what="", path="", source="", size=0):
     elif do == "trace":
         with open(path, "a") as file:
             file.write(what + "\n")
-    elif do == "sleep":
-        time.sleep(.5)
+    elif do in ("sleep", "hang"):
+        time.sleep(.5 if do == "sleep" else 9999)
     elif do in ("remove", "copy"):
         os.unlink(path) if do == "remove" else shutil.copy(source, path)
     elif do in ("EIO", "error", "bug"):

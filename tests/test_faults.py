@@ -179,13 +179,15 @@ def hangs(lab):
         good = code == 1 and took < most_s and lost < EVERY and bool(re.search(told, end))
         text += f"\nafter {took:.0f} s: {message(end, told)}\n"
         return lab.resumed(f"{name}; all gone in {most_s} s", folder, lost, text, code, good, "after", 2)
-    for name, do, told, most_s in (
-            ("a loader worker is killed", "worker SIGKILL", "killed by signal: Killed", 30),
-            ("a loader worker hangs (timeout 5 s, not 300)", "worker SIGSTOP", "timed out after 5 seconds", 60),
-            ("a rank raises", "error", "error: injected", 20),
-            ("a rank has a bug", "bug", "KeyError: 0", 20),
-            ("a rank hangs (timeout 30 s, not 10 min)", "SIGSTOP", "[Tt]imed out|Timeout", 100)):
-        yield partial(left, name, at("step", do, 6, rank=1), told, most_s)
+    def sixth(do):
+        return at("step", do, 6, rank=1)
+    for name, fault, told, most_s in (
+            ("a loader worker is killed", sixth("worker SIGKILL"), "killed by signal: Killed|exited unexpectedly", 30),
+            ("a loader worker hangs (timeout 5 s, not 300)", at("load", "hang", 14, rank=1), "timed out after 5 s", 40),
+            ("a rank raises", sixth("error"), "error: injected", 20),
+            ("a rank has a bug", sixth("bug"), "KeyError: 0", 20),
+            ("a rank hangs (timeout 30 s, not 10 min)", sixth("SIGSTOP"), "[Tt]imed out|[Tt]imeout", 100)):
+        yield partial(left, name, fault, told, most_s)
 
 
 def damage(lab):

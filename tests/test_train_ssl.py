@@ -164,7 +164,7 @@ def test_a_weight_of_zero_skips_the_computation(phantoms, tmp_path, monkeypatch)
     forward = train_ssl.pretrain.SMIT.forward
     monkeypatch.setattr(train_ssl.pretrain.SMIT, "forward", lambda self, *a: calls.append(self) or forward(self, *a))
     train(phantoms, tmp_path / "run", "--method", "simmim", "--steps", 2, "--val_fraction", 0)
-    assert len(calls) == 2 and len(set(map(id, calls))) == 1           # the student, once a step: no teacher runs
+    assert len(calls) == 3 and len(set(map(id, calls))) == 1           # the student, in two steps and the last panel
     state = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
     assert state["teacher"] is None and not state["centers"]
     assert not any("head.mlp" in name for name in state["student"])
