@@ -123,7 +123,7 @@ def load_cases(args, ranks):
             print(f"no --data: training on {args.phantoms} synthetic patients, made in {folder}", flush=True)
         args.data = [str(phantom.write_dataset(folder, args.phantoms, args.modality, args.seed, args.spacing,
                                                ranks.rank, ranks.world))]
-        ranks.barrier()
+        ranks.agree()
     cases = [case for path in args.data for case in data.read_list(path, args.key)]
     also = [path for path in args.data if path.endswith(".json") and args.val_key in json.loads(Path(path).read_text())]
     listed = [case for path in also for case in data.read_list(path, args.val_key)]
@@ -287,7 +287,7 @@ def main(args):
             if strikes == MAX_STRIKES:
                 (culprit,) = ranks.agree(0 if loss.isfinite() else ranks.rank)
                 if culprit != ranks.rank:
-                    ranks.barrier()                                  # the one with the NaN is to speak
+                    ranks.agree()                                  # the one with the NaN is to speak
                 volumes = [Path(train[i]["image"]).name for i in batch["volume"].tolist()]
                 raise ValueError(f"step {step}: {strikes} steps in a row without a finite gradient; loss {loss.item()},"
                                  f" volumes {volumes}; lower --lr or try --precision fp32")

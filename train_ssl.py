@@ -184,7 +184,7 @@ def load_cases(args, ranks):
             print(f"no --data: training on {args.phantoms} synthetic patients, made in {folder}", flush=True)
         args.data = [str(phantom.write_dataset(folder, args.phantoms, args.modality, args.seed, args.spacing,
                                                ranks.rank, ranks.world))]
-        ranks.barrier()
+        ranks.agree()
     cases = [case for path in args.data for case in data.read_list(path, args.key)]
     counts = collections.Counter(os.path.realpath(case["image"]) for case in cases)
     if twice := [path for path, count in counts.items() if count > 1]:
@@ -360,7 +360,7 @@ def main(args):
                 terms = {name: round(term.item(), 4) for name, term in row.items()}
                 (culprit,) = ranks.agree(0 if math.isfinite(sum(terms.values())) else ranks.rank)
                 if culprit != ranks.rank:
-                    ranks.barrier()                                  # the one with the NaN is to speak
+                    ranks.agree()                                  # the one with the NaN is to speak
                 volumes = [Path(cases[i]["image"]).name for i in batch["volume"].tolist()]
                 raise ValueError(f"step {step}: {strikes} steps in a row without a finite gradient; here {terms}, "
                                  f"volumes {volumes}; lower --lr or try --precision fp32")

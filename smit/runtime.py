@@ -1,5 +1,4 @@
 """Ranks, stop signals, checkpoints, the output folder and the log: what a long run needs beside the algorithm [ours].
-
 A file is whole or not there. No file is trusted. What one rank sees alone (a NaN, a signal) passes `Ranks.agree`.
 """
 import contextlib
@@ -44,20 +43,17 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
     def agree(self, *flags):
-        """The largest value of each bool or int over all ranks, the same tuple everywhere; every rank must call it."""
-        values = torch.tensor([int(flag) for flag in flags], device=self.device)
+        """The largest of each bool or int over all ranks, on all of them; every rank must call it. Alone: a barrier."""
+        values = torch.tensor([0, *map(int, flags)], device=self.device)
         if self.world > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
-        return tuple(bool(v) if isinstance(flag, bool) else v for flag, v in zip(flags, values.tolist()))
+        return tuple(bool(v) if isinstance(flag, bool) else v for flag, v in zip(flags, values.tolist()[1:]))
 
     def mean(self, tensor):
         """The mean of a float tensor over all ranks; no gradient passes between them."""
         if self.world > 1:
             dist.all_reduce(tensor := tensor.detach().clone())
         return tensor / self.world
-
-    def barrier(self):
-        self.agree(0)
 
 
 def start(device="auto", timeout_minutes=10):
@@ -97,7 +93,11 @@ def run(main, *arguments):
     A rank that may only echo the first error, its peer gone, waits, while torchrun ends the others and quotes it."""
     try:
         main(*arguments)
-        return dist.destroy_process_group() if dist.is_initialized() else None
+        if not dist.is_initialized():
+            return
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)  # an orderly exit may abort in the group's threads
     except KeyboardInterrupt:
         code, text, wait_s = 130, "interrupted", 0
     except (ValueError, OSError) as error:
@@ -254,7 +254,7 @@ def OutputFolder(folder, ranks, resume=False, overwrite=False):
     """The one run that writes to a folder, as a context giving its Path; ValueError if it is in use or not writable.
     One that holds a run asks for resume (implied when torchrun restarts) or else overwrite, which deletes RUN_FILES."""
     with claim(Path(folder), resume, overwrite) if ranks.is_main else contextlib.nullcontext():
-        ranks.barrier()
+        ranks.agree()
         yield Path(folder)
 
 

@@ -471,10 +471,10 @@ def test_two_ranks_agree_and_recover_from_a_killed_one(tmp_path):
             assert ranks.mean(torch.full((2,), float(ranks.rank))).tolist() == [.5, .5]
             if ranks.is_main and not state:
                 runtime.save_checkpoint(folder / "last.pt", {"step": 7})
-            ranks.barrier()
+            ranks.agree()
             if ranks.rank == 1 and not state:
                 os.kill(os.getpid(), signal.SIGKILL)
-            ranks.barrier()
+            ranks.agree()
             (out / f"done{ranks.rank}").write_text(f"{state['step']} {runtime.RESTARTS}")
         """, "--max-restarts=1")
     assert job.wait(60) == 0, (tmp_path / "console.txt").read_text()
@@ -488,7 +488,7 @@ def test_the_first_error_is_shown_once_and_last_and_nobody_hangs(tmp_path):
         stop = runtime.StopSignals(ranks)
         if ranks.rank == 1:
             raise ValueError("case 7.nii.gz is cut short")
-        ranks.barrier()
+        ranks.agree()
         """)
     assert job.wait(60) != 0 and time.time() - begin < 30
     shown = (tmp_path / "console.txt").read_text()
@@ -503,7 +503,7 @@ def test_workers_leave_when_their_agent_dies_even_in_a_collective(tmp_path):
         (out / f"pid{ranks.rank}").write_text(str(os.getpid()))
         if ranks.rank == 1:
             time.sleep(600)
-        ranks.barrier()
+        ranks.agree()
         """)
     files = [tmp_path / "pid0", tmp_path / "pid1"]
     wait_for(lambda: all(file.exists() and file.read_text() for file in files), 40)
