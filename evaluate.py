@@ -23,9 +23,12 @@ from smit import curves, data, runtime, scoring, segment
 from smit.scoring import case_key, case_name
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The text above as it stands, and every flag's default."""
+
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s [flags]")
     parser.add_argument("--out", default="runs/evaluate", help="output folder [ours]")
 
     add = parser.add_argument_group("predict").add_argument
@@ -117,7 +120,12 @@ def predict_all(args):
     if clash := sources & {target.resolve() for target in targets}:
         raise ValueError(f"--out {out} would overwrite {min(clash)}: give another folder")
     scoring.clear(out)
-    for case, target in zip(tqdm(cases, unit="case"), targets):
+    print(f"{len(cases)} cases, network of {sum(p.numel() for p in net.parameters()):,} parameters in windows of "
+          f"{config['crop']}, {config['num_classes']} classes; {device.type}, {str(precision)[6:]}", flush=True)
+    bar = tqdm(cases, unit="case", disable=None)
+    for number, (case, target) in enumerate(zip(bar, targets), 1):
+        if bar.disable:                                              # output is no terminal: a line in place of the bar
+            print(f"case {number} of {len(cases)}: {case_name(target)}", flush=True)
         try:
             label = predict_case(net, case, settings, tuple(config["crop"]), autocast, range(4) if args.tta else (0,),
                                  overlap=args.overlap, blend=args.blend, batch=args.batch,
