@@ -260,8 +260,9 @@ def main(args):
             size, fixed = sum(n for n, _ in sizes), sum(n * k for n, k in sizes) * 4 / 2 ** 20        # in float32
             print(f"{len(train)} volumes and {len(held_back)} held back; steps {step} to {total} of {args.batch} "
                   f"volumes x {args.crops_per_volume} crops x {ranks.world} ranks = "
-                  f"{global_batch * args.crops_per_volume} crops; network of {size:,} parameters; {fixed:.0f} MiB for it, its gradients and AdamW, before "
-                  f"activations; {device.type}, {str(precision)[6:]}\n{report}", flush=True)
+                  f"{global_batch * args.crops_per_volume} crops; network of {size:,} parameters; {fixed:.0f} MiB for "
+                  f"it, its gradients and AdamW, before activations; {device.type}, {str(precision)[6:]}\n{report}",
+                  flush=True)
         log = runtime.CsvLog(out / "log.csv", COLUMNS, ranks, step)
         # find_unused_parameters keeps DDP from reordering its sums after the first step: a resumed run is the same run
         wrapped = DistributedDataParallel(net, find_unused_parameters=True) if ranks.world > 1 else net

@@ -116,7 +116,7 @@ def test_every_command_runs_in_the_order_of_the_page(named_data):
             done.append(run.stdout.splitlines()[-1])
     assert len(done) > 8
     shown, = re.findall(r"```\n(done .*)\n```", README)
-    assert [re.sub(r"[\d.]+", "0", line) for line in (done[0], shown)] == [re.sub(r"[\d.]+", "0", shown)] * 2
+    assert re.sub(r"[\d.]+", "0", done[0]) == re.sub(r"[\d.]+", "0", shown)
 
 
 def test_every_flag_that_the_readme_names_exists():
