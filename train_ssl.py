@@ -163,10 +163,7 @@ def check_sizes(args):
 def build_networks(args):
     """Student, teacher (None when no loss needs one) and the centres of the teacher's two heads."""
     torch.manual_seed(args.seed)
-    encoder = dict(patch=PATCH, embed_dim=args.embed_dim, depths=args.depths, heads=args.heads, window=args.window,
-                   drop_path=args.drop_path, checkpointing=args.checkpointing)
-    student = pretrain.SMIT(encoder, args.voxel_head if args.mip else None, bool(args.mpd), bool(args.itd),
-                            bool(args.contrast), args.shared_head, args.head_width, args.bottleneck, args.prototypes)
+    student = pretrain.build_student(vars(args))
     teacher = student.make_teacher() if args.mpd or args.itd or args.contrast else None
     centers = torch.nn.ModuleDict({name: losses.Center(args.prototypes, args.center_momentum)
                                    for name in ("mpd", "itd") if getattr(args, name)})
