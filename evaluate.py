@@ -6,9 +6,9 @@
     python evaluate.py --predictions DIR --labels dataset.json                            # score another system
     python evaluate.py --compare DIR_A DIR_B                                              # paired test of two results
 
-Writes OUT/{case}.nii.gz (uint8, on the grid of its image), OUT/cases.csv (a row per case and organ), OUT/results.json
-and OUT/table.md. Cases that cannot be predicted or scored are listed, and the exit code is 2. Organs are matched by
-name, never by number.
+Writes OUT/{case}.nii.gz (uint8, on the grid of its image), OUT/cases.csv (a row per case and organ), OUT/results.json,
+OUT/table.md and OUT/index.html (the worst, median and best case). Cases that cannot be predicted or scored are listed,
+and the exit code is 2. Organs are matched by name, never by number.
 """
 import argparse
 import functools

@@ -5,7 +5,8 @@
     python finetune.py --data dataset.json --init student.pt --num_train 5        # few labels; without --init: random
     python finetune.py --data dataset.json --modality mr --folds 5 --fold 0       # cross-validation
 
-Writes OUT/best.pt (highest mean Dice on held-back cases), OUT/last.pt (everything), OUT/log.csv and OUT/config.json.
+Writes OUT/best.pt (highest mean Dice on held-back cases), OUT/last.pt (everything; --resume goes on from it),
+OUT/log.csv, OUT/config.json and OUT/index.html (curves, a case with its truth and prediction).
 """
 import argparse
 import functools

@@ -311,8 +311,8 @@ def main(args):
 
         if ranks.is_main:
             runtime.atomic_write(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
-            size, taught = (sum(p.numel() for p in net.parameters()) if net else 0 for net in (student, teacher))
-            fixed = (4 * size + taught) * 4 / 2 ** 20         # weights, gradients and two moments of AdamW, in float32
+            size, other = (sum(p.numel() for p in net.parameters()) if net else 0 for net in (student, teacher))
+            fixed = (4 * size + other) * 4 / 2 ** 20         # weights, gradients and two moments of AdamW, in float32
             print(f"{args.method}: {len(cases)} volumes and {len(held_back)} held back; steps {step} to {total} of "
                   f"{args.batch} pairs x {args.accumulate} micro-batches x {ranks.world} ranks = {global_batch} pairs; "
                   f"student of {size:,} parameters; {fixed:.0f} MiB for it, its gradients, AdamW and the teacher, "
