@@ -1,17 +1,20 @@
 """What the README says: its map, flags, commands and differences are the code's; files can be copied as it says."""
 import ast
+import io
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
 import torch.distributed.run
 from conftest import SMALL
 
+import evaluate
 import finetune
 import train_ssl
 from smit import phantom
@@ -113,9 +116,28 @@ def test_every_command_runs_in_the_order_of_the_page(named_data):
             run = subprocess.run(reduced(words, text), cwd=named_data, env=environment, text=True, capture_output=True)
             assert run.returncode == 0, f"{text}\n{run.stdout}{run.stderr}"
             done.append(run.stdout.splitlines()[-1])
+            if "train_ssl.py" in text or "finetune.py" in text:      # output is no terminal: lines, no bar
+                for told in ("parameters; .* MiB for it", "first step: peak memory", "step 2 of 2, epoch .* left"):
+                    assert re.search(told, run.stdout), run.stdout
+                assert "\r" not in run.stderr
     assert len(done) > 8
     shown, = re.findall(r"```\n(done .*)\n```", README)
     assert re.sub(r"[\d.]+", "0", done[0]) == re.sub(r"[\d.]+", "0", shown)
+
+
+@pytest.mark.parametrize("script", [train_ssl, finetune, evaluate], ids=lambda script: script.__name__)
+def test_help_has_groups_and_defaults_and_a_wrong_value_is_told_the_allowed_ones(script, capsys):
+    tiny = [] if script is evaluate else ["--preset", "tiny"]
+    with pytest.raises(SystemExit, match="0"):
+        script.parse_arguments([*tiny, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert script.__doc__.split("\n")[0] in told and len(re.findall(r" \w+: --", told)) > 1
+    default = "share of a window that the next one covers too [SMIT 3] (default: 0.5)" if script is evaluate else \
+        f"(default: {script.PRESETS['tiny']['steps']})"
+    assert default in told and "[flags]" in told
+    with pytest.raises(SystemExit, match="2"):
+        script.parse_arguments(["--precision", "fp8"])
+    assert "auto, fp32, fp16, bf16" in capsys.readouterr().err.replace("'", "")
 
 
 def test_every_flag_that_the_readme_names_exists():
@@ -194,6 +216,24 @@ def test_a_leaf_does_its_work_when_its_file_is_copied_alone(leaf, tmp_path):
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "used\n", done.stderr
     assert f"`smit/{leaf}.py`" in README.split("## Copying a module")[1]
+
+
+def code_lines(path):
+    """Lines of a file that hold code: neither blank nor all comment, nor of a docstring."""
+    source, lines = path.read_text(), set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+                              tokenize.ENDMARKER):
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def test_the_package_is_small():
+    rest = {"study", "tables", "benchmark", "figures", "curves"}
+    assert sum(code_lines(path) for path in SOURCES if path.parent.name == "smit" and path.stem not in rest) < 2000
 
 
 def test_no_file_is_larger_than_a_room():
