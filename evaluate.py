@@ -24,7 +24,11 @@ from smit.scoring import case_key, case_name
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The text above as it stands, and every flag's default."""
+    """The text above as it stands, and every default that says something."""
+
+    def _get_help_string(self, action):
+        silent = str(action.default) in ("None", "False", "[]")
+        return action.help if silent else super()._get_help_string(action)
 
 
 def parse_arguments(argv=None):

@@ -54,7 +54,11 @@ METHODS = {  # rows of Table 2 and Fig. 4 on the Swin backbone
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The text above as it stands, and every flag's default."""
+    """The text above as it stands, and every default that says something."""
+
+    def _get_help_string(self, action):
+        silent = str(action.default) in ("None", "False", "[]")
+        return action.help if silent else super()._get_help_string(action)
 
 
 def parse_arguments(argv=None):
