@@ -195,7 +195,8 @@ def reconstruction_panel(path, image, hidden, reconstruction, spacing_mm, title=
         column("absolute error", errors, [f"hidden: {mse(e[h])}" for e, h in planes], width)]
     columns[-1] = below(columns[-1], color_scale(HOT, ("0", f"{ERROR_TOP / 2:g}", f"{ERROR_TOP:g}+"), width))
     facts = f"whole volume: {mse(error[hidden])} where hidden, {mse(error[~hidden])} elsewhere; grey: 0 black, 1 white"
-    framed(path, title, beside(*columns), text(facts))
+    framed(path, title, beside(*columns), text(facts),
+           text("MSE under a picture: of all of that plane; under the error: of its hidden voxels alone"))
 
 
 def organ_color(number):
