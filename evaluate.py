@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from smit import curves, data, runtime, scoring, segment
+from smit import allocator, curves, data, runtime, scoring, segment
 from smit.scoring import case_key, case_name
 
 
@@ -113,6 +113,7 @@ def predict_case(net, case, settings, window, autocast, turns, **sliding):
 def predict_all(args):
     """Predict and write every case: (cases with their "prediction", organs' names, what failed, facts to record)."""
     device = runtime.start(args.device).device
+    allocator.keep_freed_memory(device)
     net, config = load_network(args.weights, device)
     settings = data.Preparation(tuple(config["spacing"]), config["modality"], tuple(config["hu_window"]))
     precision = runtime.pick_precision(args.precision, device)

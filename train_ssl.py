@@ -23,7 +23,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from smit import curves, data, ema, losses, phantom, pretrain, runtime, sampling
+from smit import allocator, curves, data, ema, losses, phantom, pretrain, runtime, sampling
 from smit.masking import expand_mask
 
 MAX_STRIKES = 20  # steps in a row without a finite gradient; fp16's loss scaling alone takes a few at the start [ours]
@@ -279,6 +279,7 @@ def main(args):
     check_sizes(args)
     ranks = runtime.start(args.device)
     device = ranks.device
+    allocator.keep_freed_memory(device)
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
         student, teacher, centers = build_networks(args)
