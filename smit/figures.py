@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from smit import scoring
 from smit.metrics import dice
 from smit.runtime import atomic_write
 
@@ -199,9 +200,13 @@ def reconstruction_panel(path, image, hidden, reconstruction, spacing_mm, title=
            text("MSE under a picture: of all of that plane; under the error: of its hidden voxels alone"))
 
 
-def organ_color(number):
-    """Colour of a label: the first 13 differ in hue, the next 13 are the same at half the light, and so on."""
-    return [channel >> (number - 1) // 13 for channel in COLORS[(number - 1) % 13]]
+def label_colors(names):
+    """(256, 3) uint8: a colour for each label of {number: organ}: 13 for BTCV's organs, darker ones for the rest."""
+    known = {organ: place for place, organ in enumerate(scoring.CODES)}
+    own = {number: known[scoring.organ(name)] for number, name in names.items() if scoring.organ(name) in known}
+    others = iter(range(13 * bool(own), 300))
+    places = [own[number] if number in own else next(others) for number in range(1, 256)]
+    return np.uint8([(0, 0, 0), *([part >> place // 13 for part in COLORS[place % 13]] for place in places)])
 
 
 def edges(labels, width=2):
@@ -230,7 +235,7 @@ def overlay_panel(path, image, label_true, label_pred, spacing_mm, names, contou
     """
     labels = {kind: np.asarray(label, np.uint8) for kind, label in (("truth", label_true), ("prediction", label_pred))
               if label is not None}
-    at, table = busiest(next(iter(labels.values()))), np.uint8([(0, 0, 0), *map(organ_color, range(1, 256))])
+    at, table = busiest(next(iter(labels.values()))), label_colors(names)
     base = [grey(plane) for plane in displayed(np.asarray(image, np.float32), spacing_mm, at, 320)]
     width = max(picture.shape[1] for picture in base)
     columns = [column("image", lettered(base), plane_names(image.shape, at), width)]

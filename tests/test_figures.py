@@ -149,13 +149,21 @@ def test_the_legend_names_each_organ_beside_its_color_with_its_dice(tmp_path):
     pred = np.where(truth == 1, 0, truth)
     pred[7, 2:6, 3:9] = 0                                                                # half of the liver: Dice 2/3
     figures.overlay_panel(tmp_path / "a.png", truth / 20, truth, pred, (1, 1, 2), {1: "spleen", 6: "liver"}, False)
-    pixels = decoded(tmp_path / "a.png")
+    pixels, colors = decoded(tmp_path / "a.png"), figures.label_colors({1: "spleen", 6: "liver"})
     for line, number in (("spleen 0.00", 1), ("liver 0.67", 6), ("label 15 1.00", 15)):
         (y, x), = places(pixels, figures.text(line))
-        assert tuple(pixels[y + 11, x - 20]) == tuple(figures.organ_color(number))
-    assert figures.organ_color(15) != list(figures.COLORS[1]) and not places(pixels, figures.text("aorta"))
+        assert tuple(pixels[y + 11, x - 20]) == tuple(colors[number])
+    assert colors[15].max() < 128 and not places(pixels, figures.text("aorta"))
     figures.overlay_panel(tmp_path / "b.png", truth / 20, truth, None, (1, 1, 2), {1: "spleen"})
     assert places(decoded(tmp_path / "b.png"), figures.text("spleen"))
+
+
+def test_an_organ_has_one_color_in_every_data_set():
+    btcv, other = figures.label_colors({6: "liver", 2: "right kidney"}), figures.label_colors({1: "Liver", 4: "spleen"})
+    assert (btcv[6] == list(figures.COLORS[5])).all() and (other[1] == btcv[6]).all() and (other[4] == btcv[1]).all()
+    unnamed = figures.label_colors({})
+    assert [tuple(color) for color in unnamed[1:14]] == [tuple(color) for color in figures.COLORS]
+    assert not (figures.label_colors({6: "bladder", 1: "liver"})[[6]] == unnamed[1:14]).all(-1).any()
 
 
 def test_truth_and_prediction_stand_under_their_titles(tmp_path):
