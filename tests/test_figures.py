@@ -160,7 +160,7 @@ def test_the_legend_names_each_organ_beside_its_color_with_its_dice(tmp_path):
 
 def test_an_organ_has_one_color_in_every_data_set():
     btcv, other = figures.label_colors({6: "liver", 2: "right kidney"}), figures.label_colors({1: "Liver", 4: "spleen"})
-    assert (btcv[6] == list(figures.COLORS[5])).all() and (other[1] == btcv[6]).all() and (other[4] == btcv[1]).all()
+    assert tuple(btcv[6]) == tuple(other[1]) == tuple(figures.COLORS[5]) and tuple(other[4]) == tuple(figures.COLORS[0])
     unnamed = figures.label_colors({})
     assert [tuple(color) for color in unnamed[1:14]] == [tuple(color) for color in figures.COLORS]
     assert not (figures.label_colors({6: "bladder", 1: "liver"})[[6]] == unnamed[1:14]).all(-1).any()
