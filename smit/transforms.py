@@ -146,6 +146,7 @@ def percentile_scale(x, low=0., high=99.5):
     bounds = np.percentile(foreground, (low, high), overwrite_input=True) if foreground.size else (0., 0.)
     if not bounds[0] < bounds[1]:
         raise ValueError(f"percentiles {low} and {high} of the foreground are equal: the volume has no contrast")
+    del foreground                                             # as large as the volume
     return window_hu(x, float(bounds[0]), float(bounds[1]))
 
 
@@ -201,7 +202,8 @@ def prepare(image, affine, settings, name="volume"):
     low, high = (float(bound) for bound in torch.aminmax(image))
     if ct and 0 <= low and high <= 255:
         warnings.warn(f"{name}: values in [{low:g}, {high:g}] are hardly HU: was it scaled before, or is it no CT?")
-    image, affine = resample(*to_ras(image, affine), settings.spacing_mm)
+    image, affine = to_ras(image, affine)
+    image, affine = resample(image, affine, settings.spacing_mm)
     image = window_hu(image, *settings.hu_window) if ct else percentile_scale(image, *settings.percentiles)
     threshold = 0. if ct else .05
     if not image.max() > threshold:
