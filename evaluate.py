@@ -6,10 +6,11 @@
     python evaluate.py --predictions DIR --labels dataset.json                            # score another system
     python evaluate.py --compare DIR_A DIR_B                                              # paired test of two results
 
-Writes OUT/{case}.nii.gz (uint8, on the grid of its image), OUT/cases.csv (a row per case and organ), OUT/results.json
-and OUT/table.md. Cases that cannot be predicted or scored are listed, and the exit code is 2. Organs are matched by
-name, never by number. All headers are checked first and what is wrong with them is told; the good cases are predicted.
-Killed at any time it leaves whole predictions and no results.json; the same command makes everything anew.
+Writes OUT/{case}.nii.gz (uint8, on the grid of its image), OUT/cases.csv (a row per case and organ), OUT/results.json,
+OUT/table.md and OUT/index.html (the worst, median and best case). Cases that cannot be predicted or scored are listed,
+and the exit code is 2. Organs are matched by name, never by number. All headers are checked first and what is wrong
+with them is told; the good cases are predicted. Killed at any time it leaves whole predictions and no results.json;
+the same command makes everything anew.
 """
 import argparse
 import functools
@@ -29,8 +30,12 @@ from smit.scoring import case_key, case_name
 CONFIG = {"num_classes", "labels", "train", "held_back", "spacing", "modality", "hu_window", "crop", *segment.SIZES}
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The text above as it stands, and every flag's default."""
+
+
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s [flags]")
     parser.add_argument("--out", default="runs/evaluate", help="output folder [ours]")
 
     add = parser.add_argument_group("predict").add_argument
@@ -139,7 +144,12 @@ def predict_all(args, device):
     for problem in data.find_problems(cases, lambda case: data.check_case(case, bool(case["label"]))):
         print(f"warning: {problem}", flush=True)                         # now, not after an hour's predictions
     scoring.clear(out)
-    for case, target in zip(tqdm(cases, unit="case"), targets):
+    print(f"{len(cases)} cases, network of {sum(p.numel() for p in net.parameters()):,} parameters in windows of "
+          f"{config['crop']}, {config['num_classes']} classes; {device.type}, {str(precision)[6:]}", flush=True)
+    bar = tqdm(cases, unit="case", disable=None)
+    for number, (case, target) in enumerate(zip(bar, targets), 1):
+        if bar.disable:                                              # output is no terminal: a line in place of the bar
+            print(f"case {number} of {len(cases)}: {case_name(target)}", flush=True)
         try:
             label = predict_case(net, case, settings, tuple(config["crop"]), autocast, range(4) if args.tta else (0,),
                                  overlap=args.overlap, blend=args.blend, batch=args.batch,

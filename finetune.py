@@ -5,14 +5,17 @@
     python finetune.py --data dataset.json --init student.pt --num_train 5        # few labels; without --init: random
     python finetune.py --data dataset.json --modality mr --folds 5 --fold 0       # cross-validation
 
-Writes OUT/best.pt (highest mean Dice on held-back cases), OUT/last.pt (everything), OUT/log.csv and OUT/config.json.
+Writes OUT/best.pt (highest mean Dice on held-back cases), OUT/last.pt (everything; --resume goes on from it),
+OUT/log.csv, OUT/config.json and OUT/index.html (curves, a case with its truth and prediction).
 """
 import argparse
 import functools
 import json
 import math
 import re
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +37,12 @@ PRESETS = {  # what differs from the flags' defaults
 }
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The text above as it stands, and every flag's default."""
+
+
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s [flags]")
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, default="paper", help="sizes; single flags override it")
     add("--out", default="runs/finetune", help="output folder [ours]")
@@ -92,8 +99,10 @@ def parse_arguments(argv=None):
     add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
         help="auto: bf16 where the card has it, else fp16; fp32 on CPU [ours]")
 
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(segment.SIZES))))
-    parser.set_defaults(**PRESETS[given["preset"]])
+    argv = sys.argv[1:] if argv is None else argv
+    given = [word for word in argv if word not in ("-h", "--help")]
+    given = vars(parser.parse_args(given, argparse.Namespace(**dict.fromkeys(segment.SIZES))))
+    parser.set_defaults(**PRESETS[given["preset"]])                                           # --help shows them too
     args = parser.parse_args(argv)
     args.sizes_given = {name: given[name] for name in segment.SIZES if given[name] is not None}
     args.crop = args.crop * 3 if len(args.crop) == 1 else args.crop
@@ -107,6 +116,8 @@ def check_settings(args):
         (min(args.batch, args.crops_per_volume) < 1, "--batch and --crops_per_volume must be 1 or more"),
         (args.fold is not None and args.split, "--fold and --split both choose what is held back: give one"),
         (args.fold not in (None, *range(args.folds)), f"--fold {args.fold} is not one of 0..{args.folds - 1}"),
+        *((not 0 <= getattr(args, name) <= 1, f"--{name} {getattr(args, name):g} must lie between 0 and 1")
+          for name in ("val_fraction", "drop_path")),
         (not 0 < args.layer_decay <= 1, f"--layer_decay {args.layer_decay} must lie in (0, 1]; 1 is none"),
         (args.freeze_encoder and not args.init, "--freeze_encoder without --init would freeze random weights"),
         (args.check and not args.data, "--check is of --data: name it"),
@@ -269,10 +280,13 @@ def main(args):
 
         if ranks.is_main:
             runtime.atomic_write(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
-            size = sum(parameter.numel() for parameter in net.parameters())
-            print(f"{len(train)} volumes and {len(held_back)} held back; steps {step} to {total} of {args.batch} x "
-                  f"{args.crops_per_volume} crops x {ranks.world} ranks; network of {size:,} parameters; "
-                  f"{device.type}, {str(precision)[6:]}\n{report}", flush=True)
+            sizes = [(p.numel(), 4 if p.requires_grad else 1) for p in net.parameters()]
+            size, fixed = sum(n for n, _ in sizes), sum(n * k for n, k in sizes) * 4 / 2 ** 20        # in float32
+            print(f"{len(train)} volumes and {len(held_back)} held back; steps {step} to {total} of {args.batch} "
+                  f"volumes x {args.crops_per_volume} crops x {ranks.world} ranks = "
+                  f"{global_batch * args.crops_per_volume} crops; network of {size:,} parameters; {fixed:.0f} MiB for "
+                  f"it, its gradients and AdamW, before activations; {device.type}, {str(precision)[6:]}\n{report}",
+                  flush=True)
         log = runtime.CsvLog(out / "log.csv", COLUMNS, ranks, step)
         # find_unused_parameters keeps DDP from reordering its sums after the first step: a resumed run is the same run
         wrapped = DistributedDataParallel(net, find_unused_parameters=True) if ranks.world > 1 else net
@@ -315,6 +329,9 @@ def main(args):
                 raise ValueError(f"step {step}: {strikes} steps in a row without a finite gradient; loss {loss.item()},"
                                  f" volumes {volumes}; lower --lr or try --precision fp32")
             bar.update()
+            if step == first + 1 and ranks.is_main:
+                bar.clear()
+                print(f"first step: peak memory {runtime.peak_memory_mb(device):.0f} MiB", flush=True)
             row, every = {}, args.val_every * len(train) / global_batch                                     # steps
             if held_back and (step == total or step // every > (step - 1) // every):
                 row["val_dice"] = validate(net, held_back, settings, args, autocast, ranks)
@@ -325,7 +342,13 @@ def main(args):
                 row["loss"], row["grad_norm"] = ranks.mean(torch.stack([loss.detach(), norm])).tolist()
                 row["epoch"] = step * global_batch / len(train)
                 log.row(step=step, lr=rate, skipped=skipped, best_dice=best, **row)
-                bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{best:.3f}")
+                step_s = (time.monotonic() - begun) / (step - first)
+                crops_per_s = global_batch * args.crops_per_volume / step_s
+                bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{best:.3f}", crops_per_s=f"{crops_per_s:.2f}")
+                if bar.disable and ranks.is_main:                    # output is no terminal: a line in place of the bar
+                    left = timedelta(seconds=round(step_s * (total - step)))
+                    print(f"step {step} of {total}, epoch {row['epoch']:.1f}: loss {row['loss']:.3f}, "
+                          f"best Dice {best:.3f}, {crops_per_s:.2f} crops/s, {left} left", flush=True)
             if ranks.is_main and ("val_dice" in row or step == total):
                 image, label = data.cached((held_back or train)[0], settings, args.cache, True, args.num_classes)
                 pred = segment.predict(net.eval(), image, tuple(args.crop)).argmax(0)

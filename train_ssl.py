@@ -13,7 +13,9 @@ import contextlib
 import functools
 import json
 import math
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -50,8 +52,12 @@ METHODS = {  # rows of Table 2 and Fig. 4 on the Swin backbone
 }
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The text above as it stands, and every flag's default."""
+
+
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s [flags]")
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, default="paper", help="sizes; single flags override it")
     add("--method", choices=METHODS, default="smit", help="loss weights of a row of the paper's comparisons")
@@ -82,9 +88,9 @@ def parse_arguments(argv=None):
     add("--workers", type=int, default=4, help="loader processes a rank; 0 loads in the training process [ours]")
 
     add = parser.add_argument_group("losses").add_argument
-    add("--mip", type=float, help="weight of masked image prediction, 1 [SMIT 2]; 0 skips it")
-    add("--mpd", type=float, help="weight of masked patch token distillation, .1 [SMIT 2]; 0 skips it")
-    add("--itd", type=float, help="weight of image token distillation, .1 [SMIT 2]; 0 skips it")
+    add("--mip", type=float, help="weight of masked image prediction [SMIT 2]; 0 skips it")
+    add("--mpd", type=float, help="weight of masked patch token distillation [SMIT 2]; 0 skips it")
+    add("--itd", type=float, help="weight of image token distillation [SMIT 2]; 0 skips it")
     add("--contrast", type=float, default=0.0, help="weight of InfoNCE on the image token, for Fig. 4; 0 skips it")
     add("--mask_ratio", type=float, default=0.7, help="share of cells hidden from the student [SMIT 2]")
     add("--mask_cell", type=int, default=16, help="voxels per axis of a cell, 6^3 of them in 96^3 [SMIT 3]")
@@ -119,8 +125,9 @@ def parse_arguments(argv=None):
     add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
         help="auto: bf16 where the card has it, else fp16; fp32 on CPU [ours]")
 
-    first, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**METHODS["smit"] | PRESETS[first.preset] | METHODS[first.method])
+    argv = sys.argv[1:] if argv is None else argv
+    first, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    parser.set_defaults(**METHODS["smit"] | PRESETS[first.preset] | METHODS[first.method])   # --help shows them too
     args = parser.parse_args(argv)
     args.crop, args.view = (size * 3 if len(size) == 1 else size for size in (args.crop, args.view))
     return args
@@ -144,6 +151,8 @@ def check_sizes(args):
             (args.shared_head and not (args.mpd and args.itd), "--shared_head shares between MPD and ITD: use both"),
             (args.warmup_epochs >= args.epochs, f"--warmup_epochs {args.warmup_epochs:g} must be fewer than --epochs"),
             (min(args.student_temp, *args.teacher_temp) <= 0, "temperatures are above 0"),
+            *((not 0 <= getattr(args, name) <= 1, f"--{name} {getattr(args, name):g} must lie between 0 and 1")
+              for name in ("mask_ratio", "momentum", "center_momentum", "drop_path", "val_fraction")),
             (min(args.batch, args.accumulate, args.log_every, args.val_every, args.epochs, args.steps or 1) < 1,
              "--batch, --accumulate, --log_every, --val_every, --epochs and --steps start at 1"),
             (args.check and not args.data, "--check is of --data: name it"),
@@ -155,10 +164,7 @@ def check_sizes(args):
 def build_networks(args):
     """Student, teacher (None when no loss needs one) and the centres of the teacher's two heads."""
     torch.manual_seed(args.seed)
-    encoder = dict(patch=PATCH, embed_dim=args.embed_dim, depths=args.depths, heads=args.heads, window=args.window,
-                   drop_path=args.drop_path, checkpointing=args.checkpointing)
-    student = pretrain.SMIT(encoder, args.voxel_head if args.mip else None, bool(args.mpd), bool(args.itd),
-                            bool(args.contrast), args.shared_head, args.head_width, args.bottleneck, args.prototypes)
+    student = pretrain.build_student(vars(args))
     teacher = student.make_teacher() if args.mpd or args.itd or args.contrast else None
     centers = torch.nn.ModuleDict({name: losses.Center(args.prototypes, args.center_momentum)
                                    for name in ("mpd", "itd") if getattr(args, name)})
@@ -313,10 +319,12 @@ def main(args):
 
         if ranks.is_main:
             runtime.atomic_write(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
-            size = sum(parameter.numel() for parameter in student.parameters())
+            size, other = (sum(p.numel() for p in net.parameters()) if net else 0 for net in (student, teacher))
+            fixed = (4 * size + other) * 4 / 2 ** 20         # weights, gradients and two moments of AdamW, in float32
             print(f"{args.method}: {len(cases)} volumes and {len(held_back)} held back; steps {step} to {total} of "
                   f"{args.batch} pairs x {args.accumulate} micro-batches x {ranks.world} ranks = {global_batch} pairs; "
-                  f"student of {size:,} parameters; {device.type}, {str(precision)[6:]}", flush=True)
+                  f"student of {size:,} parameters; {fixed:.0f} MiB for it, its gradients, AdamW and the teacher, "
+                  f"before activations; {device.type}, {str(precision)[6:]}", flush=True)
         log = runtime.CsvLog(out / "log.csv", COLUMNS, ranks, step)
         # find_unused_parameters: some have no gradient (the token without masks), and it keeps DDP from reordering its
         # sums after the first step, which would make a resumed run differ from the uninterrupted one in the last bit
@@ -373,6 +381,9 @@ def main(args):
                 raise ValueError(f"step {step}: {strikes} steps in a row without a finite gradient; here {terms}, "
                                  f"volumes {volumes}; lower --lr or try --precision fp32")
             bar.update()
+            if step == first + 1 and ranks.is_main:
+                bar.clear()
+                print(f"first step: peak memory {runtime.peak_memory_mb(device):.0f} MiB", flush=True)
             measure = args.mip and held_back and (step % args.val_every == 0 or step == total)
             if measure or step % args.log_every == 0 or step == total:
                 row = {name: term.item() for name, term in row.items()} | {"grad_norm": norm.item()}
@@ -387,8 +398,13 @@ def main(args):
                     check_bad(unread, held_back, args.max_bad, ranks)
                 log.row(step=step, epoch=step * global_batch / len(cases), lr=optimizer.param_groups[0]["lr"],
                         momentum=momentum, teacher_temp=teacher_temp, skipped=skipped, **row)
-                crops_per_s = 2 * global_batch * (step - first) / (time.monotonic() - begun)
+                step_s = (time.monotonic() - begun) / (step - first)
+                crops_per_s = 2 * global_batch / step_s
                 bar.set_postfix(loss=f"{row['loss']:.3f}", crops_per_s=f"{crops_per_s:.2f}")
+                if bar.disable and ranks.is_main:                    # output is no terminal: a line in place of the bar
+                    epoch, left = step * global_batch / len(cases), timedelta(seconds=round(step_s * (total - step)))
+                    print(f"step {step} of {total}, epoch {epoch:.1f}: loss {row['loss']:.3f}, "
+                          f"{crops_per_s:.2f} crops/s, {left} left", flush=True)
             if ranks.is_main and (step % args.val_every == 0 or step == total):
                 curves.pretraining_report(out, config, student, pairs(held_back or cases, split="val")[0])
             leaving, worst = ranks.agree(stop.asked, len(bad))

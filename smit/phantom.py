@@ -9,12 +9,13 @@ Read: shapes, Canvas, anatomy from the skin inwards, image, files. Check against
 import argparse
 import gzip
 import json
-import uuid
 from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+
+from smit.runtime import atomic_write
 
 ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
           "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland")
@@ -268,13 +269,6 @@ def make_patient(seed, index, modality="ct", spacing_mm=(1.5, 1.5, 2.0)):
     return _acquire(canvas.image, scan, modality, grid, spacing_mm), canvas.label, affine
 
 
-def _put(path, data):
-    """Write bytes under another name, then rename: whole or absent, whoever is killed or writes at the same time."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
-
-
 def write_dataset(out, n, modality="ct", seed=0, spacing_mm=(1.5, 1.5, 2.0), start=0, step=1):
     """Write patients start, start + step, ... below n as NIfTI, and a dataset.json of all n; returns its path. [ours]
 
@@ -284,13 +278,13 @@ def write_dataset(out, n, modality="ct", seed=0, spacing_mm=(1.5, 1.5, 2.0), sta
     out, settings = Path(out), _settings(seed, modality, spacing_mm)
     if n < 1 or start < 0 or step < 1:
         raise ValueError(f"phantoms n={n}, start={start}, step={step}: n and step must be at least 1, start at least 0")
-    taken = out.is_file() or out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir())
+    taken = out.is_file() or out.is_dir() and any(path.suffix != ".partial" for path in out.iterdir())
     record = out / "phantom.json"  # looked for after `taken`: another rank may be making the folder just now
     found = record.read_text() if record.is_file() else "other files" if taken else settings
     if found != settings:
         raise ValueError(f"{out} holds {found}, not phantoms of {settings}: give another folder, or empty this one")
     out.mkdir(parents=True, exist_ok=True)
-    _put(record, settings.encode())
+    atomic_write(record, lambda file: file.write(settings.encode()))
     cases = [{"image": f"imagesTr/phantom{i:04d}.nii.gz", "label": f"labelsTr/phantom{i:04d}.nii.gz"} for i in range(n)]
     for index in range(start, n, step):
         paths = [out / path for path in cases[index].values()]
@@ -298,12 +292,13 @@ def write_dataset(out, n, modality="ct", seed=0, spacing_mm=(1.5, 1.5, 2.0), sta
             *arrays, affine = make_patient(seed, index, modality, spacing_mm)
             for path, array in zip(paths, arrays):  # no time stamp: the same patient is the same file
                 path.parent.mkdir(exist_ok=True)
-                _put(path, gzip.compress(nib.Nifti1Image(array, affine).to_bytes(), 1, mtime=0))
+                packed = gzip.compress(nib.Nifti1Image(array, affine).to_bytes(), 1, mtime=0)
+                atomic_write(path, lambda file: file.write(packed))
     train = n - max(n // 5, n > 1)
     listing = {"name": "phantoms", "description": "synthetic torsos", "modality": {"0": modality.upper()},
                "labels": {str(i): name for i, name in enumerate(("background", *ORGANS))}, "numTraining": train,
                "numTest": 0, "training": cases[:train], "validation": cases[train:]}
-    _put(out / "dataset.json", json.dumps(listing, indent=1).encode())
+    atomic_write(out / "dataset.json", lambda file: file.write(json.dumps(listing, indent=1).encode()))
     return out / "dataset.json"
 
 

@@ -79,6 +79,14 @@ class SMIT(nn.Module):
         return teacher
 
 
+def build_student(config):
+    """The student that a pre-training run's settings describe, freshly drawn from torch's global generator."""
+    sizes = {name: config[name] for name in ("embed_dim", "depths", "heads", "window", "drop_path", "checkpointing")}
+    return SMIT(sizes, config["voxel_head"] if config["mip"] else None, bool(config["mpd"]), bool(config["itd"]),
+                bool(config["contrast"]), config["shared_head"], config["head_width"], config["bottleneck"],
+                config["prototypes"])
+
+
 # --------------------------------------------------------------------------------------------------------- monitors
 @torch.no_grad()
 def entropies(logits, center, temperature, over_ranks=lambda mean: mean):

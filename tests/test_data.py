@@ -170,7 +170,8 @@ def test_several_lists_are_read_as_one_and_all_that_is_wrong_is_kept(items, tmp_
     paths = {os.path.basename(item.path): item.path for item in items}
     cases, problems = data.read_lists([paths[name] for name in ("list.txt", "brace.json", "tab.txt", "leaves.json")])
     assert [os.path.basename(case["image"]) for case in cases] == ["plain.nii"]
-    assert [text.split(": ")[0] for text in problems] == [paths[name] for name in ("brace.json", "tab.txt", "leaves.json")]
+    bad = [paths[name] for name in ("brace.json", "tab.txt", "leaves.json")]
+    assert [text.split(": ")[0] for text in problems] == bad
     assert "two sources" in problems[1]
     assert data.has_split(paths["BOM.JSON"], "training") and not data.has_split(paths["BOM.JSON"], "validation")
     assert not data.has_split(paths["brace.json"], "training") and not data.has_split(paths["list.txt"], "training")

@@ -195,7 +195,7 @@ def test_bad_cases_are_told_before_the_first_prediction_and_by_check_alone(weigh
         run("--weights", weights, "--data", listing, "--out", tmp_path / "out")
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(told) >= 2 and "absent.nii.gz" in told[-2] and "no_label.nii.gz" in told[-1]
-    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2       # an image whose label is bad is predicted all the same
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2       # an image whose label is bad, too
 
 
 def test_a_btcv_submission_has_btcvs_names_and_numbers(weights, phantoms, tmp_path):

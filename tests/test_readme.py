@@ -1,14 +1,167 @@
+"""What the README says: its map, flags, commands and differences are the code's; files can be copied as it says."""
 import ast
+import io
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tokenize
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
+from conftest import SMALL
+
+import evaluate
+import finetune
+import train_ssl
+from smit import phantom
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SOURCES = [*sorted((ROOT / "smit").glob("*.py")), *sorted(ROOT.glob("*.py"))]
 LEAVES = {"swin", "masking", "heads", "losses", "ema", "transforms", "metrics", "sliding"}
 ALLOWED = {"torch", "numpy", "nibabel", "tqdm", "smit"}
+MAP = README.split("## From the paper to the code")[1].split("\n## ")[0]
+SMALL_FINETUNE = "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --workers 0 --device cpu"
+# What a command of the README contains, and the flags appended to it, for the last of two wins. It may take seconds.
+REDUCED = {
+    "train_ssl.py": f"{' '.join(SMALL)} --accumulate 1 --batch 1 --steps 2 --val_every 2 --phantoms 3",
+    "finetune.py": f"{SMALL_FINETUNE} --batch 1 --crops_per_volume 1 --steps 2",
+    "evaluate.py": "",
+}
+USES = {  # of each leaf, alone in a folder
+    "swin": """net = swin.SwinTransformer3D(embed_dim=8, depths=(1, 1), heads=(2, 2), window=(2, 4, 2))
+        features = net(torch.rand(1, 1, 16, 8, 16), torch.rand(1, 8, 4, 8) < .7)
+        features[-1].square().mean().backward()
+        assert [f.shape[1] for f in features] == [8, 16, 32] and net.mask_token.grad.any()""",
+    "masking": """hidden = masking.random_block_mask(2, (6, 6, 6), .7)
+        assert masking.expand_mask(hidden, 8).sum() == 2 * 152 * 8 ** 3""",
+    "heads": """assert heads.LinearVoxelHead(8, 4)(torch.rand(2, 8, 1, 2, 3)).shape == (2, 1, 4, 8, 12)
+        assert heads.MultiLayerVoxelHead(8, 2)(torch.rand(2, 8, 1, 2, 3)).shape == (2, 1, 4, 8, 12)
+        assert heads.ProjectionHead(8, 16, 4, 32)(torch.rand(2, 5, 8)).abs().max() <= 1.001""",
+    "losses": """logits, center = torch.rand(2, 5, 9, requires_grad=True), losses.Center(9)
+        hidden = torch.arange(10).view(2, 5) % 2 == 0
+        losses.mpd_loss(logits, torch.rand(2, 5, 9), hidden, center.value, .1, .04).backward()
+        assert logits.grad[hidden].any() and not logits.grad[~hidden].any()
+        assert center.update(torch.ones(2, 5, 9)).allclose(torch.full((9,), .1))
+        assert losses.itd_loss(logits[:, 0], logits[:, 1], 0, .1, .04) > 0
+        assert losses.mip_loss(torch.ones(1, 1, 2, 2, 2), torch.zeros(1, 1, 2, 2, 2), torch.ones(1, 2, 2, 2) > 0) == 1
+        assert losses.dice_ce_loss(torch.rand(1, 3, 2, 2, 2), torch.ones(1, 2, 2, 2).long()) > 0""",
+    "ema": """teacher, student = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        ema.update_teacher(teacher, student, ema.cosine(.5, 0., 0.))
+        assert torch.equal(teacher.weight, student.weight) and ema.warmup_cosine(5, 10, 20, 1.) == .5""",
+    "transforms": """volume, affine = transforms.to_ras(torch.rand(8, 10, 12), np.diag([-1., -1., 2., 1.]))
+        small, affine = transforms.resample(transforms.window_hu(volume, 0, .5), affine, (2., 2., 2.))
+        assert small.shape == (4, 5, 12) and np.allclose(transforms.spacing_of(affine), 2) and small.max() < 1.001""",
+    "metrics": """a = torch.zeros(8, 8, 8, dtype=torch.bool)
+        a[2:5, 2:5, 2:5] = True
+        assert metrics.hd95(a, a.roll(1, 0), (2., 1., 1.)) == 2 and metrics.dice(a, a, 2) == [1]
+        assert metrics.surface_dice(a, a.roll(1, 0), (2., 1., 1.), 2.) == 1""",
+    "sliding": """net = torch.nn.Conv3d(1, 3, 1)
+        volume = torch.rand(1, 1, 9, 10, 11)
+        assert torch.allclose(sliding.sliding_window(net, volume, (4, 4, 8)), net(volume), atol=1e-5)""",
+}
+
+
+def commands():
+    """(words, text) of every command in the README's sh blocks, lines joined, $(...) replaced by a word."""
+    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield shlex.split(re.sub(r"\$\(.*?\)", "host", line), comments=True), line
+
+
+def reduced(words, text):
+    """The words of a command at reduced size: two ranks at most, and the flags of REDUCED. It must be known there."""
+    extra = next((flags for part, flags in REDUCED.items() if part in text), None)
+    assert extra is not None, f"REDUCED has no line for the README's command {text}"
+    launch, words = [sys.executable], [str(ROOT / word) if word.endswith(".py") else word for word in words]
+    if words[0] == "torchrun":
+        asked = torch.distributed.run.parse_args(words[1:])
+        ranks = min(int(asked.nproc_per_node), 2)
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        words = [None, asked.training_script, *asked.training_script_args]
+    else:
+        assert words[0] == "python", text
+    return [*launch, *words[1:], *extra.split()]
+
+
+@pytest.fixture
+def named_data(tmp_path, phantoms):
+    """A folder where the paths that the README names are phantoms."""
+    btcv, other = phantoms.parent, phantom.write_dataset(tmp_path / "data/other", 2, seed=1, spacing_mm=(10, 10, 10))
+    for name, target in (("btcv", btcv), ("data/ct", btcv / "imagesTr"), ("openkbp/images", other.parent / "imagesTr")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "ct_extra").mkdir()
+    for name in ("scan.nii.gz", "ct_extra/chest.nii.gz"):
+        shutil.copy(btcv / "imagesTr/phantom0000.nii.gz", tmp_path / name)
+    shutil.copytree(btcv / "labelsTr", tmp_path / "nnunet/out")
+    return tmp_path
+
+
+def test_every_command_runs_in_the_order_of_the_page(named_data):
+    environment, done = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, []
+    for words, text in commands():
+        if words[:2] == ["pip", "install"]:
+            assert text in (ROOT / ".ci/run").read_text().replace("--quiet ", "")
+        elif words[0] == "srun":
+            asked = torch.distributed.run.parse_args(words[words.index("torchrun") + 1:])
+            assert (asked.nnodes, asked.nproc_per_node) == ("2", "4") and "--rdzv_endpoint=host:29500" in words
+            {"train_ssl.py": train_ssl, "finetune.py": finetune}[asked.training_script].parse_arguments(
+                asked.training_script_args)
+        else:
+            run = subprocess.run(reduced(words, text), cwd=named_data, env=environment, text=True, capture_output=True)
+            assert run.returncode == 0, f"{text}\n{run.stdout}{run.stderr}"
+            done.append(run.stdout.splitlines()[-1])
+            if "train_ssl.py" in text or "finetune.py" in text:      # output is no terminal: lines, no bar
+                for told in ("parameters; .* MiB for it", "first step: peak memory", "step 2 of 2, epoch .* left"):
+                    assert re.search(told, run.stdout), run.stdout
+                assert "\r" not in run.stderr
+    assert len(done) > 8
+    shown, = re.findall(r"```\n(done .*)\n```", README)
+    assert re.sub(r"[\d.]+", "0", done[0]) == re.sub(r"[\d.]+", "0", shown)
+
+
+@pytest.mark.parametrize("script", [train_ssl, finetune, evaluate], ids=lambda script: script.__name__)
+def test_help_has_groups_and_defaults_and_a_wrong_value_is_told_the_allowed_ones(script, capsys):
+    tiny = [] if script is evaluate else ["--preset", "tiny"]
+    with pytest.raises(SystemExit, match="0"):
+        script.parse_arguments([*tiny, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert script.__doc__.split("\n")[0] in told and len(re.findall(r" \w+: --", told)) > 1
+    default = "share of a window that the next one covers too [SMIT 3] (default: 0.5)" if script is evaluate else \
+        f"(default: {script.PRESETS['tiny']['steps']})"
+    assert default in told and "[flags]" in told
+    with pytest.raises(SystemExit, match="2"):
+        script.parse_arguments(["--precision", "fp8"])
+    assert "auto, fp32, fp16, bf16" in capsys.readouterr().err.replace("'", "")
+
+
+def test_every_flag_that_the_readme_names_exists():
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", README))
+    launchers = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
+                 "--max-restarts"}
+    assert len(flags) > 20
+    for flag in flags - launchers - {"--help"}:
+        assert any(f'"{flag}"' in path.read_text() for path in SOURCES), flag
+
+
+@pytest.mark.parametrize("item", [*(f"Eq. {n}" for n in range(1, 5)), *(f"Fig. {n}" for n in range(1, 6)), "Table 1",
+                                  "Table 2", "L_total", "EMA", "masks, ratio .7", "Implementation details"])
+def test_the_map_has_each_part_of_the_paper_once(item):
+    rows = [row for row in MAP.splitlines() if row.startswith("|") and item in row.split("|")[1]]
+    assert len(rows) == 1 and "`" in rows[0].split("|")[2], rows
+
+
+def test_the_map_names_methods_that_exist_and_files_that_are_there():
+    listed = re.findall(r"`train_ssl.py --method`: ([^|]*)", MAP)
+    named = {word.split()[0] for words in listed for word in words.split(", ")} | {"ml-mip"}
+    assert named == {name for name in train_ssl.METHODS} and "--method ml-mip" in MAP
+    for file in re.findall(r"`((?:smit/)?\w+\.py)", README):
+        assert (ROOT / file).is_file(), file
 
 
 def defined(path):
@@ -57,14 +210,32 @@ def test_imports_run_from_scripts_to_users_to_leaves(path):
 
 
 @pytest.mark.parametrize("leaf", sorted(LEAVES))
-def test_a_leaf_works_when_its_file_is_copied_alone(leaf, tmp_path):
-    import subprocess
-    import sys
-    (tmp_path / f"{leaf}.py").write_text((ROOT / "smit" / f"{leaf}.py").read_text())
-    done = subprocess.run([sys.executable, "-c", f"import {leaf}; print(len(dir({leaf})))"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and int(done.stdout) > 10, done.stderr
+def test_a_leaf_does_its_work_when_its_file_is_copied_alone(leaf, tmp_path):
+    shutil.copy(ROOT / "smit" / f"{leaf}.py", tmp_path)
+    lines = [f"import {leaf}, torch, numpy as np", *map(str.strip, USES[leaf].splitlines()), "print('used')"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "used\n", done.stderr
+    assert f"`smit/{leaf}.py`" in README.split("## Copying a module")[1]
+
+
+def code_lines(path):
+    """Lines of a file that hold code: neither blank nor all comment, nor of a docstring."""
+    source, lines = path.read_text(), set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+                              tokenize.ENDMARKER):
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def test_the_package_is_small():
+    rest = {"study", "tables", "benchmark", "figures", "curves"}
+    assert sum(code_lines(path) for path in SOURCES if path.parent.name == "smit" and path.stem not in rest) < 2000
 
 
 def test_no_file_is_larger_than_a_room():
+    assert len(README.splitlines()) < 250
     assert all(len(path.read_text().splitlines()) <= 320 for path in SOURCES if path.parent.name == "smit")

@@ -1,0 +1,115 @@
+"""The study: its plan, what it runs and does not run again, and its tables from known scores."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smit import study, tables
+
+ROOT = Path(__file__).resolve().parent.parent
+NETWORK = "--spacing 10 10 10 --embed_dim 8 --depths 1 1 --heads 2 2 --workers 0 --device cpu"
+PRETRAIN = f"{NETWORK} --crop 24 --view 16 --mask_cell 4 --head_width 16 --bottleneck 8 --prototypes 32 --steps 3"
+TUNE = f"{NETWORK} --crop 16 --steps 3"
+
+
+def arguments(experiment, *flags):
+    return study.parse_arguments([experiment, "--data", "list.json", "--pretrain_data", "ct", *map(str, flags)])
+
+
+def score(row, case, organ, dice, seed=0, labels=3):
+    return {"row": row, "labels": labels, "seed": seed, "fold": None, "ratio": None, "case": case, "organ": organ,
+            "dice": dice}
+
+
+def call(*flags, cwd):
+    return subprocess.run([sys.executable, "-m", "smit.study", *map(str, flags)], cwd=cwd, text=True,
+                          capture_output=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+def test_random_simmim_and_smit_come_before_the_other_rows():
+    cells = study.plan(arguments("table2", "--labels", 3, 7, "--seeds", 0, 1))
+    assert [cell.row for cell in cells[:12]] == 4 * ["rand", "smit", "simmim"]
+    assert {cell.row for cell in cells[12:]} == {"ibot", "dino"} and len(cells) == 20
+
+
+def test_rows_differ_in_nothing_but_the_encoder_they_begin_with():
+    cells = study.plan(arguments("table2", "--labels", 7))
+    tuned = {cell.row: list(map(str, cell.steps[-2].flags)) for cell in cells}
+    for row, flags in tuned.items():
+        begun = flags.index("--init") if row != "rand" else len(flags)
+        assert flags[:begun] == tuned["rand"] and f"pretrain/{row}-seed0" in "".join(flags[begun:]) + "pretrain/rand-seed0"
+
+
+def test_a_given_checkpoint_takes_the_place_of_pre_training():
+    (cell,) = study.plan(arguments("table2", "--rows", "smit", "--checkpoint", "smit=mine.pt"))
+    assert [step.script for step in cell.steps] == ["finetune.py", "evaluate.py"]
+    assert str(cell.steps[0].flags[-1]).endswith("mine.pt")
+
+
+def test_folds_score_what_each_held_back():
+    cells = study.plan(arguments("table2", "--rows", "rand", "--modality", "mr", "--folds", 5))
+    assert [cell.fold for cell in cells] == [0, 1, 2, 3, 4]
+    assert all("--held_out" in cell.steps[-1].flags and "training" in cell.steps[-1].flags for cell in cells)
+
+
+def test_a_folder_made_with_other_flags_is_not_taken_for_finished(tmp_path):
+    args = arguments("table2", "--rows", "rand", "--out", tmp_path)
+    step = study.plan(args)[0].steps[0]
+    assert study.finished(args, step) is None
+    (tmp_path / step.name).mkdir(parents=True)
+    (tmp_path / step.name / "step.json").write_text(json.dumps({"flags": ["finetune.py", "--steps", "1"]}))
+    with pytest.raises(ValueError, match="other flags"):
+        study.finished(args, step)
+
+
+def test_table2_averages_seeds_case_by_case_and_then_cases(tmp_path):
+    rows = [score("rand", "a", "liver", .5), score("rand", "b", "liver", .7), score("rand", "a", "spleen", .3),
+            score("rand", "b", "spleen", .1),
+            score("smit", "a", "liver", .6, 0), score("smit", "a", "liver", .8, 1), score("smit", "b", "liver", .9),
+            score("smit", "a", "spleen", .4), score("smit", "b", "spleen", .2)]
+    tables.table2(tmp_path, (rows, {}))
+    lines = dict(line.strip("| \n").split(" | ", 1) for line in (tmp_path / "table2.md").read_text().splitlines()
+                 if line.count(" | ") == 2)
+    assert lines["liver"] == "0.600 | 0.800" and lines["spleen"] == "0.200 | 0.300"
+    assert lines["AVG"] == "0.400 (0.801) | 0.550 (0.848)"               # rand: .4, .4; smit: .55, .55
+    assert lines["SMIT's AVG less this"].startswith("+0.150 (+0.150 to +0.150)")
+    assert len((tmp_path / "cases.csv").read_text().splitlines()) == 1 + len(rows)
+
+
+def test_the_paper_s_averages_are_the_means_of_its_thirteen_organs():
+    for column in range(len(tables.TABLE2)):
+        organs = [values[column] for organ, values in tables.PAPER.items() if organ != "AVG"]
+        assert len(organs) == 13 and abs(sum(organs) / 13 - tables.PAPER["AVG"][column]) < .0006
+
+
+def test_every_organ_belongs_to_one_group_of_figure_4():
+    assert sorted(sum(map(list, tables.GROUPS.values()), [])) == sorted(set(tables.PAPER) - {"AVG"})
+
+
+def test_a_study_runs_each_step_once_and_keeps_what_a_cell_depends_on(phantoms, tmp_path):
+    flags = ["--data", phantoms, "--pretrain_data", phantoms, "--pretrain_flags", PRETRAIN, "--finetune_flags", TUNE,
+             "--rows", "smit", "--labels", 2, "--out", "study", "--parallel", 2]
+    done = call("table2", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "study/evaluate/smit-ct2-seed0/results.json").read_text())["study"]
+    assert results["labels"] == 2 and len(results["steps"]) == 3
+    assert results["steps"]["pretrain/smit-seed0"]["config"]["method"] == "smit"
+    records = {path: path.read_bytes() for path in tmp_path.glob("study/*/*/step.json")}
+    for experiment in ("fig3a", "fig3c", "fig4"):                        # the same cells: nothing is run again
+        done = call(experiment, *flags, cwd=tmp_path)
+        assert done.returncode == 0 and "3 steps, 0 to run" in done.stdout
+    assert {path: path.read_bytes() for path in tmp_path.glob("study/*/*/step.json")} == records
+    done = call("fig5", "--mr_data", phantoms, *flags, cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "study/fig5/smit-mr.png").exists()
+    assert "| smit | ct | 1 | 1 | " in done.stdout
+
+
+def test_a_failed_step_is_named_and_what_needs_it_is_left(phantoms, tmp_path):
+    done = call("table2", "--data", phantoms, "--pretrain_data", tmp_path / "none", "--pretrain_flags", PRETRAIN,
+                "--finetune_flags", TUNE, "--rows", "smit", "--labels", 2, "--out", "study", cwd=tmp_path)
+    assert done.returncode == 2 and "see study/pretrain/smit-seed0.log" in done.stderr
+    assert "Traceback" not in done.stderr
