@@ -120,6 +120,11 @@ def check_settings(args):
           for name in ("val_fraction", "drop_path")),
         (not 0 < args.layer_decay <= 1, f"--layer_decay {args.layer_decay} must lie in (0, 1]; 1 is none"),
         (args.freeze_encoder and not args.init, "--freeze_encoder without --init would freeze random weights"),
+        (args.num_classes not in (None, *range(2, 257)), f"--num_classes {args.num_classes} is not one of 2..256"),
+        (not min(args.log_every, args.val_every, args.epochs, args.steps or 1) > 0,
+         "--log_every, --val_every, --epochs and --steps must be above 0"),
+        (not 0 <= args.val_fraction <= 1, f"--val_fraction {args.val_fraction:g} must lie between 0 and 1"),
+        (not args.clip >= 0, f"--clip {args.clip:g} must be 0 or more"),
         (args.check and not args.data, "--check is of --data: name it"),
         (args.resume and args.overwrite, "--resume continues a run and --overwrite discards it: choose one"),
     ]
@@ -251,8 +256,8 @@ def main(args):
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
         weights = read_init(args, ranks)
-        train, held_back, names = load_cases(args, ranks)
         settings = data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window))
+        train, held_back, names = load_cases(args, ranks)
         prepare_cases(train, held_back, settings, args, ranks)
         global_batch = args.batch * ranks.world
         total = args.steps or -(-args.epochs * len(train) // global_batch)

@@ -155,6 +155,7 @@ def check_sizes(args):
               for name in ("mask_ratio", "momentum", "center_momentum", "drop_path", "val_fraction")),
             (min(args.batch, args.accumulate, args.log_every, args.val_every, args.epochs, args.steps or 1) < 1,
              "--batch, --accumulate, --log_every, --val_every, --epochs and --steps start at 1"),
+            (not args.clip >= 0, f"--clip {args.clip:g} must be 0 or more"),
             (args.check and not args.data, "--check is of --data: name it"),
             (args.resume and args.overwrite, "--resume continues a run and --overwrite discards it: choose one")):
         if wrong:
@@ -286,8 +287,8 @@ def main(args):
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
         student, teacher, centers = build_networks(args)
-        cases, held_back = load_cases(args, ranks)
         settings = data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window))
+        cases, held_back = load_cases(args, ranks)
         pairs = functools.partial(
             sampling.ViewPairs, settings=settings, cache=args.cache, crop=args.crop, view=args.view,
             cell=args.mask_cell, mask_ratio=args.mask_ratio, drops=student.encoder.drops, seed=args.seed)

@@ -188,6 +188,12 @@ class Preparation:
     hu_window: tuple = (-175., 250.)
     percentiles: tuple = (0., 99.5)
 
+    def __post_init__(self):
+        if len(self.spacing_mm) != 3 or not all(.01 <= mm <= 50 for mm in self.spacing_mm):
+            raise ValueError(f"spacing {self.spacing_mm} mm: give three numbers of .01 to 50")
+        if not -np.inf < self.hu_window[0] < self.hu_window[1] < np.inf:
+            raise ValueError(f"HU window {self.hu_window}: give a lower and a higher number")
+
 
 def prepare(image, affine, settings, name="volume"):
     """Orient, resample, scale, crop to the body: (uint8 (D, H, W), 0..255 for 0..1; affine of its grid). [SMIT 3]

@@ -78,6 +78,7 @@ def arm(at, do, nth=1, times=1, rank=0, life=0, file="last.pt", **how):
         "loss": (losses, ["mip_loss", "dice_ce_loss"], lambda *_: True, True),
         "load": (data, ["cached"], lambda *_: torch.utils.data.get_worker_info(), False),
         "write": (runtime, ["atomic_write"], lambda path, write: Path(path).name == file, False),
+        "label": (data, ["write_label"], lambda path, *_: Path(path).name == file, False),
         "prev": (os, ["replace"], onto("last.prev.pt"), False), "rename": (os, ["replace"], onto(file), False),
         "renamed": (os, ["replace"], onto(file), True), "disk": (os, ["fsync", "replace"], lambda *_: True, False),
         "fsync": (os, ["fsync"], lambda fd: f"/.{file}." in path_of(fd), False),

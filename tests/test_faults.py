@@ -317,7 +317,8 @@ def files(lab):
 
 def evaluation(lab):
     """evaluate.py killed, stopped, refused; then the same command, to the end. Lost: predictions made again."""
-    tuner, lab = faults.Lab(lab.folder, "finetune.py"), faults.Lab(lab.folder, "evaluate.py")
+    new_lab = type(lab)                                              # of the same module, be it run or imported
+    tuner, lab = new_lab(lab.folder, "finetune.py"), new_lab(lab.folder, "evaluate.py")
     weights, listing, case = lab.folder / "weights.pt", lab.folder / "four.txt", "phantoms/{0}Tr/phantom000{1}.nii.gz"
     shutil.copy(tuner.whole() / "best.pt", weights)
     lines = [f"{case.format('images', n)}\t{case.format('labels', n)}\n" for n in range(4)]
@@ -337,7 +338,7 @@ def evaluation(lab):
         exact = again == 0 and fingerprint(folder) == fingerprint(lab.whole()) and not [*folder.glob(".*.partial")]
         return Row(f"evaluation: {name}", len(made), message(text, told), found, exact,
                    found == code and whole and exact)
-    yield partial(met, "killed at byte 100 of a prediction", at("write", "limit", file=second, size=100), "SIGXFSZ")
+    yield partial(met, "killed at byte 100 of a prediction", at("label", "limit", file=second, size=100), "SIGXFSZ")
     yield partial(met, "killed before a prediction's rename", at("rename", KILL, file=second))
     yield partial(met, "killed after a prediction's rename", at("renamed", KILL, file=second))
     yield partial(met, "killed before the results' rename", at("rename", KILL, file="results.json"))
@@ -400,7 +401,7 @@ def evaluation(lab):
         paths = sorted(folder.glob("*.gz"))
         paths[0].write_bytes(paths[0].read_bytes()[:-9])
         paths[1].unlink()
-        theirs = faults.Lab(lab.folder, "evaluate.py")
+        theirs = new_lab(lab.folder, "evaluate.py")
         theirs.common = ["--predictions", folder, "--labels", lab.data, "--key", "training"]
         out = theirs.fresh()
         row = theirs.refused("evaluation: predictions cut and missing", out, told="error: 2 of .* cases failed")
