@@ -133,14 +133,20 @@ def predict_case(net, case, settings, window, autocast, turns, **sliding):
 def predict_all(args, device):
     """Predict and write every case: (cases with their "prediction", organs' names, what failed, facts to record)."""
     net, config = load_network(args.weights, device)
+    digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()             # now: a run may replace its best.pt
     settings, precision = preparation(config), runtime.pick_precision(args.precision, device)
     autocast = functools.partial(torch.autocast, device.type, precision, precision != torch.float32)
     cases, seen = select_cases(args, config)
     out, failed, names = Path(args.out), {}, config["labels"] or scoring.numbered(config["num_classes"])
     targets = [out / f"{name}.nii.gz" for name in by_case([case["image"] for case in cases], case_name, "--data")]
+    written = [*targets]
+    if args.export_test:
+        table, exports = btcv_numbers(names, [case["image"] for case in cases]), Path(args.export_test)
+        exports.mkdir(parents=True, exist_ok=True)
+        written += [exports / f"label{case_key(target)}.nii.gz" for target in targets]
     sources = {Path(case[kind]).resolve() for case in cases for kind in ("image", "label") if case[kind]}
-    if clash := sources & {target.resolve() for target in targets}:
-        raise ValueError(f"--out {out} would overwrite {min(clash)}: give another folder")
+    if clash := sources & {path.resolve() for path in written}:
+        raise ValueError(f"--out or --export_test would overwrite {min(clash)}: give another folder")
     for problem in data.find_problems(cases, lambda case: data.check_case(case, bool(case["label"]))):
         print(f"warning: {problem}", flush=True)                         # now, not after an hour's predictions
     scoring.clear(out)
@@ -160,8 +166,7 @@ def predict_all(args, device):
         data.write_label(target, label, case["image"])
         case["prediction"] = target
         if args.export_test:
-            export(Path(args.export_test), label, names, case["image"])
-    digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
+            data.write_label(exports / f"label{case_key(target)}.nii.gz", table[label.numpy()], case["image"])
     facts = {"weights": args.weights, "weights_sha256": digest, "models": 1,
              "data": args.data, "split": args.key, "held_out": args.held_out, "seen_in_training": seen,
              **{name: config[name] for name in ("spacing", "modality", "hu_window", "crop")}, "overlap": args.overlap,
@@ -169,15 +174,15 @@ def predict_all(args, device):
     return [case for case in cases if "prediction" in case], names, failed, facts
 
 
-def export(folder, label, names, image):
-    """Write one file of a BTCV submission: label0061.nii.gz for img0061.nii.gz, in BTCV's numbers."""
+def btcv_numbers(names, images):
+    """(256,) uint8: BTCV's number of each of ours, for a submission; ValueError where organs or images have no place."""
     ids = scoring.organ_ids(names, "--weights")
-    if not re.fullmatch(r"img\d+", case_name(image)) or not ids.keys() <= scoring.CODES.keys():
-        raise ValueError(f"--export_test takes images named as img0061.nii.gz, and BTCV's organs: {image}, {[*ids]}")
+    odd = [image for image in images if not re.fullmatch(r"img\d+", case_name(image))]
+    if odd or not ids.keys() <= scoring.CODES.keys():
+        raise ValueError(f"--export_test takes images named as img0061.nii.gz, and BTCV's organs: {odd[:1]}, {[*ids]}")
     table = np.zeros(256, np.uint8)
     table[list(ids.values())] = [list(scoring.CODES).index(name) + 1 for name in ids]
-    folder.mkdir(parents=True, exist_ok=True)
-    data.write_label(folder / f"label{case_key(image)}.nii.gz", table[label.numpy()], image)
+    return table
 
 
 def folder_names(path):

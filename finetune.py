@@ -159,7 +159,8 @@ def load_cases(args, ranks):
                                                ranks.rank, ranks.world))]
         ranks.agree()
     cases, listed, problems = read_lists(args)
-    data.check_cases(cases + listed, True, problems=problems, workers=args.workers)
+    if problems:
+        data.check_cases(cases + listed, True, problems=problems)    # the files' with the lists', all at once
     if args.split:
         cases, held_back = sampling.published_split(cases + listed, args.split)
     elif args.fold is not None:
@@ -190,6 +191,7 @@ def prepare_cases(train, held_back, settings, args, ranks):
         _, label = data.cached(case, settings, args.cache, True, args.num_classes)
         for organ in np.unique(label).tolist() if case in train else ():
             found[organ] = True
+    data.check_cases(train + held_back, True, workers=args.workers)  # by the headers, in a moment
     share = (train + held_back)[ranks.rank::ranks.world]
     data.check_cases(share, load=prepare)
     missing = [organ for organ, seen in enumerate(ranks.agree(*found)) if not seen]

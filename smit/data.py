@@ -193,7 +193,7 @@ def find_problems(cases, check, workers=0):
             return str(error)
     loader = torch.utils.data.DataLoader(cases, batch_size=None, collate_fn=problem, num_workers=workers,
                                          multiprocessing_context="fork" if workers else None,
-                                         worker_init_fn=ignore_stop_signals)
+                                         timeout=300 if workers else 0, worker_init_fn=ignore_stop_signals)
     return [text for text in loader if text]
 
 

@@ -336,7 +336,7 @@ def evaluation(lab):
         whole &= (folder / "results.json").exists() == results and bool(re.search(told, text))
         again, _ = lab.run(folder).wait()
         exact = again == 0 and fingerprint(folder) == fingerprint(lab.whole()) and not [*folder.glob(".*.partial")]
-        return Row(f"evaluation: {name}", len(made), message(text, told), found, exact,
+        return Row(f"evaluation: {name}", len(made), message(text, told) if told else "-", found, exact,
                    found == code and whole and exact)
     yield partial(met, "killed at byte 100 of a prediction", at("label", "limit", file=second, size=100), "SIGXFSZ")
     yield partial(met, "killed before a prediction's rename", at("rename", KILL, file=second))
