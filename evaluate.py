@@ -133,7 +133,7 @@ def predict_case(net, case, settings, window, autocast, turns, **sliding):
 def predict_all(args, device):
     """Predict and write every case: (cases with their "prediction", organs' names, what failed, facts to record)."""
     net, config = load_network(args.weights, device)
-    digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()             # now: a run may replace its best.pt
+    digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()          # now: a run may replace its best.pt
     settings, precision = preparation(config), runtime.pick_precision(args.precision, device)
     autocast = functools.partial(torch.autocast, device.type, precision, precision != torch.float32)
     cases, seen = select_cases(args, config)
@@ -175,7 +175,7 @@ def predict_all(args, device):
 
 
 def btcv_numbers(names, images):
-    """(256,) uint8: BTCV's number of each of ours, for a submission; ValueError where organs or images have no place."""
+    """(256,) uint8: BTCV's number of each of ours, for a submission; ValueError where one or an image has no place."""
     ids = scoring.organ_ids(names, "--weights")
     odd = [image for image in images if not re.fullmatch(r"img\d+", case_name(image))]
     if odd or not ids.keys() <= scoring.CODES.keys():

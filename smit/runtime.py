@@ -266,7 +266,8 @@ def claim(folder, resume, overwrite):
         lock.write(f"{os.uname().nodename} pid {os.getpid()}".encode())
         atomic_write(folder / ".probe.partial", lambda file: file.write(bytes(1 << 16)))  # a full disk shows now
     except BlockingIOError as error:
-        raise ValueError(f"{folder} is in use by {(folder / '.lock').read_text()}; give another with --out") from error
+        holder = (folder / ".lock").read_text().split(",")[0]
+        raise ValueError(f"{folder} is in use by {holder}; give another with --out") from error
     except OSError as error:
         reason = "a file or a link to nowhere" if isinstance(error, FileExistsError) else error.strerror or error
         raise ValueError(f"output folder {folder} cannot be used: {reason}; give another with --out") from error
