@@ -123,7 +123,6 @@ def check_settings(args):
         (args.num_classes not in (None, *range(2, 257)), f"--num_classes {args.num_classes} is not one of 2..256"),
         (not min(args.log_every, args.val_every, args.epochs, args.steps or 1) > 0,
          "--log_every, --val_every, --epochs and --steps must be above 0"),
-        (not 0 <= args.val_fraction <= 1, f"--val_fraction {args.val_fraction:g} must lie between 0 and 1"),
         (not args.clip >= 0, f"--clip {args.clip:g} must be 0 or more"),
         (args.check and not args.data, "--check is of --data: name it"),
         (args.resume and args.overwrite, "--resume continues a run and --overwrite discards it: choose one"),

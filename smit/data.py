@@ -201,14 +201,20 @@ def check_cases(cases, labels=False, load=None, problems=(), workers=0):
     """Pre-flight: every header, with `labels` each label against its image; or what `load` finds in a case. ValueError
     with all that is wrong, after the `problems` of their lists; a line each."""
     found = [*problems, *find_problems(cases, load or functools.partial(check_case, labels=labels), workers)]
-    if found:
-        raise ValueError("\n".join([f"{len(found)} problems, {len(cases)} cases:", *found]))
+    if found:                                                        # a bad image may have been met twice
+        raise ValueError("\n".join([f"{len(set(found))} problems:", *dict.fromkeys(found)]))
 
 
 def check_voxels(cases, settings, labels=False, num_classes=None, problems=(), workers=0):
-    """The full pass: read and prepare each case (CRC, finite voxels, label values); ValueError as in `check_cases`."""
-    check_cases(cases, load=lambda case: load_case(case, settings, labels, num_classes), problems=problems,
-                workers=workers)
+    """The full pass: CRC, finite voxels, preparation; values and grid of every label, with labels=None of those that
+    are listed. ValueError as in `check_cases`."""
+    def check_label(case):
+        if case["label"]:
+            read_label(case["label"], num_classes)
+        check_case(case, True)
+    labelled = [case for case in cases if labels or labels is None and case["label"]]
+    found = [*problems, *find_problems(cases, lambda case: load_case(case, settings), workers)]
+    check_cases(labelled, load=check_label, problems=found, workers=workers)
 
 
 @functools.lru_cache(maxsize=None)

@@ -389,7 +389,7 @@ def evaluation(lab):
         bad.write_text("".join(lines))
         out = lab.fresh()
         row = lab.refused(f"evaluation: 4 of 4 cases are bad; {name}", out, "--data", bad, *flags,
-                          told="error: 4 problems, 4 cases" if flags else "error: 4 of 4 cases failed")
+                          told="error: 4 problems" if flags else "error: 4 of 4 cases failed")
         made = len([*out.glob("*.nii.gz")])
         return row._replace(good=row.good and made == (0 if flags else 2) and out.exists() != bool(flags))
     yield partial(bad_cases, "told first, the good images predicted")

@@ -251,7 +251,7 @@ def test_every_bad_label_is_named_before_the_first_step(phantoms, tmp_path):
     with pytest.raises(ValueError, match="phantom0002"):                # another shape: seen by the headers alone
         tune(tmp_path / "copy" / "dataset.json", tmp_path / "run", "--steps", 1)
     shutil.copy(phantoms.parent / "labelsTr" / labels[2].name, labels[2])
-    with pytest.raises(ValueError, match="2 problems, 5 cases(.|\n)*phantom0000.*empty(.|\n)*phantom0001.*77"):
+    with pytest.raises(ValueError, match="2 problems(.|\n)*phantom0000.*empty(.|\n)*phantom0001.*77"):
         tune(tmp_path / "copy" / "dataset.json", tmp_path / "run", "--steps", 1)
 
 
