@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from smit import curves, data, runtime, scoring, segment
+from smit import allocator, curves, data, runtime, scoring, segment
 from smit.scoring import case_key, case_name
 
 
@@ -132,6 +132,7 @@ def predict_case(net, case, settings, window, autocast, turns, **sliding):
 
 def predict_all(args, device):
     """Predict and write every case: (cases with their "prediction", organs' names, what failed, facts to record)."""
+    allocator.keep_freed_memory(device)
     net, config = load_network(args.weights, device)
     digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()          # now: a run may replace its best.pt
     settings, precision = preparation(config), runtime.pick_precision(args.precision, device)

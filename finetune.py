@@ -23,7 +23,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from smit import curves, data, ema, losses, metrics, phantom, runtime, sampling, segment
+from smit import allocator, curves, data, ema, losses, metrics, phantom, runtime, sampling, segment
 
 MAX_STRIKES = 20  # steps in a row without a finite gradient; fp16's loss scaling alone takes a few at the start [ours]
 COLUMNS = "step epoch lr loss grad_norm skipped val_dice best_dice".split()
@@ -254,6 +254,7 @@ def main(args):
         return check(args) if runtime.FIRST else None
     ranks = runtime.start(args.device)
     device = ranks.device
+    allocator.keep_freed_memory(device)
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
         weights = read_init(args, ranks)

@@ -22,7 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from smit import curves, data, ema, losses, phantom, pretrain, runtime, sampling
+from smit import allocator, curves, data, ema, losses, phantom, pretrain, runtime, sampling
 from smit.masking import expand_mask
 
 MAX_STRIKES = 20  # steps in a row without a finite gradient; fp16's loss scaling alone takes a few at the start [ours]
@@ -284,6 +284,7 @@ def main(args):
         return check(args) if runtime.FIRST else None
     ranks = runtime.start(args.device)
     device = ranks.device
+    allocator.keep_freed_memory(device)
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
         student, teacher, centers = build_networks(args)

@@ -14,4 +14,5 @@ Read in the paper's order:
     [SMIT Fig. 2, 3, 5] panels, curves, page      figures.py, curves.py
     data made here                                phantom.py
     ranks, checkpoints, signals                   runtime.py
+    memory that stays, on the CPU                 allocator.py
 """

@@ -111,9 +111,12 @@ def dice_ce_loss(logits, label, smooth=1e-6):
 
     logits (B, K, D, H, W); label (B, D, H, W) long. Dice per sample and class, then the mean.
     """
-    logits = logits.float()
-    truth = F.one_hot(label, logits.shape[1]).movedim(-1, 1).to(logits.dtype)               # (B, K, D, H, W)
-    prob = logits.softmax(1)
-    overlap = (prob * truth).sum((2, 3, 4))
-    total = (prob ** 2).sum((2, 3, 4)) + (truth ** 2).sum((2, 3, 4))
-    return (1 - 2 * overlap / (total + smooth)).mean() + F.cross_entropy(logits, label)
+    B, K = logits.shape[:2]
+    log_prob = logits.float().flatten(2).log_softmax(1)                                      # (B, K, N)
+    label = label.flatten(1)                                                                 # (B, N)
+    truth = log_prob.gather(1, label[:, None])[:, 0]           # each voxel's own class: no one-hot copy of K volumes
+    # in float64, where a million voxels add up without rounding, on a GPU in whichever order
+    per_class = lambda voxels: torch.zeros(B, K, dtype=torch.float64, device=label.device).scatter_add(
+        1, label, voxels.double()).float()                                                   # (B, N) -> (B, K)
+    total = log_prob.exp().square().sum(2) + per_class(torch.ones_like(truth))
+    return (1 - 2 * per_class(truth.exp()) / (total + smooth)).mean() - truth.mean()

@@ -6,6 +6,7 @@ Reading order: SegmentationNet, its decoder's Up and ResidualBlock, load_encoder
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from smit.sliding import sliding_window
 from smit.swin import SwinTransformer3D
@@ -26,11 +27,14 @@ class SegmentationNet(nn.Module):
         channels = self.encoder.channels                              # 48, 96, 192, 384, 768
         self.ups = nn.ModuleList(Up(coarse, fine, skip=fine) for fine, coarse in zip(channels[-2::-1], channels[:0:-1]))
         self.last_up = Up(channels[0], channels[0] // 2, scale=self.encoder.patch)
-        self.out = nn.Conv3d(channels[0] // 2, num_classes, 1)
+        self.out = PointConv(channels[0] // 2, num_classes)
 
     def forward(self, x, noise=None):
         """x (B, in_channels, D, H, W), any size -> logits (B, num_classes, D, H, W); noise: drop path's draws."""
-        *skips, y = self.encoder(x, noise=noise)                      # y (B, 768, D/32, H/32, W/32)
+        features = self.encoder(x, noise=noise)                       # channels-last, as the CPU convolves fastest
+        if x.is_cuda:
+            features = [feature.contiguous() for feature in features]
+        *skips, y = features                                          # y (B, 768, D/32, H/32, W/32)
         for up, skip in zip(self.ups, reversed(skips)):
             y = up(y, skip.shape[2:], skip)                           # (B, 384, D/16, ...) to (B, 48, D/2, ...)
         return self.out(self.last_up(y, x.shape[2:]))                 # (B, 24, D, H, W), (B, num_classes, D, H, W)
@@ -72,7 +76,50 @@ class ResidualBlock(nn.Module):
 
 def conv_norm(c_in, c_out, size):
     """Convolution without bias, then a norm without parameters: InstanceNorm, which does not depend on the batch."""
-    return nn.Sequential(nn.Conv3d(c_in, c_out, size, padding=size // 2, bias=False), nn.InstanceNorm3d(c_out))
+    conv = nn.Conv3d(c_in, c_out, size, padding=size // 2, bias=False) if size > 1 else PointConv(c_in, c_out, False)
+    return nn.Sequential(conv, InstanceNorm())
+
+
+class PointConv(nn.Conv3d):
+    """A convolution of size 1, on the CPU as the matrix product that it is."""
+
+    def __init__(self, c_in, c_out, bias=True):
+        super().__init__(c_in, c_out, 1, bias=bias)
+
+    def forward(self, x):
+        """x (B, c_in, D, H, W) -> (B, c_out, D, H, W)."""
+        if x.is_cuda:
+            return super().forward(x)
+        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
+class InstanceNorm(nn.Module):
+    """Mean 0 and variance 1 over space for each sample and channel. torch's own takes channels-last only by copies."""
+
+    def forward(self, x):
+        """x (B, C, D, H, W) -> the same shape."""
+        return F.instance_norm(x) if x.is_cuda else NormaliseSpace.apply(x.movedim(1, -1).flatten(1, 3)).view(
+            len(x), *x.shape[2:], -1).movedim(-1, 1)
+
+
+class NormaliseSpace(torch.autograd.Function):
+    """rows (B, N, C) -> (rows - mean) / sqrt(variance + 1e-5) over N, in float32 inside; backward keeps the result."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        normed = rows.float()
+        normed = normed - normed.mean(1, keepdim=True)
+        scale = normed.square().mean(1, keepdim=True).add_(1e-5).rsqrt_()                     # (B, 1, C)
+        normed = normed.mul_(scale).to(rows.dtype)
+        ctx.save_for_backward(normed, scale)
+        return normed
+
+    @staticmethod
+    def backward(ctx, grad):
+        normed, scale = ctx.saved_tensors
+        dtype, grad, normed = normed.dtype, grad.float(), normed.float()
+        along = (grad * normed).mean(1, keepdim=True)
+        return (grad - grad.mean(1, keepdim=True)).addcmul_(normed, along, value=-1).mul_(scale).to(dtype)
 
 
 def load_encoder(net, state_dict, partial=False):

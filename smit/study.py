@@ -36,9 +36,12 @@ ROWS = {  # name: flags of train_ssl.py; "rand" is not pre-trained. Table 2's Sw
 TABLE2 = tables.TABLE2
 PRESETS = {  # flags of train_ssl.py and of finetune.py; single runs of the paper's sizes want GPUs and days
     "paper": ("", ""),
-    # half an hour of two CPU cores for each pre-training, minutes for each fine-tuning: 6 mm carry the large organs [ours]
-    "small": ("--preset tiny --embed_dim 16 --spacing 6 6 6 --steps 1500 --batch 4 --precision bf16 --workers 0 "
-              "--val_every 500", "--preset tiny --embed_dim 16 --steps 600 --precision bf16 --workers 0")}
+    # two CPU cores: 6 mm carry the large organs; cells of 24 mm, where those of 48 mm are more than a neighbour can tell,
+    # take a network of two stages [ours]
+    "small": ("--preset tiny --spacing 6 6 6 --embed_dim 16 --depths 2 4 --heads 2 4 --view 32 --crop 44 --mask_cell 4 "
+              "--batch 8 --lr 4e-3 --steps 1200 --val_fraction .05 --val_every 300 --precision bf16 --workers 0",
+              "--preset tiny --embed_dim 16 --depths 2 4 --heads 2 4 --crop 32 --lr 4e-3 --steps 1200 --val_every 120 "
+              "--precision bf16 --workers 0")}
 EXPERIMENTS = {  # rows, numbers of labelled volumes
     "table2": (TABLE2, [21]), "fig3a": (TABLE2, [3, 7, 14, 21]), "fig3b": (["smit"], [21]), "fig3c": (TABLE2, [21]),
     "fig4": (["full", "mpd", "itd", "ibot", "simmim", "ml-mip", "ml-smit", "moco", "smit"], [21]),

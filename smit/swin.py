@@ -251,7 +251,7 @@ class SwinTransformer3D(nn.Module):
         noise (B, drops) uniform in [0, 1), the draws of drop path: given, a run is repeatable whatever the batch;
         absent, they are drawn here in training mode. Returns a list of (B, C_i, D_i, H_i, W_i): each stage's output,
         normed, and the last merge's; at 96^3: 48@48^3, 96@24^3, 192@12^3, 384@6^3, 768@3^3. `wanted` names the indices
-        that are used; the others come as None and cost nothing.
+        that are used; the others come as None and cost nothing. All are stored channels-last.
         """
         x = self.embed(x, hidden)
         if self.drops and self.training and noise is None:
@@ -271,7 +271,7 @@ class SwinTransformer3D(nn.Module):
             outputs.append(norm(x) if level in wanted else None)
             x = stage.merge(x) if level < max(wanted) else None
         outputs.append(x)
-        return [y if y is None else y.permute(0, 4, 1, 2, 3).contiguous() for y in outputs]
+        return [y if y is None else y.permute(0, 4, 1, 2, 3) for y in outputs]
 
 
 def initialise(module):

@@ -128,3 +128,14 @@ def test_dice_ce_by_hand():
     assert losses.dice_ce_loss(logits, label).item() == pytest.approx(dice + math.log(2), rel=1e-5)
     sure = 50 * F.one_hot(label, 2).movedim(-1, 1).float()
     assert losses.dice_ce_loss(sure, label).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_dice_ce_equals_the_one_hot_formula():
+    logits = torch.randn(2, 5, 3, 4, 6, requires_grad=True)
+    label = torch.randint(0, 4, (2, 3, 4, 6))                           # no voxel of class 4
+    truth, prob = F.one_hot(label, 5).movedim(-1, 1).float(), logits.softmax(1)
+    total = (prob ** 2).sum((2, 3, 4)) + truth.sum((2, 3, 4))
+    plain = (1 - 2 * (prob * truth).sum((2, 3, 4)) / (total + 1e-6)).mean() + F.cross_entropy(logits, label)
+    fast = losses.dice_ce_loss(logits, label)
+    assert fast.item() == pytest.approx(plain.item(), abs=1e-5)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (fast, plain)), atol=1e-6, rtol=1e-5)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from smit.pretrain import SMIT
-from smit.segment import SegmentationNet, adapt_channels, load_encoder
+from smit.segment import SegmentationNet, adapt_channels, conv_norm, load_encoder
 
 TINY = {"embed_dim": 8, "depths": (1, 2), "heads": (2, 2), "window": (2, 4, 3)}
 
@@ -90,3 +91,15 @@ def test_more_channels_answer_one_image_as_the_pretrained_channel_did():
     image = torch.randn(1, 1, 8, 12, 16)
     torch.testing.assert_close(net.encoder.embed(image.expand(-1, 4, -1, -1, -1)), source.encoder.embed(image))
     assert adapt_channels(torch.ones(8, 3, 2, 2, 2), 1).unique().tolist() == [3]
+
+
+def test_the_decoder_equals_torchs_own_layers():
+    for c_in, c_out, size in ((6, 4, 3), (6, 4, 1)):
+        ours, x = conv_norm(c_in, c_out, size), torch.randn(2, c_in, 4, 6, 5).to(memory_format=torch.channels_last_3d)
+        fast, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y = F.instance_norm(F.conv3d(plain, ours[0].weight, padding=size // 2))
+        torch.testing.assert_close(ours(fast), y, atol=1e-5, rtol=0)
+        weight = torch.randn_like(y)
+        for z in (ours(fast), y):
+            (z * weight).sum().backward()
+        torch.testing.assert_close(fast.grad, plain.grad, atol=1e-5, rtol=0)

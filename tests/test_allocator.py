@@ -1,0 +1,22 @@
+import subprocess
+import sys
+
+COUNT = """
+import resource, torch
+from smit.allocator import keep_freed_memory
+keep_freed_memory(torch.device({device!r}))
+for _ in range(20):
+    x = [torch.ones(n * 2 ** 20) for n in (9, 16, 25)]                # 36 to 100 MiB
+    del x
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+def page_faults(device):
+    return int(subprocess.run([sys.executable, "-c", COUNT.format(device=device)], check=True, text=True,
+                              capture_output=True).stdout)
+
+
+def test_freed_tensors_are_handed_to_the_next_ones_on_the_cpu():
+    kept, returned = page_faults("cpu"), page_faults("cuda")
+    assert kept < returned / 2 or abs(kept / returned - 1) < .05     # about equal: no glibc, or its pages are huge
