@@ -234,7 +234,9 @@ def test_resume_refuses_other_settings(phantoms, tmp_path):
 @pytest.mark.parametrize("flags, why", [
     ("--crop 24 24", "--crop"), ("--fold 5", "--fold 5"), ("--num_train 0", "0 cases"), ("--key test", "'test'"),
     ("--layer_decay 0", "--layer_decay"), ("--freeze_encoder", "--init"), ("--batch 0", "--batch"),
-    ("--fold 0 --split smit21_9", "--split"), ("--num_classes 5", "label value")])
+    ("--fold 0 --split smit21_9", "--split"), ("--num_classes 5", "label value"),
+    ("--num_classes 300", "2..256"), ("--spacing 1 1 -1", "spacing"), ("--hu_window 0 0", "HU window"),
+    ("--clip nan", "--clip"), ("--log_every 0", "--log_every")])
 def test_settings_that_do_not_fit_are_refused_before_any_work(flags, why, phantoms, tmp_path):
     with pytest.raises(ValueError, match=why):
         tune(phantoms, tmp_path / "run", *flags.split(), "--steps", 1)
