@@ -8,10 +8,14 @@
 
 Writes OUT/{case}.nii.gz (uint8, on the grid of its image), OUT/cases.csv (a row per case and organ), OUT/results.json,
 OUT/table.md and OUT/index.html (the worst, median and best case). Cases that cannot be predicted or scored are listed,
-and the exit code is 2. Organs are matched by name, never by number.
+and the exit code is 2. Organs are matched by name, never by number. All headers are checked first and what is wrong
+with them is told; the good cases are predicted. Killed at any time it leaves whole predictions and no results.json;
+the same command makes everything anew.
 """
 import argparse
 import functools
+import hashlib
+import math
 import re
 from pathlib import Path
 
@@ -21,6 +25,9 @@ from tqdm import tqdm
 
 from smit import allocator, curves, data, runtime, scoring, segment
 from smit.scoring import case_key, case_name
+
+
+CONFIG = {"num_classes", "labels", "train", "held_back", "spacing", "modality", "hu_window", "crop", *segment.SIZES}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -40,6 +47,7 @@ def parse_arguments(argv=None):
     add("--data", nargs="+", default=[], metavar="PATH", help="NIfTI files, folders, text lists, dataset.json files")
     add("--key", default="validation", help="split to read from a dataset.json [MSD]")
     add("--held_out", action="store_true", help="of --data, only the cases that --weights was validated on")
+    add("--check", action="store_true", help="read and prepare every case, list all that is wrong, predict nothing")
     add("--overlap", type=float, default=0.5, help="share of a window that the next one covers too [SMIT 3]")
     add("--blend", choices=["gaussian", "constant"], default="gaussian",
         help="weights within a window [nnU-Net]; constant [release]")
@@ -60,6 +68,10 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if sum(map(bool, (args.weights, args.predictions, args.compare))) != 1:
         parser.error("give one of --weights (with --data), --predictions (with --labels) and --compare")
+    if args.check and not args.weights:
+        parser.error("--check is of --data: it needs --weights too, for how they are prepared")
+    if not 0 <= args.overlap < 1 or args.batch < 1 or not 0 <= args.tolerance_mm < math.inf:
+        parser.error("--overlap lies in [0, 1), --batch starts at 1, --tolerance_mm is 0 or more")
     if args.weights and not args.data or args.predictions and not args.labels:
         parser.error("--weights needs --data, and --predictions needs --labels")
     return args
@@ -78,12 +90,12 @@ def load_network(path, device):
     """(network in eval mode, settings of its run) of finetune.py's checkpoint; ValueError for any other file."""
     state = runtime.load_checkpoint(path)
     config = state.get("config")
-    if "model" not in state or not isinstance(config, dict) or "num_classes" not in config:
+    if "model" not in state or not isinstance(config, dict) or not CONFIG <= config.keys():
         raise ValueError(f"{path} holds no fine-tuned network: give the best.pt of finetune.py")
     try:
         net = segment.build_network(config)
         net.load_state_dict(state["model"])
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # of settings not ours, too
         raise ValueError(f"{path}: weights and settings do not fit each other ({str(error).splitlines()[0]})") from None
     return net.to(device).eval(), config
 
@@ -102,6 +114,18 @@ def select_cases(args, config):
     return cases, seen
 
 
+def preparation(config):
+    return data.Preparation(tuple(config["spacing"]), config["modality"], tuple(config["hu_window"]))
+
+
+def check(args):
+    """--check: the weights, every header, voxel and label of --data; ValueError names all that is wrong."""
+    config = load_network(args.weights, "cpu")[1]
+    cases, _ = select_cases(args, config)
+    data.check_voxels(cases, preparation(config), labels=None)
+    print(f"checked: {len(cases)} cases, all good")
+
+
 def predict_case(net, case, settings, window, autocast, turns, **sliding):
     """Label map (X, Y, Z) uint8 on the grid of the case's image. BadVolume for a file that cannot be used."""
     made = data.load_case(case, settings)
@@ -110,20 +134,26 @@ def predict_case(net, case, settings, window, autocast, turns, **sliding):
     return segment.to_file_grid(logits, made["affine"], made["original_shape"], made["original_affine"])
 
 
-def predict_all(args):
+def predict_all(args, device):
     """Predict and write every case: (cases with their "prediction", organs' names, what failed, facts to record)."""
-    device = runtime.start(args.device).device
     allocator.keep_freed_memory(device)
     net, config = load_network(args.weights, device)
-    settings = data.Preparation(tuple(config["spacing"]), config["modality"], tuple(config["hu_window"]))
-    precision = runtime.pick_precision(args.precision, device)
+    digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()          # now: a run may replace its best.pt
+    settings, precision = preparation(config), runtime.pick_precision(args.precision, device)
     autocast = functools.partial(torch.autocast, device.type, precision, precision != torch.float32)
     cases, seen = select_cases(args, config)
     out, failed, names = Path(args.out), {}, config["labels"] or scoring.numbered(config["num_classes"])
     targets = [out / f"{name}.nii.gz" for name in by_case([case["image"] for case in cases], case_name, "--data")]
+    written = [*targets]
+    if args.export_test:
+        table, exports = btcv_numbers(names, [case["image"] for case in cases]), Path(args.export_test)
+        exports.mkdir(parents=True, exist_ok=True)
+        written += [exports / f"label{case_key(target)}.nii.gz" for target in targets]
     sources = {Path(case[kind]).resolve() for case in cases for kind in ("image", "label") if case[kind]}
-    if clash := sources & {target.resolve() for target in targets}:
-        raise ValueError(f"--out {out} would overwrite {min(clash)}: give another folder")
+    if clash := sources & {path.resolve() for path in written}:
+        raise ValueError(f"--out or --export_test would overwrite {min(clash)}: give another folder")
+    for problem in data.find_problems(cases, lambda case: data.check_case(case, bool(case["label"]))):
+        print(f"warning: {problem}", flush=True)                         # now, not after an hour's predictions
     scoring.clear(out)
     print(f"{len(cases)} cases, network of {sum(p.numel() for p in net.parameters()):,} parameters in windows of "
           f"{config['crop']}, {config['num_classes']} classes; {device.type}, {str(precision)[6:]}", flush=True)
@@ -141,23 +171,23 @@ def predict_all(args):
         data.write_label(target, label, case["image"])
         case["prediction"] = target
         if args.export_test:
-            export(Path(args.export_test), label, names, case["image"])
-    facts = {"weights": args.weights, "weights_sha256": runtime.file_sha256(args.weights), "models": 1,
+            data.write_label(exports / f"label{case_key(target)}.nii.gz", table[label.numpy()], case["image"])
+    facts = {"weights": args.weights, "weights_sha256": digest, "models": 1,
              "data": args.data, "split": args.key, "held_out": args.held_out, "seen_in_training": seen,
              **{name: config[name] for name in ("spacing", "modality", "hu_window", "crop")}, "overlap": args.overlap,
              "blend": args.blend, "tta": args.tta, "precision": str(precision)[6:]}
     return [case for case in cases if "prediction" in case], names, failed, facts
 
 
-def export(folder, label, names, image):
-    """Write one file of a BTCV submission: label0061.nii.gz for img0061.nii.gz, in BTCV's numbers."""
+def btcv_numbers(names, images):
+    """(256,) uint8: BTCV's number of each of ours, for a submission; ValueError where one or an image has no place."""
     ids = scoring.organ_ids(names, "--weights")
-    if not re.fullmatch(r"img\d+", case_name(image)) or not ids.keys() <= scoring.CODES.keys():
-        raise ValueError(f"--export_test takes images named as img0061.nii.gz, and BTCV's organs: {image}, {[*ids]}")
+    odd = [image for image in images if not re.fullmatch(r"img\d+", case_name(image))]
+    if odd or not ids.keys() <= scoring.CODES.keys():
+        raise ValueError(f"--export_test takes images named as img0061.nii.gz, and BTCV's organs: {odd[:1]}, {[*ids]}")
     table = np.zeros(256, np.uint8)
     table[list(ids.values())] = [list(scoring.CODES).index(name) + 1 for name in ids]
-    folder.mkdir(parents=True, exist_ok=True)
-    data.write_label(folder / f"label{case_key(image)}.nii.gz", table[label.numpy()], image)
+    return table
 
 
 def folder_names(path):
@@ -186,8 +216,18 @@ def main(args):
     out = Path(args.out)
     if args.compare:
         return print(scoring.compare(args.compare, out))
-    out.mkdir(parents=True, exist_ok=True)
-    cases, names, failed, facts = predict_all(args) if args.weights else find_predictions(args)
+    if args.check:
+        return check(args)
+    ranks = runtime.start(args.device)
+    if ranks.world > 1:
+        raise ValueError("evaluate.py is one process: start it without torchrun, on parts of the cases if need be")
+    with runtime.OutputFolder(out, ranks, resume=True):                  # one writer; a run's own files stay
+        evaluate(args, out, ranks.device)
+
+
+def evaluate(args, out, device):
+    """Predict, score, write, tell what failed; ValueError if anything did."""
+    cases, names, failed, facts = predict_all(args, device) if args.weights else find_predictions(args)
     rows, labelled = [], [case for case in cases if case["label"]]
     for case in labelled:
         try:

@@ -52,6 +52,7 @@ def parse_arguments(argv=None):
     add("--out", default="runs/finetune", help="output folder [ours]")
     add("--resume", action="store_true", help="continue OUT/last.pt, if there is one")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    add("--check", action="store_true", help="read and prepare every case of --data, list all that is wrong, leave")
     add("--seed", type=int, default=0, help="of every random draw [ours]")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
     add("--log_every", type=int, default=10, help="steps between rows of log.csv [ours]")
@@ -123,10 +124,31 @@ def check_settings(args):
           for name in ("val_fraction", "drop_path")),
         (not 0 < args.layer_decay <= 1, f"--layer_decay {args.layer_decay} must lie in (0, 1]; 1 is none"),
         (args.freeze_encoder and not args.init, "--freeze_encoder without --init would freeze random weights"),
+        (args.num_classes not in (None, *range(2, 257)), f"--num_classes {args.num_classes} is not one of 2..256"),
+        (not min(args.log_every, args.val_every, args.epochs, args.steps or 1) > 0,
+         "--log_every, --val_every, --epochs and --steps must be above 0"),
+        (not args.clip >= 0, f"--clip {args.clip:g} must be 0 or more"),
+        (args.check and not args.data, "--check is of --data: name it"),
         (args.resume and args.overwrite, "--resume continues a run and --overwrite discards it: choose one"),
     ]
     if why := [why for wrong, why in refuse if wrong]:
         raise ValueError(why[0])
+
+
+def read_lists(args):
+    """(cases of --key, cases of --val_key where a list has it, what is wrong with the lists)."""
+    cases, problems = data.read_lists(args.data, args.key)
+    listed, more = data.read_lists([path for path in args.data if data.has_split(path, args.val_key)], args.val_key)
+    return cases, listed, problems + more
+
+
+def check(args):
+    """--check: every list, header, voxel and label of --data before a long run; ValueError names all that is wrong."""
+    cases, listed, problems = read_lists(args)
+    organ_names(args)
+    settings = data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window))
+    data.check_voxels(cases + listed, settings, True, args.num_classes, problems, args.workers)
+    print(f"checked: {len(cases + listed)} cases, all good")
 
 
 def load_cases(args, ranks):
@@ -139,9 +161,9 @@ def load_cases(args, ranks):
         args.data = [str(phantom.write_dataset(folder, args.phantoms, args.modality, args.seed, args.spacing,
                                                ranks.rank, ranks.world))]
         ranks.agree()
-    cases = [case for path in args.data for case in data.read_list(path, args.key)]
-    also = [path for path in args.data if path.endswith(".json") and args.val_key in json.loads(Path(path).read_text())]
-    listed = [case for path in also for case in data.read_list(path, args.val_key)]
+    cases, listed, problems = read_lists(args)
+    if problems:
+        data.check_cases(cases + listed, True, problems=problems)    # the files' with the lists', all at once
     if args.split:
         cases, held_back = sampling.published_split(cases + listed, args.split)
     elif args.fold is not None:
@@ -152,10 +174,16 @@ def load_cases(args, ranks):
         raise ValueError(f"{', '.join(args.data)}: no case is left to train on, or one is also held back")
     if args.num_train is not None:
         cases = sampling.nested_subset(cases, args.num_train, args.seed)
+    return cases, held_back, organ_names(args)
+
+
+def organ_names(args):
+    """{id: organ} of all sources, {} where none has it; num_classes follows it."""
     names = [data.label_names(path) for path in args.data]
     if names.count(names[0]) != len(names):
         raise ValueError(f"{', '.join(args.data)} number their labels differently: train on one of them")
-    return cases, held_back, names[0] or {}
+    args.num_classes = args.num_classes or max(names[0] or {}, default=13) + 1
+    return names[0] or {}
 
 
 def prepare_cases(train, held_back, settings, args, ranks):
@@ -166,8 +194,8 @@ def prepare_cases(train, held_back, settings, args, ranks):
         _, label = data.cached(case, settings, args.cache, True, args.num_classes)
         for organ in np.unique(label).tolist() if case in train else ():
             found[organ] = True
+    data.check_cases(train + held_back, True, workers=args.workers)  # by the headers, in a moment
     share = (train + held_back)[ranks.rank::ranks.world]
-    data.check_cases(share, labels=True)                         # by the headers, in a moment
     data.check_cases(share, load=prepare)
     missing = [organ for organ, seen in enumerate(ranks.agree(*found)) if not seen]
     if missing and ranks.is_main:
@@ -226,15 +254,16 @@ def validate(net, cases, settings, args, autocast, ranks):
 
 def main(args):
     check_settings(args)
+    if args.check:
+        return check(args) if runtime.FIRST else None
     ranks = runtime.start(args.device)
     device = ranks.device
     allocator.keep_freed_memory(device)
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
         weights = read_init(args, ranks)
-        train, held_back, names = load_cases(args, ranks)
-        args.num_classes = args.num_classes or max(names, default=13) + 1
         settings = data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window))
+        train, held_back, names = load_cases(args, ranks)
         prepare_cases(train, held_back, settings, args, ranks)
         global_batch = args.batch * ranks.world
         total = args.steps or -(-args.epochs * len(train) // global_batch)

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import sys
 import time
 from datetime import timedelta
@@ -69,6 +68,7 @@ def parse_arguments(argv=None):
     add("--out", default="runs/ssl", help="output folder [ours]")
     add("--resume", action="store_true", help="continue OUT/last.pt, if there is one")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    add("--check", action="store_true", help="read and prepare every volume of --data, list all that is wrong, leave")
     add("--seed", type=int, default=0, help="of every random draw [ours]")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
     add("--log_every", type=int, default=10, help="steps between rows of log.csv [ours]")
@@ -159,6 +159,8 @@ def check_sizes(args):
               for name in ("mask_ratio", "momentum", "center_momentum", "drop_path", "val_fraction")),
             (min(args.batch, args.accumulate, args.log_every, args.val_every, args.epochs, args.steps or 1) < 1,
              "--batch, --accumulate, --log_every, --val_every, --epochs and --steps start at 1"),
+            (not args.clip >= 0, f"--clip {args.clip:g} must be 0 or more"),
+            (args.check and not args.data, "--check is of --data: name it"),
             (args.resume and args.overwrite, "--resume continues a run and --overwrite discards it: choose one")):
         if wrong:
             raise ValueError(why)
@@ -195,16 +197,21 @@ def load_cases(args, ranks):
         args.data = [str(phantom.write_dataset(folder, args.phantoms, args.modality, args.seed, args.spacing,
                                                ranks.rank, ranks.world))]
         ranks.agree()
-    cases = [case for path in args.data for case in data.read_list(path, args.key)]
-    counts = collections.Counter(os.path.realpath(case["image"]) for case in cases)
-    if twice := [path for path, count in counts.items() if count > 1]:
-        raise ValueError(f"{twice[0]} comes from two sources of --data, as do {len(twice) - 1} others: drop one source")
-    data.check_cases(cases)
+    cases, problems = data.read_lists(args.data, args.key)
+    data.check_cases(cases, problems=problems, workers=args.workers)
     held_back = round(args.val_fraction * len(cases))
     if not 0 <= held_back < len(cases):
         raise ValueError(f"--val_fraction {args.val_fraction} of {len(cases)} volumes leaves none to train on")
     order = torch.randperm(len(cases), generator=sampling.generator(args.seed, "held back")).tolist()
     return [cases[i] for i in order[held_back:]], [cases[i] for i in order[:held_back]]
+
+
+def check(args):
+    """--check: every list, header and voxel of --data before a long run; ValueError names all that is wrong."""
+    cases, problems = data.read_lists(args.data, args.key)
+    settings = data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window))
+    data.check_voxels(cases, settings, problems=problems, workers=args.workers)
+    print(f"checked: {len(cases)} volumes, all good")
 
 
 def other_view(x):
@@ -277,14 +284,16 @@ def collapse_monitors(taught, centers, teacher_temp, ranks):
 
 def main(args):
     check_sizes(args)
+    if args.check:
+        return check(args) if runtime.FIRST else None
     ranks = runtime.start(args.device)
     device = ranks.device
     allocator.keep_freed_memory(device)
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
         student, teacher, centers = build_networks(args)
-        cases, held_back = load_cases(args, ranks)
         settings = data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window))
+        cases, held_back = load_cases(args, ranks)
         pairs = functools.partial(
             sampling.ViewPairs, settings=settings, cache=args.cache, crop=args.crop, view=args.view,
             cell=args.mask_cell, mask_ratio=args.mask_ratio, drops=student.encoder.drops, seed=args.seed)

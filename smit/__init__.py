@@ -8,7 +8,7 @@ Read in the paper's order:
     [SMIT Eq. 1-4] MIP, MPD, ITD                  losses.py
     [SMIT 2] teacher update, schedules            ema.py
     [SMIT 2, Fig. 1] student and teacher          pretrain.py, then ../train_ssl.py
-    [SMIT 3] voxels, crops, views                 transforms.py, data.py, sampling.py
+    [SMIT 3] voxels, crops, views                 transforms.py, lists.py, data.py, sampling.py
     [SMIT 3] fine-tuning network, inference       segment.py, sliding.py, then ../finetune.py, ../evaluate.py
     [SMIT 3] DSC, tests, tables                   metrics.py, scoring.py
     [SMIT Fig. 2, 3, 5] panels, curves, page      figures.py, curves.py

@@ -1,33 +1,31 @@
-"""From files to prepared volumes: lists of cases, NIfTI, pre-flight, the cache. [SMIT 3]
+"""From files to prepared volumes: NIfTI, cases, pre-flight, the cache. [SMIT 3]
 
-The only room that opens NIfTI files and lists, so the boundary where no file is trusted: a header is held against its
+The only room that opens NIfTI files, so the boundary where no file is trusted: a header is held against its
 file's size before memory is taken, gzip is read to its end so that its CRC counts, and what is bad leaves as BadVolume.
 """
 import functools
 import gzip
 import hashlib
 import io
-import json
 import os
 import re
-import stat
 import zlib
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
 
-from smit.runtime import atomic_write
+from smit.lists import has_split, label_names, open_unpacked, read_list, read_lists  # noqa: F401: of this room, too
+from smit.runtime import atomic_write, ignore_stop_signals
 from smit.transforms import MAX_SIDE, MAX_VOXELS, Preparation, prepare, regrid, spacing_of, to_ras
 
 MAX_TAIL = 2 ** 20                     # bytes that may follow the voxels: some writers pad
 DEFLATE_RATIO = 1032                   # no gzip stream holds more than this many times its size
+MAX_OFFSET = 2 ** 26                   # bytes before them: extensions
 CHUNK = 2 ** 16                        # voxels converted at a time
 CACHE_FORMAT = 1                       # raise it when `prepare` changes
-NIFTI = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
 TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 Header = namedtuple("Header", "path body shape affine dtype slope inter offset nifti")  # body: the file with the voxels
 
@@ -36,101 +34,14 @@ class BadVolume(ValueError):
     """A file that cannot be used: "path: what is wrong; what to do"."""
 
 
-# ----------------------------------------------------------------------------------------------------------- lists
-def read_list(path, key="training"):
-    """Cases [{"image": absolute path, "label": absolute path or None}] of a folder, NIfTI file, JSON or text list.
-    Folder: every NIfTI below it, naturally sorted; linked folders are not entered. JSON: MSD/MONAI or nnU-Net v2, `key`
-    names the split. Text: one image a line, then a tab or comma and its label, if any; # starts a comment.
-    ValueError, one line, for anything else, for paths that leave the JSON's folder, and for a case listed twice.
-    """
-    path = os.path.abspath(path)
-    cases, folder, is_json = {}, os.path.dirname(path), path.lower().endswith(".json")
-    if os.path.isdir(path) or path.lower().endswith(NIFTI):
-        found = [os.path.join(where, name) for where, folders, files in os.walk(path) for name in folders + files]
-        rows = [[name] for name in found or [path] if name.lower().endswith(NIFTI)]
-        rows.sort(key=lambda row: _natural(row[0]))
-    elif is_json:
-        rows = _json_rows(path, _read_json(path), key)
-    else:
-        rows = [re.split(r"\s*[\t,]\s*", line.strip(), maxsplit=1) for line in _read_text(path).splitlines()]
-        rows = [row for row in rows if row[0] and row[0][0] != "#"]
-    for row in rows:
-        if not all(isinstance(name, str) and re.fullmatch("[^\0\ud800-\udfff]+", name) for name in row):
-            raise ValueError(f"{path}: {str(row)[:200]!r} is no path of one image (one channel), or two; repair it")
-        row = [os.path.normpath(os.path.join(folder, name)) for name in row]
-        if is_json and any(os.path.commonpath([folder, name]) != folder for name in row):
-            raise ValueError(f"{path}: {row} leaves the list's folder; keep the data beside or below the list")
-        name = re.sub(r"(\.nii|\.hdr|\.img)?(\.gz)?$", "", os.path.realpath(row[0]))
-        if name in cases:
-            raise ValueError(f"{path}: {row[0]} is listed twice, or is there as .nii and .nii.gz; keep one")
-        cases[name] = {"image": row[0], "label": row[1] if len(row) > 1 else None}
-    if not cases:
-        raise ValueError(f"{path}: holds no NIfTI image (*.nii, *.nii.gz, *.hdr); give the folder or list that does")
-    return list(cases.values())
-
-
-def _natural(name):
-    return re.sub("[0-9]+", lambda digits: digits[0].zfill(12), name)
-
-
-def _read_text(path):
-    try:
-        with _open(path) as file:
-            return file.read(2 ** 26).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "neither NIfTI nor text"
-        raise ValueError(f"{path}: {reason}; give a folder, NIfTI file, dataset.json or text list") from None
-
-
-def _read_json(path):
-    text = _read_text(path)
-    try:
-        return {**json.loads(text)}                                  # TypeError unless it is an object
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON object ({error}); write it in MSD or nnU-Net form") from None
-
-
-def _json_rows(path, content, key):
-    """[image] or [image, label] for each entry, a dict or a string, under `key`; as written, so not yet trusted.
-    nnU-Net lists nothing: imagesTr/{case}_0000.nii.gz with labelsTr/{case}.nii.gz is "training"; imagesTs is "test"."""
-    entries, channels = content.get(key), content.get("channel_names")
-    if entries is None and isinstance(channels, (dict, list)) and key in ("training", "test"):
-        if len(channels) != 1:
-            raise ValueError(f"{path}: {len(channels)} channels, {channels}; only volumes of one channel are supported")
-        end, part = str(content.get("file_ending", ".nii.gz")), "Tr" if key == "training" else "Ts"
-        images, labels = (os.path.join(os.path.dirname(path), kind + part) for kind in ("images", "labels"))
-        names = sorted(os.listdir(images), key=_natural) if os.path.isdir(images) else []
-        cases = [name.removesuffix("_0000" + end) for name in names if name.endswith("_0000" + end)]
-        return [[f"{images}/{case}_0000{end}"] + [f"{labels}/{case}{end}"] * os.path.isdir(labels) for case in cases]
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: no list of cases under {key!r}; its keys are {list(content)}; name one")
-    pairs = [(case.get("image"), case.get("label")) if isinstance(case, dict) else (case, None) for case in entries]
-    return [[image] if label is None else [image, label] for image, label in pairs]
-
-
-def label_names(path):
-    """{id: name} from the "labels" of a dataset.json, MSD's id -> name or nnU-Net's name -> id; None without them."""
-    labels = _read_json(path).get("labels") if str(path).lower().endswith(".json") else None
-    try:
-        pairs = ((k, v) if isinstance(v, str) else (v, k) for k, v in (labels or {}).items())
-        return {int(i): name for i, name in pairs} or None
-    except (AttributeError, TypeError, ValueError):
-        raise ValueError(f"{path}: 'labels' must be {{id: name}} or {{name: id}}; regions are not supported") from None
-
-
 # ----------------------------------------------------------------------------------------------------------- NIfTI
-def _open(path):
-    """Open to read bytes, unpacked if it is gzip. OSError unless it is a file: opening a pipe waits for its writer."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(0, "is a folder, pipe or device, no file")
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if packed else open(path, "rb")
-
-
 def _pair(path):
-    """The file with the header and the one with the voxels: the same, but for .hdr/.img."""
-    return re.sub(r"\.img(\.gz)?$", r".hdr\1", str(path)), re.sub(r"\.hdr(\.gz)?$", r".img\1", str(path))
+    """The file with the header and the one with the voxels: the same, but for .hdr/.img and .HDR/.IMG."""
+    head = body = str(path)
+    for hdr, img in (("hdr", "img"), ("HDR", "IMG")):
+        head = re.sub(rf"\.{img}(?=(\.gz|\.GZ)?$)", f".{hdr}", head)
+        body = re.sub(rf"\.{hdr}(?=(\.gz|\.GZ)?$)", f".{img}", body)
+    return head, body
 
 
 def _header(path):
@@ -140,7 +51,7 @@ def _header(path):
             raise BadVolume(f"{path}: {wrong}")
     head, body = _pair(path)
     try:
-        with _open(head) as file, _open(body) as voxels:
+        with open_unpacked(head) as file, open_unpacked(body) as voxels:
             block = file.read(nib.Nifti2Header.sizeof_hdr)
             size, packed = os.path.getsize(body), isinstance(voxels, gzip.GzipFile)
     except (OSError, EOFError, zlib.error, ValueError) as error:
@@ -153,7 +64,7 @@ def _header(path):
     need(nifti["magic"] == (kind.single_magic if head == body else kind.pair_magic), "no NIfTI magic; convert it")
     ndim, *sides = (int(n) for n in nifti["dim"])
     shape, code = tuple(sides[:3]), int(nifti["datatype"])
-    need(ndim == 3 or ndim == 4 and sides[3] == 1, f"{ndim}-D, sides {sides[:ndim]}; give one 3-D volume (one frame)")
+    need(3 <= ndim <= 7 and {1} >= {*sides[3:ndim]}, f"{ndim}-D, sides {sides[:ndim]}; give one 3-D volume (one frame)")
     need(min(shape) > 0 and max(shape) <= MAX_SIDE and np.prod(shape, dtype=float) <= MAX_VOXELS,
          f"sides {shape} are not 1..{MAX_SIDE} and {MAX_VOXELS} voxels at most; crop it or repair the header")
     need(code in TYPES, f"voxel type {code} is not one real number a voxel (RGB, complex, ...); convert it")
@@ -163,10 +74,11 @@ def _header(path):
     need(np.isfinite([slope, inter]).all(), f"voxel scaling {slope}, {inter} is not finite; repair the header")
     least, dtype = kind.single_vox_offset if head == body else 0, np.dtype(order + TYPES[code])
     offset = offset or np.float64(least)
-    need(offset >= least and offset.is_integer(), f"voxels begin at byte {offset}; repair the header")
+    need(least <= offset <= MAX_OFFSET and offset.is_integer(), f"voxels begin at byte {offset}; repair the header")
     claimed = int(offset) + int(np.prod(shape)) * dtype.itemsize
     need(claimed <= size * (DEFLATE_RATIO if packed else 1) and (packed or size <= claimed + MAX_TAIL),
          f"{size} bytes cannot be the {claimed} that its header claims: truncated or forged; copy it again")
+    nifti["pixdim"][0] = nifti["pixdim"][0] or 1                     # the standard's: a qfac of 0 is taken as 1
     try:
         with np.errstate(all="ignore"):
             affine = nifti.get_best_affine().astype(np.float64)
@@ -182,17 +94,11 @@ def _header(path):
     return Header(path, body, shape, affine, dtype, slope, inter, int(offset), nifti)
 
 
-def check_header(path):
-    """(shape, spacing in mm) by header and file size alone; BadVolume if no good volume can be behind them."""
-    header = _header(path)
-    return header.shape, tuple(spacing_of(header.affine).tolist())
-
-
 def _voxels(header):
     """Yield (first index, scaled float64 values) piece by piece in file order; verifies length, gzip CRC, magnitude."""
     done, count, size = 0, int(np.prod(header.shape)), header.dtype.itemsize
     try:
-        with _open(header.body) as file:
+        with open_unpacked(header.body) as file:
             file.seek(header.offset)
             while done < count:
                 raw = file.read(min(CHUNK, count - done) * size)
@@ -230,10 +136,11 @@ def read_label(path, num_classes=None, allow_empty=False):
     header, highest = _header(path), (num_classes or 256) - 1
     label = np.empty(int(np.prod(header.shape)), np.uint8)
     for start, values in _voxels(header):
-        wrong = values[(values != np.floor(values)) | (values < 0) | (values > highest)]
+        whole = values.round()                                       # what is scaled may be a hair off
+        wrong = values[(np.abs(values - whole) > 1e-4) | (whole < 0) | (whole > highest)]
         if len(wrong):
-            raise BadVolume(f"{path}: label value {wrong[0]:g} is not a whole number in 0..{highest}; repair the label")
-        label[start:start + len(values)] = values
+            raise BadVolume(f"{path}: label value {wrong[0]} is not a whole number in 0..{highest}; repair the label")
+        label[start:start + len(values)] = whole
     if not allow_empty and not label.any():
         raise BadVolume(f"{path}: the label is empty, all background; leave the case out")
     return torch.from_numpy(label.reshape(header.shape, order="F")), header.affine
@@ -253,20 +160,21 @@ def write_label(path, label, like):
 def load_case(case, settings=Preparation(), with_label=False, num_classes=None):
     """Prepare a case: dict of image and label (uint8 (D, H, W); label None unless asked for), affine of their grid,
     original_affine and original_shape of the file. BadVolume for whatever is wrong with one of its files."""
-    image, original = read_volume(case["image"])
-    made = {"label": None, "original_affine": original, "original_shape": tuple(image.shape)}
-    try:
-        made["image"], made["affine"] = prepare(image, original, settings, case["image"])
+    *volume, original = read_volume(case["image"])
+    made = {"label": None, "original_affine": original, "original_shape": tuple(volume[0].shape)}
+    try:                                                             # popped: `prepare` lets it go once it is turned
+        made["image"], made["affine"] = prepare(volume.pop(), original, settings, case["image"])
     except ValueError as error:
         raise BadVolume(f"{case['image']}: {error}") from None
     if with_label:
-        _check_case(case, labels=True)
+        check_case(case, labels=True)
         label, ras = to_ras(read_label(case["label"], num_classes)[0], original)
         made["label"] = regrid(label, ras, made["affine"], made["image"].shape, "nearest").contiguous()
     return made
 
 
-def _check_case(case, labels):
+def check_case(case, labels):
+    """BadVolume unless the headers of a case's image and, with `labels`, of its label are good and of one grid."""
     image = _header(case["image"])
     if labels and not case["label"]:
         raise BadVolume(f"{image.path}: has no label; name it in the list, or leave the case out")
@@ -276,22 +184,37 @@ def _check_case(case, labels):
         raise BadVolume(f"{label.path}: {label.shape} or affine is not its image's, {image.shape}; resample the label")
 
 
-def check_cases(cases, labels=False, load=None):
-    """Pre-flight: every header, with `labels` each label against its image; all problems in one ValueError."""
+def find_problems(cases, check, workers=0):
+    """What check(case) finds wrong, in the order of the cases; `workers` processes with one case each at a time."""
     def problem(case):
         try:
-            load(case) if load else _check_case(case, labels)
+            check(case)
         except ValueError as error:
             return str(error)
-    with ThreadPoolExecutor(1 if load else 8) as pool:               # volumes one at a time, for their memory
-        found = [text for text in pool.map(problem, cases) if text]
-    if found:
-        raise ValueError("\n".join([f"{len(found)} of {len(cases)} cases are bad (20 shown at most):", *found[:20]]))
+    loader = torch.utils.data.DataLoader(cases, batch_size=None, collate_fn=problem, num_workers=workers,
+                                         multiprocessing_context="fork" if workers else None,
+                                         timeout=300 if workers else 0, worker_init_fn=ignore_stop_signals)
+    return [text for text in loader if text]
 
 
-def check_voxels(cases, settings, labels=False, num_classes=None):
-    """The full pass: read and prepare each case (CRC, finite voxels, label values); all problems in one ValueError."""
-    check_cases(cases, load=lambda case: load_case(case, settings, labels, num_classes))
+def check_cases(cases, labels=False, load=None, problems=(), workers=0):
+    """Pre-flight: every header, with `labels` each label against its image; or what `load` finds in a case. ValueError
+    with all that is wrong, after the `problems` of their lists; a line each."""
+    found = [*problems, *find_problems(cases, load or functools.partial(check_case, labels=labels), workers)]
+    if found:                                                        # a bad image may have been met twice
+        raise ValueError("\n".join([f"{len(set(found))} problems:", *dict.fromkeys(found)]))
+
+
+def check_voxels(cases, settings, labels=False, num_classes=None, problems=(), workers=0):
+    """The full pass: CRC, finite voxels, preparation; values and grid of every label, with labels=None of those that
+    are listed. ValueError as in `check_cases`."""
+    def check_label(case):
+        if case["label"]:
+            read_label(case["label"], num_classes)
+        check_case(case, True)
+    labelled = [case for case in cases if labels or labels is None and case["label"]]
+    found = [*problems, *find_problems(cases, lambda case: load_case(case, settings), workers)]
+    check_cases(labelled, load=check_label, problems=found, workers=workers)
 
 
 @functools.lru_cache(maxsize=None)
@@ -305,13 +228,16 @@ def cached(case, settings, folder, with_label=False, num_classes=None):
     renamed into place, so processes may race or die at any byte; one whose checksum is not its name is made again.
     """
     names = ("image", "label") if with_label else ("image",)
-    _check_case(case, with_label)
+    check_case(case, with_label)
     files = [Path(file).absolute() for name in names for file in _pair(case[name])]
-    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stamps = lambda: [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    state = stamps()
     entry = Path(folder, hashlib.sha256(repr((CACHE_FORMAT, state, settings, num_classes)).encode()).hexdigest()[:32])
     whole = [path for path in entry.glob("*.npy") if _checksum(path, path.stat().st_mtime_ns) == path.stem]
     if not whole:
         made, data = load_case(case, settings, with_label, num_classes), io.BytesIO()
+        if stamps() != state:
+            raise BadVolume(f"{case['image']}: changed while it was read; begin again when its files are complete")
         np.save(data, np.stack([made[name].numpy() for name in names]))
         entry.mkdir(parents=True, exist_ok=True)
         whole = [entry / f"{zlib.crc32(data.getbuffer()):08x}.npy"]

@@ -1,9 +1,10 @@
 """Ranks, stop signals, checkpoints, the output folder and the log: what a long run needs beside the algorithm [ours].
 A file is whole or not there. No file is trusted. What one rank sees alone (a NaN, a signal) passes `Ranks.agree`.
+What hangs ends the run: a loader worker silent for 5 minutes (`sampling.batches`), a rank that does not meet the others
+for 10 (`start`); torchrun kills those that cannot leave by themselves 30 s later.
 """
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ORPHAN_GRACE_S = 20  # for a last checkpoint once torchrun's agent is gone
+FIRST = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, known before they have joined
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun began again
 JOB = f"job {os.environ.get('TORCHELASTIC_RUN_ID')}, agent {os.getppid()}"  # its restarts go on with its own runs only
 RUN_FILES = [name + end for name in ("last", "best", "student") for end in (".pt", ".prev.pt")]
@@ -93,29 +95,28 @@ def run(main, *arguments):
     A rank that may only echo the first error, its peer gone, waits, while torchrun ends the others and quotes it."""
     try:
         main(*arguments)
-        if not dist.is_initialized():
-            return
-        dist.barrier()
-        sys.stdout.flush()
-        os._exit(0)  # an orderly exit may abort in the group's threads
-    except KeyboardInterrupt:
-        code, text, wait_s = 130, "interrupted", 0
-    except (ValueError, OSError) as error:
-        code, wait_s = 2, min(1, int(os.environ.get("RANK", 0)))
-        text = "error: {} [{}:{}]".format(error, *traceback.extract_tb(error.__traceback__)[-1][:2])
-    except Exception:
+        if dist.is_initialized():
+            dist.barrier()
+            sys.stdout.flush()
+            os._exit(0)  # an orderly exit may abort in the group's threads
+    except (Exception, KeyboardInterrupt) as error:  # all in here: on leaving it Python takes loaders apart, and waits
         code, text, wait_s = 1, traceback.format_exc(), 5
-    report, alone = {"message": text, "timestamp": int(time.time())}, not dist.is_initialized()
-    for number in (signal.SIGTERM, signal.SIGCHLD):  # of the latter the loader's handler would raise
-        signal.signal(number, signal.SIG_DFL)
-    time.sleep(0 if alone else wait_s)
-    print(text, file=sys.stderr)
-    for worker in torch.multiprocessing.active_children():  # a loader's, deaf to the SIGTERM with which Python ends it
-        worker.kill()
-    with contextlib.suppress(KeyError, OSError):
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
-    sys.stdout.flush()
-    sys.exit(code) if alone else os._exit(code)  # destroying the group would wait for peers that are blocked in it
+        if isinstance(error, KeyboardInterrupt):
+            code, text, wait_s = 130, "interrupted", 0
+        elif isinstance(error, (ValueError, OSError)):
+            code, wait_s = 2, min(1, int(os.environ.get("RANK", 0)))
+            text = "error: {} [{}:{}]".format(error, *traceback.extract_tb(error.__traceback__)[-1][:2])
+        report = json.dumps({"message": text, "timestamp": int(time.time())})
+        for number in (signal.SIGTERM, signal.SIGCHLD):  # of the latter the loader's handler would raise
+            signal.signal(number, signal.SIG_DFL)
+        for worker in torch.multiprocessing.active_children():  # a loader's, deaf to Python's SIGTERM
+            worker.kill()
+        time.sleep(wait_s if dist.is_initialized() else 0)
+        print(text, file=sys.stderr)
+        with contextlib.suppress(KeyError, OSError):
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(report)
+        sys.stdout.flush()
+        os._exit(code) if dist.is_initialized() else sys.exit(code)  # destroying the group waits for blocked peers
 
 
 class StopSignals:
@@ -165,10 +166,6 @@ def atomic_write(path, write):
         if isinstance(cause, OSError):
             raise OSError(f"{path} could not be written: {cause.strerror or cause}") from error
         raise
-
-
-def file_sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def save_checkpoint(path, state):
@@ -269,7 +266,8 @@ def claim(folder, resume, overwrite):
         lock.write(f"{os.uname().nodename} pid {os.getpid()}".encode())
         atomic_write(folder / ".probe.partial", lambda file: file.write(bytes(1 << 16)))  # a full disk shows now
     except BlockingIOError as error:
-        raise ValueError(f"{folder} is in use by {(folder / '.lock').read_text()}; give another with --out") from error
+        holder = (folder / ".lock").read_text().split(",")[0]
+        raise ValueError(f"{folder} is in use by {holder}; give another with --out") from error
     except OSError as error:
         reason = "a file or a link to nowhere" if isinstance(error, FileExistsError) else error.strerror or error
         raise ValueError(f"output folder {folder} cannot be used: {reason}; give another with --out") from error
@@ -312,7 +310,7 @@ class CsvLog:
 
 def compare_settings(saved, now, free):
     """One line for each setting that differs from the checkpoint's; ValueError with those that are not in `free`."""
-    keys = sorted((saved.keys() | now.keys()) - {"resume", "overwrite"})
+    keys = sorted((saved.keys() | now.keys()) - {"resume", "overwrite", "check"})
     lines = {key: f"{key}: {saved.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now" for key in keys
              if saved.get(key, "absent") != now.get(key, "absent")}
     if matter := [line for key, line in lines.items() if key not in free]:

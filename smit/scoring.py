@@ -24,7 +24,7 @@ ORGANS = {  # the paper's columns, in its order: BTCV's name, then those of AMOS
 CODES = {names.split(", ")[0]: code for code, names in ORGANS.items()}
 ABSENT = ("absent from prediction and label: not scored; in one of them alone: a miss, Dice and surface Dice 0, HD95 "
           "inf; the mean HD95 leaves misses out and stands beside their number; the background is not scored")
-FILES = ("cases.csv", "table.md", "results.json")
+FILES = ("cases.csv", "table.md", "index.html", "results.json")
 COLUMNS = "case organ dice hd95_mm surface_dice prediction_ml label_ml".split()
 
 

@@ -146,6 +146,7 @@ def percentile_scale(x, low=0., high=99.5):
     bounds = np.percentile(foreground, (low, high), overwrite_input=True) if foreground.size else (0., 0.)
     if not bounds[0] < bounds[1]:
         raise ValueError(f"percentiles {low} and {high} of the foreground are equal: the volume has no contrast")
+    del foreground                                             # as large as the volume
     return window_hu(x, float(bounds[0]), float(bounds[1]))
 
 
@@ -187,6 +188,12 @@ class Preparation:
     hu_window: tuple = (-175., 250.)
     percentiles: tuple = (0., 99.5)
 
+    def __post_init__(self):
+        if len(self.spacing_mm) != 3 or not all(.01 <= mm <= 50 for mm in self.spacing_mm):
+            raise ValueError(f"spacing {self.spacing_mm} mm: give three numbers of .01 to 50")
+        if not -np.inf < self.hu_window[0] < self.hu_window[1] < np.inf:
+            raise ValueError(f"HU window {self.hu_window}: give a lower and a higher number")
+
 
 def prepare(image, affine, settings, name="volume"):
     """Orient, resample, scale, crop to the body: (uint8 (D, H, W), 0..255 for 0..1; affine of its grid). [SMIT 3]
@@ -201,7 +208,8 @@ def prepare(image, affine, settings, name="volume"):
     low, high = (float(bound) for bound in torch.aminmax(image))
     if ct and 0 <= low and high <= 255:
         warnings.warn(f"{name}: values in [{low:g}, {high:g}] are hardly HU: was it scaled before, or is it no CT?")
-    image, affine = resample(*to_ras(image, affine), settings.spacing_mm)
+    image, affine = to_ras(image, affine)
+    image, affine = resample(image, affine, settings.spacing_mm)
     image = window_hu(image, *settings.hu_window) if ct else percentile_scale(image, *settings.percentiles)
     threshold = 0. if ct else .05
     if not image.max() > threshold:

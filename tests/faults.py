@@ -2,11 +2,17 @@
 
     python tests/faults.py --all --out DIR                                  # the whole table: hours on two cores
     python tests/faults.py --only saving damage --script finetune.py --out DIR
+    python tests/faults.py --only kills --ranks 4 --workers 2 --script finetune.py --out DIR      # a part of the group
+    python tests/faults.py --all --first 1 --out DIR                        # a sample: one fault of each group
+    python tests/faults.py --only evaluation --out DIR                      # evaluate.py, whatever --script is
+
+Prints a table in markdown, a row a fault as soon as it is known, and the minutes of each group.
 
 The scripts know nothing of this file: `enter` arms faults in a fresh process, then runs the script as it stands. Every
 run has 13 steps of 4 samples, 3 steps an epoch, a checkpoint every 4. Lost: steps whose log row was written and that
-had to be done again. Exact: last.pt, the exported weights (sha256 of all they hold) and the bytes of log.csv are those
-of the run to which nothing happened. Mounts need root.
+had to be done again; of evaluate.py, predictions that were there and are made again. Exact: last.pt, the exported
+weights (sha256 of all they hold) and the bytes of log.csv, or of all predictions and results, are those of the run to
+which nothing happened. Mounts need root.
 """
 import argparse
 import contextlib
@@ -44,9 +50,11 @@ STEPS, EVERY = 13, 4
 COMMON = f"--steps {STEPS} --save_steps {EVERY} --val_fraction .2 --workers 0 --log_every 1 --drop_path .3".split()
 FLAGS = {"train_ssl.py": [*SMALL, "--val_every", "5", *COMMON],
          "finetune.py": "--spacing 10 10 10 --crop 16 --crops_per_volume 1 --embed_dim 8 --depths 1 1 --heads 2 2 "
-                        "--lr 3e-3 --val_key none --val_every 2 --device cpu".split() + COMMON}
+                        "--lr 3e-3 --val_key none --val_every 2 --device cpu".split() + COMMON,
+         "evaluate.py": ["--device", "cpu"]}
 SHARE = {"train_ssl.py": {1: "--batch 2 --accumulate 2", 2: "--batch 1 --accumulate 2", 4: "--batch 1 --accumulate 1"},
-         "finetune.py": {1: "--batch 4", 2: "--batch 2", 4: "--batch 1"}}                      # of 4 samples, by ranks
+         "finetune.py": {1: "--batch 4", 2: "--batch 2", 4: "--batch 1"},                       # of 4 samples, by ranks
+         "evaluate.py": {1: ""}}
 Row = namedtuple("Row", "fault lost message code exact good")
 
 
@@ -60,18 +68,20 @@ def enter(script, flags, faults):
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def arm(at, do, nth=1, times=1, rank=0, life=0, **how):
-    """Do something at the nth to (nth + times - 1)th passing of a point, in one rank (None: all) and torchrun life."""
+def arm(at, do, nth=1, times=1, rank=0, life=0, file="last.pt", **how):
+    """Do something at the nth to (nth + times - 1)th passing of a point, in one rank (None: all) and torchrun life.
+    file: the one whose writing, renaming or fsync is meant."""
     count = itertools.count(1)
     path_of = lambda fd: os.readlink(f"/proc/self/fd/{fd}")
     onto = lambda name: lambda source, target: Path(target).name == name
     owner, names, concerns, late = {                          # functions to wrap, which of their calls, act afterwards?
         "loss": (losses, ["mip_loss", "dice_ce_loss"], lambda *_: True, True),
         "load": (data, ["cached"], lambda *_: torch.utils.data.get_worker_info(), False),
-        "write": (runtime, ["atomic_write"], lambda path, write: Path(path).name == "last.pt", False),
-        "prev": (os, ["replace"], onto("last.prev.pt"), False), "rename": (os, ["replace"], onto("last.pt"), False),
-        "renamed": (os, ["replace"], onto("last.pt"), True), "disk": (os, ["fsync", "replace"], lambda *_: True, False),
-        "fsync": (os, ["fsync"], lambda fd: "/.last.pt." in path_of(fd), False),
+        "write": (runtime, ["atomic_write"], lambda path, write: Path(path).name == file, False),
+        "label": (data, ["write_label"], lambda path, *_: Path(path).name == file, False),
+        "prev": (os, ["replace"], onto("last.prev.pt"), False), "rename": (os, ["replace"], onto(file), False),
+        "renamed": (os, ["replace"], onto(file), True), "disk": (os, ["fsync", "replace"], lambda *_: True, False),
+        "fsync": (os, ["fsync"], lambda fd: f"/.{file}." in path_of(fd), False),
         "fsync folder": (os, ["fsync"], lambda fd: os.path.isdir(path_of(fd)), False)}.get(at, (None, [], None, False))
 
     def due():
@@ -129,6 +139,7 @@ class Run:
 
     def __init__(self, script, folder, console, flags, ranks=1, faults=(), agent=None):
         self.folder, self.console, self.forked, self.begun = folder, console, agent is None, time.time()
+        self.faults = faults
         flags = [*FLAGS[script], *SHARE[script][ranks].split(), "--out", str(folder), *map(str, flags)]
         self.console.write_text("")
         Run.all.append(self)
@@ -209,8 +220,9 @@ def kept(folder):
 
 
 def fingerprint(folder):
-    """sha256 of all tensors and numbers of a finished run, its settings aside, and of its log."""
-    digest = hashlib.sha256((folder / "log.csv").read_bytes())
+    """sha256 of all tensors and numbers of a finished run, its settings aside, and of its log or predictions."""
+    log = folder / "log.csv" if (folder / "log.csv").exists() else folder / "cases.csv"
+    digest = hashlib.sha256(log.read_bytes())
 
     def add(value):
         if isinstance(value, (dict, list, tuple)):
@@ -218,6 +230,8 @@ def fingerprint(folder):
                 add(entry)
         else:
             digest.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+    for name in sorted(path.name for path in folder.glob("*.nii.gz")) + ["table.md", "results.json"]:
+        digest.update((folder / name).read_bytes() if (folder / name).exists() else b"")
     for name in ("last.pt", "student.pt", "best.pt"):
         state = runtime.load_checkpoint(folder / name) if (folder / name).exists() else {}
         add([name, {key: value for key, value in state.items() if key != "config"}])
@@ -233,17 +247,18 @@ def message(text, told=""):
 
 class Lab:
     """A folder with phantoms, their cache and a folder a run, for one script."""
-    def __init__(self, folder, script="train_ssl.py"):
+    def __init__(self, folder, script="train_ssl.py", ranks=(1, 2, 4), workers=(0, 2)):
         self.folder, self.script, self.wholes = Path(folder).resolve(), script, {}
+        self.ranks, self.workers = ranks, workers                    # to kill runs on
         self.number = itertools.count(len([*self.folder.glob(f"{script[:-3]}*")]))
         self.data = phantom.write_dataset(self.folder / "phantoms", 18, spacing_mm=(10.0, 10.0, 10.0))
+        self.common = ["--data", self.data, "--cache", self.folder / "cache"]
 
     def fresh(self):
         return self.folder / f"{self.script[:-3]}-{next(self.number):03d}"
 
     def run(self, folder, *flags, **how):
-        return Run(self.script, folder, Path(f"{self.fresh()}.txt"), [
-            "--data", self.data, "--cache", self.folder / "cache", *flags], **how)
+        return Run(self.script, folder, Path(f"{self.fresh()}.txt"), [*self.common, *flags], **how)
 
     def whole(self, ranks=1, flags=()):
         """The folder of the run to which nothing happens."""
@@ -285,31 +300,61 @@ class Lab:
 
 
 # ---------------------------------------------------------------- the table
+def injected(faults):
+    """In words: what was done, when and where."""
+    words = []
+    for fault in (fault for fault in faults if fault["do"]):
+        where = fault["at"] + (f" of {fault['file']}" if "file" in fault else "")
+        rank = {0: "", None: ", all ranks"}.get(fault.get("rank", 0), f", rank {fault.get('rank')}")
+        limit = f" ({fault['size']} bytes)" if "size" in fault else ""
+        words.append(f"{fault['do']}{limit} at {where} {fault.get('nth', 1)}{rank}")
+    words = list(dict.fromkeys(words))
+    return "; ".join(words if len(words) < 4 else [words[0], "...", words[-1]]) or "as named, from outside"
+
+
+def cell(content):
+    return str(content).replace("|", "/").replace("\n", " ")
+
+
 def main():
     from test_faults import GROUPS
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = "\n".join(f"  {name:11} {group.__doc__.splitlines()[0]}" for name, group in GROUPS.items())
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f"groups:\n{about}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every group")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=[], help="these groups")
-    parser.add_argument("--script", choices=FLAGS, default="train_ssl.py")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=[], metavar="GROUP", help="these groups")
+    parser.add_argument("--first", type=int, metavar="N", help="of each group its first N faults only")
+    parser.add_argument("--script", choices=("train_ssl.py", "finetune.py"), default="train_ssl.py")
+    parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 2, 4), default=(1, 2, 4), help="of the group kills")
+    parser.add_argument("--workers", nargs="+", type=int, default=(0, 2), help="of the group kills")
     parser.add_argument("--out", type=Path, required=True, help="folder for all runs")
     args = parser.parse_args()
     os.nice(10)
-    lab, rows, begun = Lab(args.out, args.script), [], time.time()
-    print(f"{'fault':66} {'good':>7} {'lost':>4} {'exact':>7} {'exit':>4}  last message", flush=True)
-    cases = [case for name, group in GROUPS.items() if args.all or name in args.only for case in group(lab)]
-    for fault, some in itertools.groupby((case() for case in cases), key=lambda row: row.fault):
-        some = list(some)
-        worst, exact = min(some, key=lambda row: row.good), [row.exact for row in some]
-        share = f"{exact.count(True)}/{len(some)}" if {True, False} & set(exact) else exact[0]
-        print(f"{fault:66} {sum(row.good for row in some):>3}/{len(some):<3} {max(row.lost for row in some):>4} "
-              f"{share:>7} {worst.code:>4}  {worst.message[:150]}", flush=True)
-        rows += some
+    lab, rows, begun = Lab(args.out, args.script, args.ranks, args.workers), [], time.time()
+    print("| fault | injection | as it should | lost | exact | exit | last message |\n" + "|---" * 7 + "|", flush=True)
+
+    def meet(case):
+        before = len(Run.all)
+        row = case()
+        return row, [fault for run in Run.all[before:] for fault in run.faults]
+    minutes = {}
+    for name in (name for name in GROUPS if args.all or name in args.only):
+        since, cases = time.time(), itertools.islice(GROUPS[name](lab), args.first)
+        for fault, some in itertools.groupby(map(meet, cases), key=lambda pair: pair[0].fault):
+            some, faults = zip(*some)
+            worst, exact = min(some, key=lambda row: row.good), [row.exact for row in some]
+            share = f"{exact.count(True)} of {len(some)}" if {True, False} & set(exact) else exact[0]
+            cells = (fault, injected(itertools.chain(*faults)), f"{sum(row.good for row in some)} of {len(some)}",
+                     max(row.lost for row in some), share, worst.code, worst.message[:150])
+            print(f"| {' | '.join(map(cell, cells))} |", flush=True)
+            rows += some
+        minutes[name] = f"{name} {(time.time() - since) / 60:.1f}"
     time.sleep(10)                                                   # for loader workers to miss their parents
     left = sum(run.alive() for run in Run.all)
     exact = [row.exact for row in rows]
-    print(f"{len(rows)} faults, {sum(row.good for row in rows)} as they should be; {exact.count(True)} exact, "
+    print(f"\n{len(rows)} faults, {sum(row.good for row in rows)} as they should be; {exact.count(True)} exact, "
           f"{exact.count(False)} not; {len(Run.all)} runs, {left} of them left a process behind; "
-          f"{(time.time() - begun) / 60:.0f} minutes")
+          f"{(time.time() - begun) / 60:.0f} minutes: {', '.join(minutes.values())}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ SHAPE, AFFINE = (12, 10, 8), np.array([[-1.5, 0, 0, 9], [0, 2, 0, -8], [0, 0, 2.
 VOXELS = (np.random.default_rng(0).integers(-450, 450, SHAPE) * 2).astype(np.int16)     # even HU, some above -175
 LABEL = (VOXELS > 0).astype(np.uint8) * 3
 DIM, TYPE, PIXDIM, OFFSET, SLOPE, QCODE, QUATERN, SROW, MAGIC = 40, 70, 76, 108, 112, 252, 256, 280, 344    # bytes
+INTENT = 68
 
 
 def plain(voxels=VOXELS, affine=AFFINE, kind=nib.Nifti1Image):
@@ -47,6 +48,7 @@ def bad_images():
     with_hole[3, 4, 5] = nan
     endless = VOXELS.astype(np.float64)
     endless[3, 4, 5] = inf
+    pair = patched((MAGIC, "4s", b"ni1\0"), (OFFSET, "<f", 0))[:348]
     rgb = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
     return {
         "empty.nii": b"", "empty.nii.gz": b"", "only_gzip_magic.nii.gz": b"\x1f\x8b", "noise.nii": os.urandom(5000),
@@ -91,6 +93,13 @@ def bad_images():
         "no_form_negative.nii": patched((QCODE, "<hh", 0, 0), (PIXDIM + 4, "<f", -1.5)),
         "spacing_bomb.nii": plain(affine=np.diag([1000., 1000, 1000, 1])),
         "spacing_tiny.nii": plain(affine=np.diag([1e-6, 1e-6, 1e-6, 1])),
+        "frames_first.nii": patched(dims(1, 12, 10, 8)), "offset_half.nii": patched((OFFSET, "<f", 352.5)),
+        "offset_bomb.nii.gz": bomb(patched((OFFSET, "<f", 2 ** 28))[:352], 2 ** 28 + VOXELS.nbytes),
+        "member_more.nii.gz": packed + gzip.compress(bytes(2 ** 21)), "metres.nii": plain(affine=AFFINE / 1000),
+        "qfac_2.nii": patched((QCODE, "<hh", 1, 0), (PIXDIM, "<f", 2)),
+        "extended_cut.nii": patched((OFFSET, "<f", 368)),
+        "mixed.hdr": pair, "mixed.img.gz": gzip.compress(good[352:]), "short.hdr": pair, "short.img": good[352:-2],
+        "other_case.hdr": pair, "other_case.IMG": good[352:], "swapped_dims.nii": patched((DIM, ">4h", 3, 12, 10, 8)),
         "trailing.nii": good + bytes(2 ** 21), "lonely.hdr": good[:348], "all_air.nii": plain(VOXELS // 100 - 1000),
     }
 
@@ -103,7 +112,8 @@ def bomb(start, zeros):
 
 def good_images():
     """Files that all hold VOXELS."""
-    good, swapped = plain(), nib.Nifti1Header(endianness=">")
+    good, pair = plain(), patched((MAGIC, "4s", b"ni1\0"), (OFFSET, "<f", 0))[:348]
+    swapped = nib.Nifti1Header(endianness=">")
     swapped.set_data_dtype(np.int16)
     big = nib.Nifti1Image(VOXELS, AFFINE, swapped)
     return {
@@ -121,7 +131,14 @@ def good_images():
         "one_frame.nii": plain(VOXELS[..., None]), "offset_0.nii": patched((OFFSET, "<f", 0)),
         "padded.nii.gz": gzip.compress(good + bytes(512)), "pixdim_0.nii": patched((PIXDIM + 4, "<f", 0)),
         "extended.nii": patched((OFFSET, "<f", 368), data=good[:348] + struct.pack("<iii8x", 1, 16, 6) + good[352:]),
-        "pair.hdr": patched((MAGIC, "4s", b"ni1\0"), (OFFSET, "<f", 0))[:348], "pair.img": good[352:],
+        **{name + ".hdr": pair for name in ("pair", "packed_img")}, "pair.img": good[352:], "UPPER_PAIR.HDR": pair,
+        "UPPER_PAIR.IMG": good[352:], "packed_img.img": gzip.compress(good[352:]), "packed_pair.hdr.gz":
+        gzip.compress(pair), "packed_pair.img.gz": gzip.compress(good[352:]),
+        "singletons.nii": plain(VOXELS[..., None, None]), "intent.nii": patched((INTENT, "<h", 1001)),
+        "negative_pixdim.nii": patched((PIXDIM, "<4f", -1, -1.5, -2, -2.5)),
+        "forms_differ.nii": patched((QCODE, "<h", 1), (QUATERN, "<6f", .5, .5, 0, 7, 7, 7)),
+        "uint64.nii": patched((SLOPE, "<ff", 1, -1000), data=plain((VOXELS + 1000).astype(np.uint64))),
+        "zero_padded.nii.gz": gzip.compress(good) + bytes(512),
     }
 
 
@@ -133,7 +150,8 @@ def other_images():
         "rotated.nii": plain(np.ascontiguousarray(VOXELS.transpose(2, 0, 1)), AFFINE[:, [2, 0, 1, 3]]),
         "tiny.nii": plain(VOXELS[:2, :1, :1]), "one_slice.nii": plain(VOXELS[:, :, :1]),
         "no_form.nii": patched((QCODE, "<hh", 0, 0)), "uint8.nii": plain(np.abs(VOXELS // 8).astype(np.uint8)),
-        "thick.nii": plain(affine=np.diag([.5, .5, 10, 1])),
+        "thick.nii": plain(affine=np.diag([.5, .5, 10, 1])), "anisotropic.nii": plain(affine=np.diag([.3, .3, 45, 1])),
+        "qfac_0.nii": patched((QCODE, "<hh", 1, 0), (PIXDIM, "<f", 0)),
     }
 
 
@@ -142,6 +160,11 @@ def labels():
     return {
         "label_uint8.nii.gz": (gzip.compress(plain(LABEL)), True),
         "label_float.nii": (plain(LABEL.astype(np.float64)), True),
+        "label_int64.nii": (plain(LABEL.astype(np.int64)), True),
+        "label_hair_off.nii": (plain(LABEL * np.float32(1.0000001)), True),
+        "label_scaled.nii": (patched((SLOPE, "<ff", 3 / 255, 0), data=plain(LABEL * np.uint8(85))), True),
+        "label_near.nii": (plain(LABEL * np.float32(1.01)), False), "label_14.nii": (plain(LABEL * np.uint8(5)), False),
+        "label_huge.nii": (plain(LABEL * np.int64(2 ** 40)), False),
         "label_half.nii": (plain(LABEL * np.float32(.5)), False),
         "label_negative.nii": (plain(-LABEL.astype(np.int16)), False),
         "label_large.nii": (plain(LABEL.astype(np.int16) * 100), False),
@@ -169,7 +192,14 @@ def lists(image="good/plain.nii"):
         "absolute.json": (split("/etc/passwd"), False),
         "twice.json": (split(image, {"image": "good/../" + image}), False),
         "two_channels.json": (json.dumps({"channel_names": {"0": "T1", "1": "T2"}}), False),
-        "deep.json": ("[" * 10 ** 5, False),
+        "deep.json": ("[" * 10 ** 5, False), "deep_entry.json": ('{"training": ' + "[" * 10 ** 5, False),
+        "utf16.txt": (f"{image}\n".encode("utf-16"), False), "latin1.txt": ("né.nii\n".encode("latin-1"), False),
+        "key_twice.json": (f'{{"training": ["{image}"], "training": ["good/float32.nii"]}}', False),
+        "infinite.json": ('{"training": [1e999]}', False), "digits.json": ('{"training": [' + "9" * 10 ** 5, False),
+        "newline.json": (split("good/a\nb.nii"), False), "null.json": (split({"image": None}), False),
+        "label_leaves.json": (split({"image": image, "label": "../label.nii"}), False),
+        "columns.txt": (f"{image}\tgood/float32.nii\tgood/float64.nii\n", False),
+        "BOM.JSON": ("\ufeff" + split(image), True),
         "comments.txt": ("# nothing\n", False), "nul.txt": ("a\0b", False),
         "twice.txt": (f"{image}\n{image}\n", False),
     }

@@ -1,5 +1,6 @@
 """evaluate.py: predictions on the scanner's grid, scores anyone can check, and failures that are told."""
 import csv
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -109,7 +110,8 @@ def test_scores_are_those_of_the_metrics_on_the_original_grid(weights, phantoms,
         assert float(row["dice"]) == pytest.approx(metrics.dice(made, truth, 14)[i - 1], rel=1e-5)
         assert float(row["hd95_mm"]) == pytest.approx(metrics.hd95(made == i, truth == i, spacing), rel=1e-5)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["weights_sha256"] == runtime.file_sha256(weights) and results["n"] == 1 and results["tta"]
+    assert results["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert results["n"] == 1 and results["tta"]
     assert results["overlap"] == .5 and results["blend"] == "constant" and results["spacing"] == [10, 10, 10]
 
 
@@ -179,6 +181,21 @@ def test_volumes_without_labels_are_predicted_and_bad_ones_told(weights, phantom
     with pytest.raises(ValueError, match="1 of 6 cases failed: cut"):
         run("--weights", weights, "--data", images, "--out", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 5 and rows(tmp_path / "out") == []
+
+
+def test_bad_cases_are_told_before_the_first_prediction_and_by_check_alone(weights, phantoms, tmp_path, capsys):
+    first, second = (phantoms.parent / "imagesTr" / f"phantom000{n}.nii.gz" for n in (0, 1))
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"absent.nii.gz\n{first}\tno_label.nii.gz\n{second}\n")
+    with pytest.raises(ValueError, match="2 problems:\n.*absent.nii.gz.*\n.*no_label.nii.gz"):
+        run("--weights", weights, "--data", listing, "--out", tmp_path / "out", "--check")
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="2 of 3 cases failed: absent, phantom0000"):
+        run("--weights", weights, "--data", listing, "--out", tmp_path / "out")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(told) >= 2 and "absent.nii.gz" in told[-2] and "no_label.nii.gz" in told[-1]
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2       # an image whose label is bad, too
 
 
 def test_a_btcv_submission_has_btcvs_names_and_numbers(weights, phantoms, tmp_path):

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 from functools import partial
@@ -26,8 +27,8 @@ def at(point, do, nth=1, **more):
 
 def kills(lab):
     """In every step of a run but its last: first, middle and last of an epoch, on 1, 2, 4 ranks, 0 and 2 workers."""
-    for ranks in (1, 2, 4):
-        for workers in (0, 2):
+    for ranks in lab.ranks:
+        for workers in lab.workers:
             name = f"kill -9 of a rank in mid-step; {ranks} ranks, {workers} workers"
             for nth in range(1, STEPS):
                 fault = at("step", KILL, nth, rank=nth % ranks)
@@ -183,7 +184,7 @@ def hangs(lab):
         return at("step", do, 6, rank=1)
     for name, fault, told, most_s in (
             ("a loader worker is killed", sixth("worker SIGKILL"), "killed by signal: Killed|exited unexpectedly", 30),
-            ("a loader worker hangs (timeout 5 s, not 300)", at("load", "hang", 14, rank=1), "timed out after 5 s", 40),
+            ("a loader worker hangs (timeout 5 s, not 300)", at("load", "hang", 14, rank=1), "timed out after 5 s", 60),
             ("a rank raises", sixth("error"), "error: injected", 20),
             ("a rank has a bug", sixth("bug"), "KeyError: 0", 20),
             ("a rank hangs (timeout 30 s, not 10 min)", sixth("SIGSTOP"), "[Tt]imed out|[Tt]imeout", 100)):
@@ -314,8 +315,102 @@ def files(lab):
     yield partial(lab.trial, "epochs of 3.75 steps", at("step", KILL, 10, rank=1), ranks=2, same=("--val_fraction", 0))
 
 
+def evaluation(lab):
+    """evaluate.py killed, stopped, refused; then the same command, to the end. Lost: predictions made again."""
+    new_lab = type(lab)                                              # of the same module, be it run or imported
+    tuner, lab = new_lab(lab.folder, "finetune.py"), new_lab(lab.folder, "evaluate.py")
+    weights, listing, case = lab.folder / "weights.pt", lab.folder / "four.txt", "phantoms/{0}Tr/phantom000{1}.nii.gz"
+    shutil.copy(tuner.whole() / "best.pt", weights)
+    lines = [f"{case.format('images', n)}\t{case.format('labels', n)}\n" for n in range(4)]
+    listing.write_text("".join(lines))
+    lab.common = ["--weights", weights, "--data", listing]
+    small = partial(mounted, lab.folder / "small", "-t", "tmpfs", "-o", "size=3m", "tmpfs")
+    second = "phantom0001.nii.gz"
+
+    def met(name, fault, code=KILL, told="", results=False, folder=None):
+        folder = folder or lab.fresh()
+        found, text = lab.run(folder, faults=[fault]).wait()
+        (folder.parent / "ballast").unlink(missing_ok=True)
+        made, code = [*folder.glob("*.nii.gz")], -signal.Signals[code] if isinstance(code, str) else code
+        whole = all(path.read_bytes() == (lab.whole() / path.name).read_bytes() for path in made)
+        whole &= (folder / "results.json").exists() == results and bool(re.search(told, text))
+        again, _ = lab.run(folder).wait()
+        exact = again == 0 and fingerprint(folder) == fingerprint(lab.whole()) and not [*folder.glob(".*.partial")]
+        return Row(f"evaluation: {name}", len(made), message(text, told) if told else "-", found, exact,
+                   found == code and whole and exact)
+    yield partial(met, "killed at byte 100 of a prediction", at("label", "limit", file=second, size=100), "SIGXFSZ")
+    yield partial(met, "killed before a prediction's rename", at("rename", KILL, file=second))
+    yield partial(met, "killed after a prediction's rename", at("renamed", KILL, file=second))
+    yield partial(met, "killed before the results' rename", at("rename", KILL, file="results.json"))
+    yield partial(met, "killed after the results' rename", at("renamed", KILL, file="results.json"), results=True)
+    yield partial(met, "SIGTERM in mid-run", at("renamed", "SIGTERM", file=second), "SIGTERM")
+    yield partial(met, "EIO on fsync of a prediction", at("fsync", "EIO", file=second), 2,
+                  f"error: .*{second} could not be written: Input/output error")
+
+    def together():
+        folder = lab.fresh()
+        first = lab.run(folder, faults=[at("rename", "hang", file=second)])
+        first.until((folder / "phantom0000.nii.gz").exists)
+        row = lab.refused("evaluation: a second one in the folder", folder, told="error: .*in use by .* pid")
+        first.signal(KILL)
+        first.wait()
+        return row
+    yield together
+
+    def fills():
+        with small() as disk:
+            fault = at("renamed", "fill", file=second, path=str(disk / "ballast"))
+            return met("the disk is full from the second prediction on", fault, 2, "error: .*No space left",
+                       folder=disk / "run")
+
+    def read_only():
+        with mounted(lab.folder / "ro", "--bind", str(lab.folder / "phantoms")) as disk:
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
+            return lab.refused("evaluation: read-only", disk / "run", told="error: output folder .*Read-only")
+    if os.geteuid() == 0:                                            # to mount
+        yield fills
+        yield read_only
+
+    def no_folder():
+        (out := lab.fresh()).write_text("")
+        return lab.refused("evaluation: the output is a file", out, told="error: output folder .* a file or a link")
+    yield no_folder
+
+    def damaged_weights():
+        bad = lab.folder / "damaged.pt"
+        bad.write_bytes(weights.read_bytes()[:-1000])
+        return lab.refused("evaluation: the weights are cut", lab.fresh(), "--weights", bad,
+                           told="error: .*damaged.pt is refused")
+    yield damaged_weights
+
+    def bad_cases(name, *flags):
+        bad = lab.folder / "bad.txt"
+        lines = [f"{case.format('images', n)}\tabsent{n}.nii.gz\n" for n in (0, 1)] + ["absent2.nii\nabsent3.nii\n"]
+        bad.write_text("".join(lines))
+        out = lab.fresh()
+        row = lab.refused(f"evaluation: 4 of 4 cases are bad; {name}", out, "--data", bad, *flags,
+                          told="error: 4 problems" if flags else "error: 4 of 4 cases failed")
+        made = len([*out.glob("*.nii.gz")])
+        return row._replace(good=row.good and made == (0 if flags else 2) and out.exists() != bool(flags))
+    yield partial(bad_cases, "told first, the good images predicted")
+    yield partial(bad_cases, "--check", "--check")
+
+    def bad_predictions():
+        folder = lab.folder / "theirs"
+        shutil.copytree(lab.folder / "phantoms/labelsTr", folder, dirs_exist_ok=True)
+        paths = sorted(folder.glob("*.gz"))
+        paths[0].write_bytes(paths[0].read_bytes()[:-9])
+        paths[1].unlink()
+        theirs = new_lab(lab.folder, "evaluate.py")
+        theirs.common = ["--predictions", folder, "--labels", lab.data, "--key", "training"]
+        out = theirs.fresh()
+        row = theirs.refused("evaluation: predictions cut and missing", out, told="error: 2 of .* cases failed")
+        return row._replace(good=row.good and (out / "results.json").exists())
+    yield bad_predictions
+
+
 GROUPS = {group.__name__: group for group in (kills, signals, saving, damage, disks, hangs, changes, together, nans,
-                                              files, agents, restarts, at_random)}
+                                              files, evaluation, agents, restarts, at_random)}
 
 
 # ---------------------------------------------------------------- a few of each, as tests
@@ -326,7 +421,8 @@ def lab(tmp_path_factory):
 
 @pytest.mark.parametrize("group, chosen", [
     ("kills", [20, 77]), ("signals", [2]), ("saving", [3, 6, 8, 9, -1]), ("damage", [1, 4, -1]),
-    ("disks", [3, -1]), ("changes", [1, 5, -1]), ("together", [1]), ("nans", [0]), ("files", [0, -1]),
+    ("evaluation", [1, 3, 5, 7]), ("disks", [3, -1]), ("changes", [1, 5, -1]), ("together", [1]), ("nans", [0]),
+    ("files", [0, -1]),
     ("restarts", [0]), ("at_random", [3])])
 def test_nothing_is_lost(group, chosen, lab):
     cases = list(GROUPS[group](lab))

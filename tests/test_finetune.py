@@ -234,7 +234,9 @@ def test_resume_refuses_other_settings(phantoms, tmp_path):
 @pytest.mark.parametrize("flags, why", [
     ("--crop 24 24", "--crop"), ("--fold 5", "--fold 5"), ("--num_train 0", "0 cases"), ("--key test", "'test'"),
     ("--layer_decay 0", "--layer_decay"), ("--freeze_encoder", "--init"), ("--batch 0", "--batch"),
-    ("--fold 0 --split smit21_9", "--split"), ("--num_classes 5", "label value")])
+    ("--fold 0 --split smit21_9", "--split"), ("--num_classes 5", "label value"),
+    ("--num_classes 300", "2..256"), ("--spacing 1 1 -1", "spacing"), ("--hu_window 0 0", "HU window"),
+    ("--clip nan", "--clip"), ("--log_every 0", "--log_every")])
 def test_settings_that_do_not_fit_are_refused_before_any_work(flags, why, phantoms, tmp_path):
     with pytest.raises(ValueError, match=why):
         tune(phantoms, tmp_path / "run", *flags.split(), "--steps", 1)
@@ -251,7 +253,7 @@ def test_every_bad_label_is_named_before_the_first_step(phantoms, tmp_path):
     with pytest.raises(ValueError, match="phantom0002"):                # another shape: seen by the headers alone
         tune(tmp_path / "copy" / "dataset.json", tmp_path / "run", "--steps", 1)
     shutil.copy(phantoms.parent / "labelsTr" / labels[2].name, labels[2])
-    with pytest.raises(ValueError, match="2 of 5(.|\n)*phantom0000.*empty(.|\n)*phantom0001.*77"):
+    with pytest.raises(ValueError, match="2 problems(.|\n)*phantom0000.*empty(.|\n)*phantom0001.*77"):
         tune(tmp_path / "copy" / "dataset.json", tmp_path / "run", "--steps", 1)
 
 

@@ -1,6 +1,5 @@
 """Real faults, no stand-ins: processes are killed, disks filled, bits flipped, agents shot."""
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -321,11 +320,6 @@ def test_a_read_only_disk_is_refused_at_the_start(small_disk):
     for folder in (small_disk, small_disk / "below"):
         with pytest.raises(ValueError, match=f"{folder} cannot.*Read-only"), runtime.OutputFolder(folder, ALONE):
             pass
-
-
-def test_sha256_is_the_standard_one(tmp_path):
-    (tmp_path / "x").write_bytes(b"abc" * 10**6)
-    assert runtime.file_sha256(tmp_path / "x") == hashlib.sha256(b"abc" * 10**6).hexdigest()
 
 
 # ---------------------------------------------------------------- the output folder

@@ -240,7 +240,9 @@ def test_resume_refuses_other_settings(phantoms, tmp_path):
     ("--mask_cell 2", "patch token"), ("--mask_ratio 0", "--mask_ratio"), ("--mip 0 --mpd 0 --itd 0", "nothing"),
     ("--val_fraction 1", "--val_fraction"), ("--depths 1 1 1", "2 heads|multiple of"), ("--key test", "'test'"),
     ("--epochs 20", "warmup"), ("--teacher_temp 0 .1", "temperatures"), ("--shared_head --mpd 0", "shared_head"),
-    ("--method moco --batch 2", "batch 4")])
+    ("--method moco --batch 2", "batch 4"), ("--spacing 0 1 1", "spacing"), ("--spacing 1 1 nan", "spacing"),
+    ("--hu_window 250 -175", "HU window"), ("--clip -1", "--clip"), ("--workers -1", "num_workers"),
+    ("--lr nan", "learning rate")])
 def test_settings_that_do_not_fit_are_refused_before_any_work(flags, why, phantoms, tmp_path):
     with pytest.raises(ValueError, match=why):
         train(phantoms, tmp_path / "run", *flags.split())
