@@ -162,7 +162,7 @@ class Run:
     def codes(self):
         return [job.exitcode if self.forked else job.poll() for job in self.jobs]
 
-    def wait(self, seconds=240):
+    def wait(self, seconds=900):
         """(exit code, console text). When a rank was killed the others are too, as schedulers do; "hung" if it was."""
         while None in self.codes() and time.time() < self.begun + seconds and not {-9, -25} & set(self.codes()):
             time.sleep(.02)
