@@ -23,23 +23,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from smit import allocator, curves, data, runtime, scoring, segment
+from smit import allocator, curves, data, flags, runtime, scoring, segment
 from smit.scoring import case_key, case_name
 
 
 CONFIG = {"num_classes", "labels", "train", "held_back", "spacing", "modality", "hu_window", "crop", *segment.SIZES}
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The text above as it stands, and every default that says something."""
-
-    def _get_help_string(self, action):
-        silent = str(action.default) in ("None", "False", "[]")
-        return action.help if silent else super()._get_help_string(action)
-
-
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s [flags]")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help, usage="%(prog)s [flags]")
     parser.add_argument("--out", default="runs/evaluate", help="output folder [ours]")
 
     add = parser.add_argument_group("predict").add_argument

@@ -22,7 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from smit import allocator, curves, data, ema, losses, phantom, pretrain, runtime, sampling
+from smit import allocator, curves, data, ema, flags, losses, phantom, pretrain, runtime, sampling
 from smit.masking import expand_mask
 
 MAX_STRIKES = 20  # steps in a row without a finite gradient; fp16's loss scaling alone takes a few at the start [ours]
@@ -52,16 +52,8 @@ METHODS = {  # rows of Table 2 and Fig. 4 on the Swin backbone
 }
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The text above as it stands, and every default that says something."""
-
-    def _get_help_string(self, action):
-        silent = str(action.default) in ("None", "False", "[]")
-        return action.help if silent else super()._get_help_string(action)
-
-
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage="%(prog)s [flags]")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help, usage="%(prog)s [flags]")
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, default="paper", help="sizes; single flags override it")
     add("--method", choices=METHODS, default="smit", help="loss weights of a row of the paper's comparisons")

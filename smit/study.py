@@ -1,7 +1,7 @@
 """The paper's comparisons, one command each: Table 2 and Figures 3, 4 and 5 [SMIT 3].
 
     python -m smit.study table2 --data btcv/dataset.json --pretrain_data ct btcv/dataset.json --labels 3 7 21 --dry_run
-    python -m smit.study fig3a  --data btcv/dataset.json --pretrain_data ct btcv/dataset.json --preset small --parallel 2
+    python -m smit.study fig3a --data btcv/dataset.json --pretrain_data ct --preset small --parallel 2
     python -m smit.study table2 --data chaos/dataset.json --pretrain_data ct --modality mr --folds 5
     python -m smit.study fig5   --data btcv/dataset.json --mr_data chaos/dataset.json --pretrain_data ct
 
@@ -27,17 +27,18 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from smit import runtime, tables
+from smit import flags, runtime, tables
 
 ROWS = {  # name: flags of train_ssl.py; "rand" is not pre-trained. Table 2's Swin columns, then what Fig. 4 adds
-    "rand": None, "smit": "--method smit", "simmim": "--method simmim", "ibot": "--method ibot", "dino": "--method dino",
-    "full": "--method full", "mpd": "--method mpd", "itd": "--method itd", "moco": "--method moco",
+    "rand": None, "smit": "--method smit", "simmim": "--method simmim", "ibot": "--method ibot",
+    "dino": "--method dino", "full": "--method full", "mpd": "--method mpd", "itd": "--method itd",
+    "moco": "--method moco",
     "ml-mip": "--method simmim --voxel_head multilayer", "ml-smit": "--method ml-mip"}
 TABLE2 = tables.TABLE2
 PRESETS = {  # flags of train_ssl.py and of finetune.py; single runs of the paper's sizes want GPUs and days
     "paper": ("", ""),
-    # two CPU cores: 6 mm carry the large organs; cells of 24 mm, where those of 48 mm are more than a neighbour can tell,
-    # take a network of two stages [ours]
+    # two CPU cores: 6 mm carry the large organs; cells of 24 mm take a network of two stages, and those of 48 mm are
+    # more than what is seen around them can tell [ours]
     "small": ("--preset tiny --spacing 6 6 6 --embed_dim 16 --depths 2 4 --heads 2 4 --view 32 --crop 44 --mask_cell 4 "
               "--batch 8 --lr 4e-3 --steps 1200 --val_fraction .05 --val_every 300 --precision bf16 --workers 0",
               "--preset tiny --embed_dim 16 --depths 2 4 --heads 2 4 --crop 32 --lr 4e-3 --steps 1200 --val_every 120 "
@@ -72,7 +73,7 @@ class Cell(NamedTuple):
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help, usage="%(prog)s EXPERIMENT [flags]")
     add = parser.add_argument
     add("experiment", choices=EXPERIMENTS, help="what to reproduce")
     add("--data", required=True, metavar="JSON", help="labelled volumes: a dataset.json with training and validation")
@@ -80,7 +81,8 @@ def parse_arguments(argv=None):
     add("--mr_data", metavar="PATH", help="fig5: MR volumes, none of them in --pretrain_data")
     add("--out", default="runs/study", help="output folder, shared by experiments [ours]")
     add("--preset", choices=PRESETS, default="paper", help="sizes of all runs")
-    add("--rows", nargs="+", choices=ROWS, help="of the comparison; default: the experiment's, rand, smit, simmim first")
+    add("--rows", nargs="+", choices=ROWS, metavar="ROW",
+        help=f"of {', '.join(ROWS)}; default: the experiment's. rand, smit and simmim come first")
     add("--labels", nargs="+", type=int, help="numbers of volumes to fine-tune on, nested; default: the experiment's")
     add("--seeds", nargs="+", type=int, default=[0], help="of pre-training and fine-tuning [ours]")
     add("--ratios", nargs="+", type=float, default=[.1, .3, .5, .7, .9], help="fig3b: mask ratios [SMIT Fig. 3b]")

@@ -86,7 +86,7 @@ def by(rows, *names):
 
 
 def columns(rows):
-    """{organ: mean Dice over seeds of each case}, and "AVG"; without the derived columns of Table 1 [scoring.columns]."""
+    """{organ: mean Dice over seeds of each case}, and "AVG"; without Table 1's derived columns of scoring.columns."""
     mean = [{"case": case, "organ": organ, "dice": float(np.nanmean([row["dice"] for row in some]))}
             for (case, organ), some in by(rows, "case", "organ").items() if any(r["dice"] == r["dice"] for r in some)]
     table = scoring.columns(sorted(mean, key=lambda row: row["case"]), "dice")
@@ -184,8 +184,8 @@ def fig4(out, found):
     body = []
     for (name, labels), some in by(rows, "row", "labels").items():
         table = columns(some)
-        groups = [float(np.mean([scoring.finite_mean(table[organ]) for organ in organs if organ in table] or [math.nan]))
-                  for organs in GROUPS.values()]
+        groups = [float(np.mean([scoring.finite_mean(table[organ]) for organ in organs]))
+                  if table.keys() >= set(organs) else math.nan for organs in GROUPS.values()]
         mean, low, high = mean_and_interval(table["AVG"])
         body.append([name, labels, *(f"{value:.3f}" for value in [*groups, mean]), f"{low:.3f}-{high:.3f}"])
     head = ["row", "labelled volumes", *GROUPS, "AVG", "95 % interval"]
@@ -223,7 +223,7 @@ def fig5(out, checkpoints, lists, cache):
                 config["crop"], config["view"], config["mask_cell"], .7, split="val")                   # [SMIT Fig. 5]
             for number, case in enumerate(samples.cases):
                 views, cells = (samples[number][key] for key in ("views", "hidden"))
-                views, hidden = views / 255, expand_mask(cells, config["mask_cell"])[:, None]           # (2, 1, D, H, W)
+                views, hidden = views / 255, expand_mask(cells, config["mask_cell"])[:, None]       # (2, 1, D, H, W)
                 voxels = student(views, expand_mask(cells, config["mask_cell"] // student.encoder.patch)).voxels
                 visible, best = (torch.stack([v[h].mean() for v, h in zip(views, where)]).view(2, 1, 1, 1, 1)
                                  for where in (~hidden, hidden))
