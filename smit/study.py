@@ -73,7 +73,8 @@ class Cell(NamedTuple):
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help, usage="%(prog)s EXPERIMENT [flags]")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help,
+                                     usage="%(prog)s EXPERIMENT [flags]")
     add = parser.add_argument
     add("experiment", choices=EXPERIMENTS, help="what to reproduce")
     add("--data", required=True, metavar="JSON", help="labelled volumes: a dataset.json with training and validation")
