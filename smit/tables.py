@@ -93,6 +93,18 @@ def columns(rows):
     return {name: values for name, values in table.items() if name not in ("AG", "AVG12")}
 
 
+def averages(rows):
+    """{case: its mean Dice over organs, seeds averaged}."""
+    return dict(zip(sorted({row["case"] for row in rows}), columns(rows)["AVG"], strict=True))
+
+
+def difference(ours, theirs):
+    """The paired test over the cases that both have, in words."""
+    cases = [case for case in ours if case in theirs]
+    test = metrics.paired_test(*([scores[case] for case in cases] for scores in (ours, theirs)))
+    return f"{test['mean_difference']:+.3f} ({test['low']:+.3f} to {test['high']:+.3f}), p {test['p']:.2g}"
+
+
 def mean_and_interval(values):
     low, high = metrics.bootstrap_interval(values)
     return float(scoring.finite_mean(values)), low, high
@@ -113,20 +125,18 @@ def table2(out, found):
             printed = [f" ({PAPER[organ][TABLE2.index(name)]:.3f})" if organ in PAPER and name in TABLE2 else ""
                        for name in names]
             body.append([organ, *map("".join, zip(cells, printed))])
-        body.append(["95 % interval of AVG", *("{1:.3f}-{2:.3f}".format(*mean_and_interval(tables[name]["AVG"]))
-                                              for name in names)])
-        for seed in seeds:
-            one = {name: by(by(some, "row")[name,], "seed").get((seed,)) for name in names}
-            body.append([f"AVG, seed {seed}", *(f"{float(scoring.finite_mean(columns(one[name])['AVG'])):.3f}"
-                                                if one[name] else "" for name in names)])
-        if "smit" in names:
-            tests = [metrics.paired_test(tables["smit"]["AVG"], tables[name]["AVG"]) for name in names]
-            body.append(["SMIT's AVG less this", *("" if name == "smit" else f"{t['mean_difference']:+.3f} "
-                         f"({t['low']:+.3f} to {t['high']:+.3f})" for name, t in zip(names, tests))])
-            body.append(["p, Wilcoxon", *("" if name == "smit" else f"{t['p']:.3g}" for name, t in zip(names, tests))])
+        for which, chosen in [("", some)] + [(f", seed {seed}", by(some, "seed")[seed,]) for seed in seeds]:
+            scores = {name: averages(more) for (name,), more in by(chosen, "row").items()}
+            intervals = {name: mean_and_interval([*more.values()]) for name, more in scores.items()}
+            body.append([f"AVG{which}, 95 % interval", *(
+                "{:.3f}, {:.3f}-{:.3f}".format(*intervals[name]) if name in scores else "" for name in names)])
+            body.append([f"SMIT less this{which}", *(
+                difference(scores["smit"], scores[name]) if {"smit", name} <= scores.keys() and name != "smit" else ""
+                for name in names)])
         cases = len(tables[names[0]]["AVG"])
         parts.append(f"\n{labels} labelled volumes, n = {cases} cases, seeds {seeds}\n\n"
                      + scoring.markdown(["", *names], body))
+    parts.append("\np: Wilcoxon signed rank over cases, two-sided; intervals: bootstrap over cases.\n")
     save(out, "table2", parts, rows)
 
 

@@ -68,16 +68,17 @@ def test_a_folder_made_with_other_flags_is_not_taken_for_finished(tmp_path):
 
 
 def test_table2_averages_seeds_case_by_case_and_then_cases(tmp_path):
-    rows = [score("rand", "a", "liver", .5), score("rand", "b", "liver", .7), score("rand", "a", "spleen", .3),
-            score("rand", "b", "spleen", .1),
-            score("smit", "a", "liver", .6, 0), score("smit", "a", "liver", .8, 1), score("smit", "b", "liver", .9),
-            score("smit", "a", "spleen", .4), score("smit", "b", "spleen", .2)]
+    dices = {("rand", 0): (.4, .7, .2, .1), ("rand", 1): (.6, .7, .4, .1),           # liver of a, b; spleen of a, b
+             ("smit", 0): (.6, .9, .4, .2), ("smit", 1): (.8, .9, .4, .2)}
+    rows = [score(row, case, organ, dice, seed) for (row, seed), some in dices.items()
+            for (organ, case), dice in zip([("liver", "a"), ("liver", "b"), ("spleen", "a"), ("spleen", "b")], some)]
     tables.table2(tmp_path, (rows, {}))
     lines = dict(line.strip("| \n").split(" | ", 1) for line in (tmp_path / "table2.md").read_text().splitlines()
-                 if line.count(" | ") == 2)
+                 if line.startswith("|") and line.count(" | ") == 2)
     assert lines["liver"] == "0.600 | 0.800" and lines["spleen"] == "0.200 | 0.300"
-    assert lines["AVG"] == "0.400 (0.801) | 0.550 (0.848)"               # rand: .4, .4; smit: .55, .55
-    assert lines["SMIT's AVG less this"].startswith("+0.150 (+0.150 to +0.150)")
+    assert lines["AVG"] == "0.400 (0.801) | 0.550 (0.848)"                           # rand: .4, .4; smit: .55, .55
+    assert lines["SMIT less this"] == "+0.150 (+0.150 to +0.150), p 0.5"
+    assert lines["SMIT less this, seed 1"].startswith("+0.125 (+0.100 to +0.150)")    # a: .6 less .5; b: .55 less .4
     assert len((tmp_path / "cases.csv").read_text().splitlines()) == 1 + len(rows)
 
 
