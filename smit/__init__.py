@@ -15,4 +15,5 @@ Read in the paper's order:
     data made here                                phantom.py
     ranks, checkpoints, signals                   runtime.py
     memory that stays, on the CPU                 allocator.py
+    speed and memory beside peers                 benchmark.py, workloads.py
 """
