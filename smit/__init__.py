@@ -15,5 +15,6 @@ Read in the paper's order:
     [SMIT Table 2, Fig. 3-5] the comparisons      study.py, tables.py
     data made here                                phantom.py
     ranks, checkpoints, signals                   runtime.py
-    flags, memory on the CPU, speed beside peers  flags.py, allocator.py, benchmark.py
+    what --help shows; memory that stays, on CPU  flags.py, allocator.py
+    speed and memory beside peers                 benchmark.py, workloads.py
 """
