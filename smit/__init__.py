@@ -12,7 +12,7 @@ Read in the paper's order:
     [SMIT 3] fine-tuning network, inference       segment.py, sliding.py, then ../finetune.py, ../evaluate.py
     [SMIT 3] DSC, tests, tables                   metrics.py, scoring.py
     [SMIT Fig. 2, 3, 5] panels, curves, page      figures.py, curves.py
-    [SMIT Table 2, Fig. 3-5] the comparisons      study.py, tables.py
+    [SMIT Table 2, Fig. 3-5] the comparisons      study.py, tables.py, probe.py
     data made here                                phantom.py
     ranks, checkpoints, signals                   runtime.py
     what --help shows; memory that stays, on CPU  flags.py, allocator.py

@@ -1,4 +1,4 @@
-"""The paper's comparisons, one command each: Table 2 and Figures 3, 4 and 5 [SMIT 3].
+"""The paper's comparisons, one command each: Table 2, Figures 3, 4 and 5 [SMIT 3]; and a probe of frozen encoders.
 
     python -m smit.study table2 --data btcv/dataset.json --pretrain_data ct btcv/dataset.json --labels 3 7 21 --dry_run
     python -m smit.study fig3a --data btcv/dataset.json --pretrain_data ct --preset small --parallel 2
@@ -46,7 +46,7 @@ PRESETS = {  # flags of train_ssl.py and of finetune.py; single runs of the pape
 EXPERIMENTS = {  # rows, numbers of labelled volumes
     "table2": (TABLE2, [21]), "fig3a": (TABLE2, [3, 7, 14, 21]), "fig3b": (["smit"], [21]), "fig3c": (TABLE2, [21]),
     "fig4": (["full", "mpd", "itd", "ibot", "simmim", "ml-mip", "ml-smit", "moco", "smit"], [21]),
-    "fig5": (["smit", "ml-smit"], [])}
+    "fig5": (["smit", "ml-smit"], []), "probe": (TABLE2, [])}   # these two need no fine-tuning
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -234,9 +234,10 @@ def run(args, steps):
 # --------------------------------------------------------------------------------------------------------- the command
 def main(args):
     out = Path(args.out, args.experiment)
-    if args.experiment == "fig5":
-        pairs = [(row, seed, pretraining(args, row, seed)) for row in args.rows for seed in args.seeds]
-        steps = [step for row, _, step in pairs if row not in args.checkpoint]
+    frozen = args.experiment in ("fig5", "probe")
+    if frozen:
+        first = {(row, seed): pretraining(args, row, seed) for row in args.rows for seed in args.seeds if ROWS[row]}
+        steps = [step for (row, _), step in first.items() if row not in args.checkpoint]
     else:
         cells = plan(args)
         steps = list({step.name: step for cell in cells for step in cell.steps}.values())
@@ -248,10 +249,13 @@ def main(args):
     try:
         run(args, steps)
     finally:                                                             # tables of what there is
-        if args.experiment == "fig5":
-            where = {(row, seed): args.checkpoint.get(row) or f"{args.out}/{step.name}/student.pt"
-                     for row, seed, step in pairs if row in args.checkpoint or finished(args, step)}
-            tables.fig5(out, where, {"ct": args.data, "mr": args.mr_data}, f"{args.out}/cache")
+        if frozen:
+            students = {key: args.checkpoint.get(key[0]) or f"{args.out}/{step.name}/student.pt"
+                        for key, step in first.items() if key[0] in args.checkpoint or finished(args, step)}
+            if args.experiment == "fig5":
+                tables.fig5(out, students, {"ct": args.data, "mr": args.mr_data}, f"{args.out}/cache")
+            else:
+                tables.probe(out, students, "rand" in args.rows, args.data, args.modality, f"{args.out}/cache")
         elif whole := [cell for cell in cells if all(finished(args, step) for step in cell.steps)]:
             for cell in whole:
                 tables.complete_results(args.out, cell)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from smit import curves, data, figures, metrics, pretrain, runtime, sampling, scoring
+from smit import probe as probes
 from smit.masking import expand_mask
 
 TABLE2 = ["rand", "dino", "ibot", "simmim", "smit"]
@@ -264,3 +265,16 @@ def unseen(path):
         return data.read_list(path, "validation")
     except ValueError:
         return data.read_list(path)
+
+
+def probe(out, checkpoints, with_random, listed, modality, cache):
+    """Linear probe and nearest neighbours on frozen encoders, beside the same encoder with random weights."""
+    students = {("rand", seed): (path, True) for (_, seed), path in checkpoints.items() if with_random}
+    students |= {key: (path, False) for key, path in checkpoints.items()}
+    rows = probes.table(students, listed, modality, cache)
+    if rows:
+        body = [[name, f"{np.mean([r['linear_probe'] for r in some]):.3f}",
+                 f"{np.mean([r['nearest_neighbour'] for r in some]):.3f}", len(some), some[0]["n"]]
+                for (name,), some in by(rows, "row").items()]
+        head = ["row", "linear probe, balanced accuracy", "nearest neighbour of the same organ", "seeds", "n"]
+        save(out, "probe", [scoring.markdown(head, body)], rows)

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from smit import study, tables
+from smit import probe, study, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = "--spacing 10 10 10 --embed_dim 8 --depths 1 1 --heads 2 2 --workers 0 --device cpu"
@@ -92,6 +93,20 @@ def test_every_organ_belongs_to_one_group_of_figure_4():
     assert sorted(sum(map(list, tables.GROUPS.values()), [])) == sorted(set(tables.PAPER) - {"AVG"})
 
 
+def test_a_linear_probe_finds_rare_organs_that_a_plane_parts_from_the_rest():
+    rng = torch.Generator().manual_seed(0)
+    organs = (torch.rand(2000, generator=rng) < .02).long()              # of 2,000 tokens some 40
+    x = torch.rand(2000, 5, generator=rng)
+    x[:, 2] = .4 * x[:, 2] + .6 * organs                                 # below .4, above .6
+    weights = probe.fit_linear(x, organs, 2)
+    assert torch.equal((torch.nn.functional.pad(x, (0, 1), value=1).double() @ weights).argmax(1), organs)
+
+
+def test_some_of_each_organ_are_taken_evenly():
+    organs = torch.tensor([0] * 9 + [3] * 2)
+    assert probe.some_of_each(organs, 3).tolist() == [0, 4, 8, 9, 10]
+
+
 def test_a_study_runs_each_step_once_and_keeps_what_a_cell_depends_on(phantoms, tmp_path):
     flags = ["--data", phantoms, "--pretrain_data", phantoms, "--pretrain_flags", PRETRAIN, "--finetune_flags", TUNE,
              "--rows", "smit", "--labels", 2, "--out", "study", "--parallel", 2]
@@ -108,6 +123,8 @@ def test_a_study_runs_each_step_once_and_keeps_what_a_cell_depends_on(phantoms, 
     done = call("fig5", "--mr_data", phantoms, *flags, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "study/fig5/smit-mr.png").exists()
     assert "| smit | ct | 1 | 1 | " in done.stdout
+    done = call("probe", *flags, "--rows", "rand", "smit", cwd=tmp_path)
+    assert done.returncode == 0 and "| rand | 0." in done.stdout and "| smit | 0." in done.stdout
 
 
 def test_a_failed_step_is_named_and_what_needs_it_is_left(phantoms, tmp_path):
