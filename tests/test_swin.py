@@ -129,10 +129,11 @@ def test_shifted_windows_do_not_join_opposite_ends():
 
 def test_merging_joins_eight_different_neighbours():
     merge = swin.PatchMerging(1)
-    merge.norm = torch.nn.Identity()
-    merge.reduction = torch.nn.Identity()
+    merge.norm.weight.data, merge.norm.bias.data = torch.arange(1., 9), torch.arange(8.)
+    merge.reduction.weight.data = torch.eye(8)
     x = torch.arange(2 * 4 * 2.).view(1, 2, 4, 2, 1)
-    assert merge(x)[0, 0, 1, 0].tolist() == [4, 12, 6, 5, 14, 7, 13, 15]    # 000 100 010 001 110 011 101 111
+    joined = torch.tensor([4., 12, 6, 5, 14, 7, 13, 15])                    # 000 100 010 001 110 011 101 111
+    torch.testing.assert_close(merge(x)[0, 0, 1, 0], merge.norm(joined))
     assert sorted(swin.PatchMerging.ORDER) == sorted({(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)})
 
 
