@@ -39,7 +39,7 @@ from smit.workloads import (DTYPES, complete, encoder, finetune, loader, monai_e
 
 PAPER = dict(view=96, dim=48, prototypes=8192, width=2048, volume=(256, 256, 140), ct=(512, 512, 300))
 QUICK = dict(view=64, dim=12, prototypes=64, width=64, volume=(66, 72, 65), ct=(96, 80, 40))
-ROUNDS = {"sliding": 1, "prepare": 2}          # fewer than --rounds, where one takes a minute
+ROUNDS = {"sliding": 1, "prepare": 2, "ranks": 2}        # fewer than --rounds, where one takes long
 V100_FLOPS, V100_SHARE = 125e12, 0.3           # the card's fp16 peak, and a step's assumed share of it
 
 
@@ -232,7 +232,7 @@ def parse_arguments(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     names = "encoder step finetune sliding prepare loader ranks linear".split()
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="ROW", help=" ".join(names))
-    parser.add_argument("--rounds", type=int, default=3, help="measured rounds; sliding 1, prepare 2 at most")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds; sliding 1, prepare and ranks 2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each contestant (all cores)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well; on the GPU in all precisions")
