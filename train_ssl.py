@@ -269,7 +269,8 @@ def main(args):
     check_sizes(args)
     ranks = runtime.start(args.device)
     device = ranks.device
-    allocator.keep_freed_memory(device)
+    if not args.checkpointing:                                   # which is to save memory, not time
+        allocator.keep_freed_memory(device)
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
         student, teacher, centers = build_networks(args)
