@@ -250,7 +250,8 @@ def main(args):
         return check(args) if runtime.FIRST else None
     ranks = runtime.start(args.device)
     device = ranks.device
-    allocator.keep_freed_memory(device)
+    if not args.checkpointing:                                   # which is to save memory, not time
+        allocator.keep_freed_memory(device)
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
         weights = read_init(args, ranks)

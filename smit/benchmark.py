@@ -10,7 +10,8 @@ a machine that drifts hurts all alike. Shown are medians over the rounds, after 
 
     wall, CPU    seconds; CPU is the sum over the threads of the contestant's first process
     memory       MiB: the peak of that process above what it held once its imports were done (Linux's VmHWM); on a GPU
-                 the allocator's. Ours and MONAI's run on the same allocator settings, those of our scripts
+                 the allocator's. Ours and MONAI's run on the same allocator settings, those of our scripts,
+                 which keep freed memory unless checkpointing is to save it
     GFLOP, GB    counted from the operators: matrix products and convolutions; all tensors that operators read and write
     of ceiling   GFLOP and GB over the wall time, as shares of a large matrix product's and a large copy's rate, which
                  were measured in the same run and the same precision. Above 1 for GB: it came from the cache
@@ -39,7 +40,7 @@ from smit.workloads import (DTYPES, complete, encoder, finetune, loader, monai_e
 
 PAPER = dict(view=96, dim=48, prototypes=8192, width=2048, volume=(256, 256, 140), ct=(512, 512, 300))
 QUICK = dict(view=64, dim=12, prototypes=64, width=64, volume=(66, 72, 65), ct=(96, 80, 40))
-ROUNDS = {"sliding": 1, "prepare": 2}          # fewer than --rounds, where one takes a minute
+ROUNDS = {"sliding": 1, "prepare": 2, "ranks": 2}        # fewer than --rounds, where one takes long
 V100_FLOPS, V100_SHARE = 125e12, 0.3           # the card's fp16 peak, and a step's assumed share of it
 
 
@@ -47,7 +48,7 @@ V100_FLOPS, V100_SHARE = 125e12, 0.3           # the card's fp16 peak, and a ste
 def contestants(args):
     """{row: [(label, function, its arguments, settings other than the default)]}."""
     ours, peer, cuda = dict(peer=False), dict(peer=True), args.device == "cuda"
-    bf16, saving = dict(precision="bf16"), dict(checkpointing=True)
+    bf16, saving = dict(precision="bf16"), dict(checkpointing=True, keep=False)
     if cuda:
         ways = [dict(precision=precision, batch=batch, compile=compile) for precision in ("fp16", "bf16")
                 for compile in ([False, True] if args.compile else [False]) for batch in (1, 2, 4, 8)]
@@ -232,7 +233,7 @@ def parse_arguments(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     names = "encoder step finetune sliding prepare loader ranks linear".split()
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="ROW", help=" ".join(names))
-    parser.add_argument("--rounds", type=int, default=3, help="measured rounds; sliding 1, prepare 2 at most")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds; sliding 1, prepare and ranks 2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each contestant (all cores)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well; on the GPU in all precisions")

@@ -112,8 +112,8 @@ class WindowAttention(nn.Module):
         q, k, v = self.qkv(x).view(windows, n, 3, h, C // h).permute(2, 0, 3, 1, 4)           # (B*nW, h, n, C/h)
         scores = (q * (C // h) ** -0.5) @ k.transpose(-2, -1)                                 # (B*nW, h, n, n)
         scores += self.position_bias(window).to(scores.dtype)     # in place: the scores are the largest tensor here
-        if mask is not None:
-            scores.view(-1, len(mask), h, n, n).add_(mask[:, None])                           # (B, nW, h, n, n)
+        if mask is not None:                                      # a constant: autograd would copy to follow it
+            scores.detach().view(-1, len(mask), h, n, n).add_(mask[:, None])                  # (B, nW, h, n, n)
         x = scores.softmax(-1).to(v.dtype) @ v                                                # (B*nW, h, n, C/h)
         return self.proj(x.transpose(1, 2).reshape(windows, n, C))                            # (B*nW, n, C)
 
@@ -155,11 +155,18 @@ class SwinBlock(nn.Module):
             x = x.roll(shift, (1, 2, 3))
         return x[:, :grid[0], :grid[1], :grid[2]]
 
+    def mix(self, x):
+        """The MLP of each token by itself. GELU is cheap, and its result as large as any: backward makes it again."""
+        x = self.mlp[0](x)
+        if not x.requires_grad:
+            return self.mlp[1:](x)
+        return checkpoint(self.mlp[1:], x, use_reentrant=False, preserve_rng_state=False)
+
     def forward(self, x, noise=None):
         """x (B, D, H, W, C); noise (B, 2) uniform, one draw per branch, or None to drop nothing."""
         attended = self.attend(self.norm1(x))
         x = x + (attended if noise is None else drop_path(attended, self.drop_rate, noise[:, 0]))
-        mixed = self.mlp(self.norm2(x))
+        mixed = self.mix(self.norm2(x))
         return x + (mixed if noise is None else drop_path(mixed, self.drop_rate, noise[:, 1]))
 
 
@@ -170,6 +177,7 @@ class PatchMerging(nn.Module):
     # [release]: neighbours are concatenated in this order of their (D, H, W) offsets; weights made elsewhere may need
     # the input of `reduction` (and of the norm) permuted
     ORDER = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1))
+    ROW_MAJOR = sorted(range(8), key=ORDER.__getitem__)
 
     def __init__(self, dim):
         super().__init__()
@@ -181,8 +189,12 @@ class PatchMerging(nn.Module):
         even = [g + g % 2 for g in grid]
         if even != list(grid):
             x = F.pad(x, pad_after(grid, even))
-        x = torch.cat([x[:, d::2, h::2, w::2] for d, h, w in self.ORDER], dim=-1)        # (B, D/2, H/2, W/2, 8C)
-        return self.reduction(self.norm(x))                                              # (B, D/2, H/2, W/2, 2C)
+        B, D, H, W, C = x.shape
+        x = x.view(B, D // 2, 2, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)  # (..., 8C)
+        # these neighbours are in row-major order: it is quicker to bring the weights to it than the tokens out of it
+        weight, bias, reduction = (parameter.unflatten(-1, (8, C))[..., self.ROW_MAJOR, :].flatten(-2)
+                                   for parameter in (self.norm.weight, self.norm.bias, self.reduction.weight))
+        return F.linear(F.layer_norm(x, (8 * C,), weight, bias), reduction)              # (B, D/2, H/2, W/2, 2C)
 
 
 class SwinStage(nn.Module):

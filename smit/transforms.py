@@ -105,15 +105,16 @@ def regrid(volume, affine, target_affine, target_shape, mode="linear"):
     if shape == tuple(target_shape) and np.allclose(index, np.eye(4), rtol=0, atol=1e-6):
         return volume
     matrices = [_interpolation(*axis) for axis in zip(step, start, shape, target_shape)]
-    slow = max((0, 1, 2), key=lambda axis: volume.stride(axis - 3))                # planes across it are compact
-    rows, cols = (matrices[axis] for axis in range(3) if axis != slow)
-    planes = volume.movedim(slow - 3, 0)
-    result = torch.empty(target_shape[slow], *planes.shape[1:-2], len(rows), len(cols))
+    # in the order of memory: planes across the axis of the longest stride are compact, and read row by row
+    slow, mid, fast = order = sorted((0, 1, 2), key=lambda axis: volume.stride(axis - 3), reverse=True)
+    axes = [axis - 3 for axis in order]
+    planes = volume.movedim(axes, (0, -2, -1))
+    result = torch.empty(target_shape[slow], *planes.shape[1:-2], target_shape[mid], target_shape[fast])
     for weight, plane in zip(matrices[slow], result):
         used = weight.nonzero()
         near = slice(int(used[0]), int(used[-1]) + 1)
-        plane.copy_(rows @ torch.tensordot(weight[near], planes[near], dims=1) @ cols.T)
-    return result.movedim(0, slow - 3)
+        plane.copy_(matrices[mid] @ torch.tensordot(weight[near], planes[near], dims=1) @ matrices[fast].T)
+    return result.movedim((0, -2, -1), axes)
 
 
 def resampled_grid(shape, affine, spacing):
@@ -205,14 +206,14 @@ def prepare(image, affine, settings, name="volume"):
     shape, _ = resampled_grid(*ras_grid(image.shape, affine), settings.spacing_mm)
     if max(shape) > MAX_SIDE or np.prod(shape, dtype=float) > MAX_VOXELS:
         raise ValueError(f"would be {shape} voxels at {settings.spacing_mm} mm; crop it, or prepare it coarser")
-    low, high = (float(bound) for bound in torch.aminmax(image))
+    low, high = (float(bound) for bound in (image.numpy().min(), image.numpy().max()))   # in file order torch is slow
     if ct and 0 <= low and high <= 255:
         warnings.warn(f"{name}: values in [{low:g}, {high:g}] are hardly HU: was it scaled before, or is it no CT?")
     image, affine = to_ras(image, affine)
     image, affine = resample(image, affine, settings.spacing_mm)
     image = window_hu(image, *settings.hu_window) if ct else percentile_scale(image, *settings.percentiles)
     threshold = 0. if ct else .05
-    if not image.max() > threshold:
+    if not image.numpy().max() > threshold:
         raise ValueError(f"all air, nothing above {settings.hu_window[0]} HU; leave it out, or set the modality")
     start, end = zip(*foreground_box(image, threshold))
     image = crop(image, start, np.subtract(end, start))

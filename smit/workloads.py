@@ -148,8 +148,8 @@ def finetune(at, peer=False):
 
 
 def sliding(at, peer=False, tiny=False):
-    """Logits of a whole volume; tiny: finetune.py's tiny network and window, where stitching weighs more."""
-    sizes = dict(embed_dim=at.dim // 2, depths=(2, 2, 2), heads=(2, 4, 4)) if tiny else dict(embed_dim=at.dim)
+    """Logits of a whole volume; tiny: a narrow network and half the window, where stitching weighs more."""
+    sizes = dict(embed_dim=at.dim // 3, depths=(2, 2, 2), heads=(2, 4, 4)) if tiny else dict(embed_dim=at.dim)
     net = segment.SegmentationNet(14, **sizes).to(at.device).eval()
     volume, window = torch.rand(1, 1, *at.volume, device=at.device), (at.view // 2 if tiny else at.view,) * 3
     infer = functools.partial(sliding_window, net, volume, window)
