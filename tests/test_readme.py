@@ -31,6 +31,10 @@ REDUCED = {
     "train_ssl.py": f"{' '.join(SMALL)} --accumulate 1 --batch 1 --steps 2 --val_every 2 --phantoms 3",
     "finetune.py": f"{SMALL_FINETUNE} --batch 1 --crops_per_volume 1 --steps 2",
     "evaluate.py": "",
+    "smit.study": "--rows smit --labels 2 --seeds 0 --pretrain_flags "
+                  f"'{' '.join(SMALL)} --batch 1 --steps 2 --val_fraction .3 --precision fp32' "
+                  f"--finetune_flags '{SMALL_FINETUNE} --batch 1 --steps 2 --precision fp32'",
+    "smit.benchmark": "--quick --rounds 1 --only encoder",
 }
 USES = {  # of each leaf, alone in a folder
     "swin": """net = swin.SwinTransformer3D(embed_dim=8, depths=(1, 1), heads=(2, 2), window=(2, 4, 2))
@@ -85,14 +89,14 @@ def reduced(words, text):
         words = [None, asked.training_script, *asked.training_script_args]
     else:
         assert words[0] == "python", text
-    return [*launch, *words[1:], *extra.split()]
+    return [*launch, *words[1:], *shlex.split(extra)]
 
 
 @pytest.fixture
 def named_data(tmp_path, phantoms):
     """A folder where the paths that the README names are phantoms."""
     btcv, other = phantoms.parent, phantom.write_dataset(tmp_path / "data/other", 2, seed=1, spacing_mm=(10, 10, 10))
-    for name, target in (("btcv", btcv), ("data/ct", btcv / "imagesTr"), ("openkbp/images", other.parent / "imagesTr")):
+    for name, target in (("btcv", btcv), ("chaos", btcv), ("data/ct", btcv / "imagesTr"), ("openkbp/images", other.parent / "imagesTr")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(target)
     (tmp_path / "ct_extra").mkdir()
