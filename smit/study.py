@@ -37,8 +37,8 @@ ROWS = {  # name: flags of train_ssl.py; "rand" is not pre-trained. Table 2's Sw
 TABLE2 = tables.TABLE2
 PRESETS = {  # flags of train_ssl.py and of finetune.py; single runs of the paper's sizes want GPUs and days
     "paper": ("", ""),
-    # two CPU cores: 6 mm carry the large organs; cells of 24 mm take a network of two stages, and with those of 48 mm MIP
-    # ended nearer to each view's visible median [ours]
+    # two CPU cores: 6 mm carry the large organs; cells of 24 mm take a network of two stages, and with cells of 48 mm
+    # MIP ended nearer to the visible median of each view [ours]
     "small": ("--preset tiny --spacing 6 6 6 --embed_dim 16 --depths 2 4 --heads 2 4 --view 32 --crop 44 --mask_cell 4 "
               "--batch 8 --lr 4e-3 --steps 1200 --val_fraction .05 --val_every 300 --precision bf16 --workers 0",
               "--preset tiny --embed_dim 16 --depths 2 4 --heads 2 4 --crop 32 --lr 4e-3 --steps 1200 --val_every 120 "
