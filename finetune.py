@@ -81,7 +81,7 @@ def parse_arguments(argv=None):
     add("--heads", nargs="+", type=int, default=[4, 4, 4, 4], help="attention heads per stage [release]; so too")
     add("--window", nargs=3, type=int, default=[4, 4, 4], help="tokens per axis of a window [SMIT 2]; so too")
     add("--drop_path", type=float, default=0.0, help="of the encoder's last block [ours]")
-    add("--checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
+    add("--checkpointing", action="store_true", help="recompute attention and MLP in backward: less than half the memory")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=1000, help="passes over the volumes [ours]")
@@ -250,8 +250,7 @@ def main(args):
         return check(args) if runtime.FIRST else None
     ranks = runtime.start(args.device)
     device = ranks.device
-    if not args.checkpointing:                                   # which is to save memory, not time
-        allocator.keep_freed_memory(device)
+    allocator.keep_freed_memory(device)
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
         weights = read_init(args, ranks)
@@ -355,8 +354,8 @@ def main(args):
                           f"best Dice {best:.3f}, {crops_per_s:.2f} crops/s, {left} left", flush=True)
             if ranks.is_main and ("val_dice" in row or step == total):
                 image, label = data.cached((held_back or train)[0], settings, args.cache, True, args.num_classes)
-                pred = segment.predict(net.eval(), image, tuple(args.crop)).argmax(0)
-                curves.finetuning_report(out, config, image, label, pred)
+                logits = segment.predict(net.eval(), image, tuple(args.crop), batch=args.batch * args.crops_per_volume)
+                curves.finetuning_report(out, config, image, label, logits.argmax(0))
             (leaving,) = ranks.agree(stop.asked)
             due = args.save_steps and step % args.save_steps == 0 or time.monotonic() - saved > 60 * args.save_minutes
             if ranks.is_main and improved:

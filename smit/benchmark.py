@@ -10,8 +10,7 @@ a machine that drifts hurts all alike. Shown are medians over the rounds, after 
 
     wall, CPU    seconds; CPU is the sum over the threads of the contestant's first process
     memory       MiB: the peak of that process above what it held once its imports were done (Linux's VmHWM); on a GPU
-                 the allocator's. Ours and MONAI's run on the same allocator settings, those of our scripts,
-                 which keep freed memory unless checkpointing is to save it
+                 the allocator's. Ours and MONAI's run on the same allocator settings, those of our scripts
     GFLOP, GB    counted from the operators: matrix products and convolutions; all tensors that operators read and write
     of ceiling   GFLOP and GB over the wall time, as shares of a large matrix product's and a large copy's rate, which
                  were measured in the same run and the same precision. Above 1 for GB: it came from the cache
@@ -48,7 +47,7 @@ V100_FLOPS, V100_SHARE = 125e12, 0.3           # the card's fp16 peak, and a ste
 def contestants(args):
     """{row: [(label, function, its arguments, settings other than the default)]}."""
     ours, peer, cuda = dict(peer=False), dict(peer=True), args.device == "cuda"
-    bf16, saving = dict(precision="bf16"), dict(checkpointing=True, keep=False)
+    bf16, saving = dict(precision="bf16"), dict(checkpointing=True)
     if cuda:
         ways = [dict(precision=precision, batch=batch, compile=compile) for precision in ("fp16", "bf16")
                 for compile in ([False, True] if args.compile else [False]) for batch in (1, 2, 4, 8)]

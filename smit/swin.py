@@ -10,6 +10,7 @@ Checked against a brute-force attention over token pairs in tests/test_swin.py.
     B batch   D H W grid of tokens   C channels   n tokens in a window   nW windows in a volume   h heads
 """
 import functools
+import itertools
 import math
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 FORBIDDEN = -1e4  # added to a score that must not count: exp() of it is 0 in fp32, bf16 and fp16, and fp16 can hold it
+PIECE = 2 ** 18   # values that checkpointing recomputes at a time: with what a block makes of them, a cache's fill [ours]
 
 
 # ---------------------------------------------------------------------------------------------------------- windows
@@ -118,6 +120,20 @@ class WindowAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(windows, n, C))                            # (B*nW, n, C)
 
 
+def recomputed(function, x, mask=None):
+    """function(x, mask), piece by piece along x's first axis; backward makes each piece again in place of keeping it.
+
+    mask, if any, belongs to as many rows of x as it has, and to the next as many again. A GPU takes all of those at
+    once, a CPU no more than its cache holds.
+    """
+    rows = len(x) if mask is None else len(mask)
+    size = rows if x.is_cuda else max(1, PIECE // x[0].numel())
+    pieces = (piece for volume in x.split(rows) for piece in volume.split(size))
+    masks = itertools.cycle([None] if mask is None else mask.split(size))
+    return torch.cat([checkpoint(function, *both, use_reentrant=False, preserve_rng_state=False)
+                      for both in zip(pieces, masks)])
+
+
 def drop_path(branch, rate, noise):
     """Drop a residual branch for samples whose uniform noise (B,) lies under `rate`; scale up the others [Swin A2]."""
     keep = (noise >= rate).to(branch.dtype) / (1 - rate)
@@ -127,10 +143,10 @@ def drop_path(branch, rate, noise):
 class SwinBlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); the windows of odd blocks are shifted by half [Swin Eq. 3]."""
 
-    def __init__(self, dim, heads, window, shifted, mlp_ratio, qkv_bias, drop_rate, mask_padding):
+    def __init__(self, dim, heads, window, shifted, mlp_ratio, qkv_bias, drop_rate, mask_padding, checkpointing=False):
         super().__init__()
         self.window, self.shifted = tuple(window), shifted
-        self.drop_rate, self.mask_padding = drop_rate, mask_padding
+        self.drop_rate, self.mask_padding, self.checkpointing = drop_rate, mask_padding, checkpointing
         self.norm1 = nn.LayerNorm(dim)
         self.attention = WindowAttention(dim, heads, window, qkv_bias)
         self.norm2 = nn.LayerNorm(dim)
@@ -150,23 +166,29 @@ class SwinBlock(nn.Module):
             x = F.pad(x, pad_after(grid, padded))
         if any(shift):
             x = x.roll([-s for s in shift], (1, 2, 3))
-        x = reverse_windows(self.attention(partition_windows(x, window), window, mask), window, padded)
+        x = partition_windows(x, window)                                    # (B*nW, n, C)
+        attention = lambda windows, mask: self.attention(windows, window, mask)
+        x = recomputed(attention, x, mask) if self.checkpointing and torch.is_grad_enabled() else attention(x, mask)
+        x = reverse_windows(x, window, padded)
         if any(shift):
             x = x.roll(shift, (1, 2, 3))
         return x[:, :grid[0], :grid[1], :grid[2]]
 
     def mix(self, x):
-        """The MLP of each token by itself. GELU is cheap, and its result as large as any: backward makes it again."""
-        x = self.mlp[0](x)
+        """The MLP of each normed token by itself: x (B, D, H, W, C) -> the same shape."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return recomputed(lambda tokens, _: self.mlp(self.norm2(tokens)), x.flatten(0, 3)).view(x.shape)
+        x = self.mlp[0](self.norm2(x))
         if not x.requires_grad:
             return self.mlp[1:](x)
+        # GELU is cheap, and its result as large as any: backward makes it again
         return checkpoint(self.mlp[1:], x, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, x, noise=None):
         """x (B, D, H, W, C); noise (B, 2) uniform, one draw per branch, or None to drop nothing."""
         attended = self.attend(self.norm1(x))
         x = x + (attended if noise is None else drop_path(attended, self.drop_rate, noise[:, 0]))
-        mixed = self.mix(self.norm2(x))
+        mixed = self.mix(x)
         return x + (mixed if noise is None else drop_path(mixed, self.drop_rate, noise[:, 1]))
 
 
@@ -200,10 +222,10 @@ class PatchMerging(nn.Module):
 class SwinStage(nn.Module):
     """The blocks of one resolution, and the merge that leaves it."""
 
-    def __init__(self, dim, depth, heads, window, drop_rates, mlp_ratio, qkv_bias, mask_padding):
+    def __init__(self, dim, depth, heads, window, drop_rates, mlp_ratio, qkv_bias, mask_padding, checkpointing):
         super().__init__()
         self.blocks = nn.ModuleList(
-            SwinBlock(dim, heads, window, bool(i % 2), mlp_ratio, qkv_bias, drop_rates[i], mask_padding)
+            SwinBlock(dim, heads, window, bool(i % 2), mlp_ratio, qkv_bias, drop_rates[i], mask_padding, checkpointing)
             for i in range(depth))
         self.merge = PatchMerging(dim)
 
@@ -215,7 +237,7 @@ class SwinTransformer3D(nn.Module):
     drop_path: rate of the last block; earlier blocks rise to it linearly from 0.
     mask_token: own the learned vector e_[MASK] that replaces hidden tokens; fine-tuning does without.
     mask_padding: keep padded cells out of the softmax; False is Swin's habit, for weights trained that way.
-    checkpointing: recompute each block in backward instead of keeping its activations.
+    checkpointing: recompute attention and MLP in backward instead of keeping their activations.
     """
 
     def __init__(self, in_channels=1, embed_dim=48, depths=(2, 2, 4, 2), heads=(4, 4, 4, 4), window=(4, 4, 4), patch=2,
@@ -224,7 +246,7 @@ class SwinTransformer3D(nn.Module):
         if len(heads) != len(depths):
             raise ValueError(f"{len(depths)} depths need as many heads, not {len(heads)}")
         window = (window,) * 3 if isinstance(window, int) else tuple(window)
-        self.patch, self.checkpointing = patch, checkpointing
+        self.patch = patch
         self.channels = [embed_dim * 2 ** i for i in range(len(depths) + 1)]  # of the tensors that forward returns
         self.patch_embed = nn.Conv3d(in_channels, embed_dim, patch, patch)
         self.patch_norm = nn.LayerNorm(embed_dim)
@@ -232,7 +254,7 @@ class SwinTransformer3D(nn.Module):
         rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         starts = [sum(depths[:i]) for i in range(len(depths))]
         self.stages = nn.ModuleList(
-            SwinStage(C, depth, h, window, rates[start:start + depth], mlp_ratio, qkv_bias, mask_padding)
+            SwinStage(C, depth, h, window, rates[start:start + depth], mlp_ratio, qkv_bias, mask_padding, checkpointing)
             for C, depth, h, start in zip(self.channels, depths, heads, starts))
         self.norms = nn.ModuleList(nn.LayerNorm(C) for C in self.channels[:-1])
         self.drops = 2 * sum(depths) if drop_path else 0  # uniform draws that one sample's drop path needs
@@ -276,10 +298,7 @@ class SwinTransformer3D(nn.Module):
                 outputs.append(None)
                 continue
             for block in stage.blocks:
-                if self.checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, next(pairs, None), use_reentrant=False, preserve_rng_state=False)
-                else:
-                    x = block(x, next(pairs, None))
+                x = block(x, next(pairs, None))
             outputs.append(norm(x) if level in wanted else None)
             x = stage.merge(x) if level < max(wanted) else None
         outputs.append(x)

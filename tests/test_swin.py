@@ -156,21 +156,41 @@ def test_a_mask_of_another_resolution_is_refused():
         tiny(mask_token=False)(torch.rand(1, 1, 8, 8, 8), torch.ones(1, 4, 4, 4, dtype=torch.bool))
 
 
-def test_checkpointing_recomputes_each_block_and_changes_no_gradient(monkeypatch):
+@pytest.mark.parametrize("piece", [2 ** 18, 7 * 24 * 8])      # all at once; 7 windows of 45, so that 3 are left over
+def test_checkpointing_recomputes_in_pieces_and_changes_no_gradient(piece, monkeypatch):
     calls = []
-    monkeypatch.setattr(swin, "checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
-    x, gradients = torch.rand(2, 1, 8, 12, 10), []
+    monkeypatch.setattr(swin, "checkpoint", lambda *a, **k: calls.append(len(a[1])) or checkpoint(*a, **k))
+    monkeypatch.setattr(swin, "PIECE", piece)
+    x, found = torch.rand(2, 1, 20, 24, 16), []
     for checkpointing in (False, True):
-        encoder = tiny(checkpointing=checkpointing, drop_path=.5)
-        encoder(x, noise=torch.rand(2, encoder.drops, generator=torch.Generator().manual_seed(3)))[-1].sum().backward()
-        gradients.append([p.grad for p in encoder.stages.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients) if a is not None)
-    assert sum(isinstance(args[0], swin.SwinBlock) for args in calls) == 4
+        encoder, before = tiny(checkpointing=checkpointing, drop_path=.5), len(calls)
+        noise = torch.rand(2, encoder.drops, generator=torch.Generator().manual_seed(3))
+        outputs = encoder(x, noise=noise)
+        sum(y.square().sum() for y in outputs).backward()
+        found.append([*outputs, *(p.grad for p in encoder.parameters() if p.grad is not None)])
+        assert calls[before:].count(7) == (24 if checkpointing and piece < 2 ** 18 else 0)
+        with torch.no_grad():
+            before = len(calls)
+            assert torch.equal(encoder(x, noise=noise)[-1], outputs[-1]) and len(calls) == before
+    for kept, made_again in zip(*found, strict=True):
+        torch.testing.assert_close(made_again, kept, rtol=1e-5, atol=1e-5 * kept.abs().max().item())
+
+
+def test_checkpointing_keeps_little_for_backward():
+    held = []
+    for checkpointing in (False, True):
+        block, seen = tiny(embed_dim=32, checkpointing=checkpointing).stages[0].blocks[1], {}
+        note = lambda t: seen.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) and t
+        x = torch.rand(1, 16, 16, 16, 32, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            y = block(x)
+        held.append(sum(seen.values()) / y.nbytes)
+    assert held[0] > 14 and held[1] < 5, held                           # in sizes of the block's input
 
 
 def test_making_gelu_again_in_backward_changes_nothing():
     block, x, results = tiny().stages[0].blocks[0], torch.randn(1, 4, 6, 5, 8), []
-    for mlp in (block.mlp, block.mix):
+    for mlp in (lambda x: block.mlp(block.norm2(x)), block.mix):
         block.zero_grad()
         y = mlp(x)
         y.square().sum().backward()
