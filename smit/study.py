@@ -39,7 +39,7 @@ PRESETS = {  # flags of train_ssl.py and of finetune.py; single runs of the pape
     "paper": ("", ""),
     # two CPU cores: 6 mm carry the large organs; cells of 24 mm take a network of two stages, and with cells of 48 mm
     # MIP ended nearer to the visible median of each view. With crops of 32^3, twice as many, random weights came to a
-    # Dice of .22 in place of .42: half an abdomen must fit into one [ours]
+    # Dice of .22 in place of .41: half an abdomen must fit into one [ours]
     "small": ("--preset tiny --spacing 6 6 6 --embed_dim 16 --depths 2 4 --heads 2 4 --view 32 --crop 44 --mask_cell 4 "
               "--batch 8 --lr 4e-3 --steps 1200 --val_fraction .05 --val_every 300 --precision bf16 --workers 0",
               "--preset tiny --embed_dim 16 --depths 2 4 --heads 2 4 --crop 48 --crops_per_volume 1 --lr 4e-3 --steps 1200 "

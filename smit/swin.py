@@ -2,15 +2,14 @@
 
 The encoder f(theta) of the paper, "Swin-small, 768 embedding": 48 channels after a patch embedding of 2^3 voxels, four
 stages of 2, 2, 4, 2 blocks on windows of 4^3 tokens, and a merge after each stage, so that a 96^3 crop ends as 3^3
-tokens of 768 channels. Tokens travel channels-last, (B, D, H, W, C); D, H, W are whatever three axes the volume has.
+tokens of 768 channels. Tokens travel channels-last, (B, D, H, W, C). Needs torch alone.
 
-Reading order: windows (partition, bias index, shift mask), attention, block, merging, encoder. Needs torch alone.
+Reading order: windows (partition, order, bias index, shift mask), attention, block, merging, encoder.
 Checked against a brute-force attention over token pairs in tests/test_swin.py.
 
     B batch   D H W grid of tokens   C channels   n tokens in a window   nW windows in a volume   h heads
 """
 import functools
-import itertools
 import math
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 FORBIDDEN = -1e4  # added to a score that must not count: exp() of it is 0 in fp32, bf16 and fp16, and fp16 can hold it
-PIECE = 2 ** 18   # values that checkpointing recomputes at a time: with what a block makes of them, a cache's fill [ours]
+PIECE = 2 ** 18   # values that checkpointing recomputes at a time: what becomes of them still fits into a cache [ours]
 
 
 # ---------------------------------------------------------------------------------------------------------- windows
@@ -46,16 +45,40 @@ def reverse_windows(windows, window, grid):
 
 
 @functools.lru_cache(maxsize=64)
+def window_order(grid, window, shift, device=None):
+    """The cyclic shift [Swin 3.2] and the cut into windows as one order of tokens, and the order that undoes it.
+
+    Token i of the windows is token `into[i]` of the grid, and i of the grid `back[i]` of the windows: two of (D*H*W,).
+    """
+    token = torch.arange(math.prod(grid))
+    into = partition_windows(token.view(1, *grid, 1).roll([-s for s in shift], (1, 2, 3)), window)
+    back = reverse_windows(token.view(-1, math.prod(window), 1), window, grid).roll(shift, (1, 2, 3))
+    return into.flatten().to(device), back.flatten().to(device)
+
+
+class Reorder(torch.autograd.Function):
+    """x (B, N, C) -> x[:, order]: one copy, where torch.roll and a partition make four. Backward copies likewise."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(1, *ctx.saved_tensors), None, None
+
+
+@functools.lru_cache(maxsize=64)
 def relative_position_index(window, table_window=None, device=None):
     """Row of the bias table for each pair of a window's cells: one value per offset [Swin Eq. 4].
 
     Returns (n, n) long; do not write to it. The table has prod(2 * t - 1) rows, t the `table_window` (by default the
     window itself): a window clamped to a small grid looks its true offsets up in the table of the full one.
     """
-    table_window = table_window or window
     cells = torch.cartesian_prod(*(torch.arange(w) for w in window))    # (n, 3)
     index = 0
-    for axis, t in enumerate(table_window):
+    for axis, t in enumerate(table_window or window):
         offset = cells[:, None, axis] - cells[None, :, axis]            # (n, n) in [-(t-1), t-1]
         index = index * (2 * t - 1) + offset + t - 1
     return index.to(device)
@@ -68,24 +91,18 @@ def shift_mask(grid, window, shift, device=None):
     Two tokens may meet unless one of them came round from the other end of an axis. A grid that is no multiple of the
     window counts as padded at its ends, and no query may look at a padded key. Returns (nW, n, n); do not write to it.
     """
-    came_round, is_real = [], []
-    for g, w, s in zip(grid, window, shift):
-        source = (torch.arange(math.ceil(g / w) * w) + s) % (math.ceil(g / w) * w)  # the cell that the roll brings here
-        came_round.append(source < s)
-        is_real.append(source < g)
-    a, b, c = came_round
-    region = 4 * a[:, None, None] + 2 * b[:, None] + c                              # (D, H, W), eight regions
-    a, b, c = is_real
-    real = a[:, None, None] & b[:, None] & c
-    region, real = (partition_windows(t[None, ..., None], window)[..., 0] for t in (region, real))  # (nW, n)
-    allowed = (region[:, :, None] == region[:, None, :]) & real[:, None, :]                         # (nW, query, key)
+    padded = tuple(math.ceil(g / w) * w for g, w in zip(grid, window))
+    into, _ = window_order(padded, window, shift)
+    cell = torch.stack(torch.unravel_index(into, padded), -1).view(-1, math.prod(window), 3)  # (nW, n, 3)
+    came_round, real = cell < torch.tensor(shift), (cell < torch.tensor(grid)).all(-1)       # (nW, n, 3), (nW, n)
+    allowed = (came_round[:, :, None] == came_round[:, None]).all(-1) & real[:, None]        # (nW, query, key)
     return torch.zeros(allowed.shape).masked_fill_(~allowed, FORBIDDEN).to(device)
 
 
-def pad_after(grid, padded):
-    """F.pad's argument that grows the D, H, W axes of (B, D, H, W, C) from `grid` to `padded`, at their far ends."""
-    (D, H, W), (d, h, w) = grid, padded
-    return 0, 0, 0, w - W, 0, h - H, 0, d - D
+def pad_to(x, grid):
+    """x (B, D, H, W, C) with zeros at the far ends of its axes, as far as `grid`: (B, *grid, C)."""
+    d, h, w = (new - old for new, old in zip(grid, x.shape[1:4]))
+    return F.pad(x, (0, 0, 0, w, 0, h, 0, d)) if d or h or w else x
 
 
 # -------------------------------------------------------------------------------------------------------- attention
@@ -105,7 +122,7 @@ class WindowAttention(nn.Module):
     def position_bias(self, window):
         """Every head's bias for each pair of cells of `window`, which may be smaller than the table's: (h, n, n)."""
         index = relative_position_index(window, self.window, self.bias_table.device)
-        return self.bias_table[index.flatten()].view(*index.shape, self.heads).permute(2, 0, 1)
+        return self.bias_table.T.index_select(1, index.flatten()).view(self.heads, *index.shape)
 
     def forward(self, x, window, mask=None):
         """x (B*nW, n, C), mask (nW, n, n) to be added or None. Returns (B*nW, n, C)."""
@@ -115,7 +132,7 @@ class WindowAttention(nn.Module):
         scores = (q * (C // h) ** -0.5) @ k.transpose(-2, -1)                                 # (B*nW, h, n, n)
         scores += self.position_bias(window).to(scores.dtype)     # in place: the scores are the largest tensor here
         if mask is not None:                                      # a constant: autograd would copy to follow it
-            scores.detach().view(-1, len(mask), h, n, n).add_(mask[:, None])                  # (B, nW, h, n, n)
+            scores.detach().view(-1, len(mask), h, n, n).add_(mask[:, None].to(scores.dtype))  # (B, nW, h, n, n)
         x = scores.softmax(-1).to(v.dtype) @ v                                                # (B*nW, h, n, C/h)
         return self.proj(x.transpose(1, 2).reshape(windows, n, C))                            # (B*nW, n, C)
 
@@ -123,13 +140,12 @@ class WindowAttention(nn.Module):
 def recomputed(function, x, mask=None):
     """function(x, mask), piece by piece along x's first axis; backward makes each piece again in place of keeping it.
 
-    mask, if any, belongs to as many rows of x as it has, and to the next as many again. A GPU takes all of those at
-    once, a CPU no more than its cache holds.
+    A GPU takes all of a volume at once, a CPU what its cache holds. mask (nW, ...), for each nW rows of x, or None.
     """
     rows = len(x) if mask is None else len(mask)
     size = rows if x.is_cuda else max(1, PIECE // x[0].numel())
     pieces = (piece for volume in x.split(rows) for piece in volume.split(size))
-    masks = itertools.cycle([None] if mask is None else mask.split(size))
+    masks = ((None,) if mask is None else mask.split(size)) * len(x)                       # as many as there are pieces
     return torch.cat([checkpoint(function, *both, use_reentrant=False, preserve_rng_state=False)
                       for both in zip(pieces, masks)])
 
@@ -158,31 +174,23 @@ class SwinBlock(nn.Module):
         window = tuple(min(w, g) for w, g in zip(self.window, grid))
         shift = tuple(w // 2 if self.shifted and w < g else 0 for w, g in zip(window, grid))
         padded = tuple(math.ceil(g / w) * w for g, w in zip(grid, window))
-        mask = None
-        if any(shift) or (padded != grid and self.mask_padding):
-            # differs: padded cells are no keys; the release lets them take part in the softmax, as Swin does
-            mask = shift_mask(grid if self.mask_padding else padded, window, shift, x.device)
-        if padded != grid:
-            x = F.pad(x, pad_after(grid, padded))
-        if any(shift):
-            x = x.roll([-s for s in shift], (1, 2, 3))
-        x = partition_windows(x, window)                                    # (B*nW, n, C)
+        # differs: padded cells are no keys; the release lets them take part in the softmax, as Swin does
+        real = grid if self.mask_padding else padded
+        mask = shift_mask(real, window, shift, x.device) if any(shift) or real != padded else None
+        x = pad_to(x, padded)
+        into, back = window_order(padded, window, shift, x.device)
+        windows = Reorder.apply(x.flatten(1, 3), into, back).view(-1, math.prod(window), x.shape[-1])  # (B*nW, n, C)
         attention = lambda windows, mask: self.attention(windows, window, mask)
-        x = recomputed(attention, x, mask) if self.checkpointing and torch.is_grad_enabled() else attention(x, mask)
-        x = reverse_windows(x, window, padded)
-        if any(shift):
-            x = x.roll(shift, (1, 2, 3))
+        windows = recomputed(attention, windows, mask) if self.checkpointing else attention(windows, mask)
+        x = Reorder.apply(windows.view(len(x), -1, x.shape[-1]), back, into).unflatten(1, padded)
         return x[:, :grid[0], :grid[1], :grid[2]]
 
     def mix(self, x):
         """The MLP of each normed token by itself: x (B, D, H, W, C) -> the same shape."""
-        if self.checkpointing and torch.is_grad_enabled():
+        if self.checkpointing:
             return recomputed(lambda tokens, _: self.mlp(self.norm2(tokens)), x.flatten(0, 3)).view(x.shape)
-        x = self.mlp[0](self.norm2(x))
-        if not x.requires_grad:
-            return self.mlp[1:](x)
         # GELU is cheap, and its result as large as any: backward makes it again
-        return checkpoint(self.mlp[1:], x, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self.mlp[1:], self.mlp[0](self.norm2(x)), use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, x, noise=None):
         """x (B, D, H, W, C); noise (B, 2) uniform, one draw per branch, or None to drop nothing."""
@@ -207,10 +215,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(8 * dim, 2 * dim, bias=False)
 
     def forward(self, x):
-        grid = x.shape[1:4]                                                              # (B, D, H, W, C)
-        even = [g + g % 2 for g in grid]
-        if even != list(grid):
-            x = F.pad(x, pad_after(grid, even))
+        x = pad_to(x, [g + g % 2 for g in x.shape[1:4]])
         B, D, H, W, C = x.shape
         x = x.view(B, D // 2, 2, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)  # (..., 8C)
         # these neighbours are in row-major order: it is quicker to bring the weights to it than the tokens out of it
@@ -222,11 +227,10 @@ class PatchMerging(nn.Module):
 class SwinStage(nn.Module):
     """The blocks of one resolution, and the merge that leaves it."""
 
-    def __init__(self, dim, depth, heads, window, drop_rates, mlp_ratio, qkv_bias, mask_padding, checkpointing):
+    def __init__(self, dim, drop_rates, **settings):
         super().__init__()
         self.blocks = nn.ModuleList(
-            SwinBlock(dim, heads, window, bool(i % 2), mlp_ratio, qkv_bias, drop_rates[i], mask_padding, checkpointing)
-            for i in range(depth))
+            SwinBlock(dim, shifted=bool(i % 2), drop_rate=rate, **settings) for i, rate in enumerate(drop_rates))
         self.merge = PatchMerging(dim)
 
 
@@ -251,11 +255,11 @@ class SwinTransformer3D(nn.Module):
         self.patch_embed = nn.Conv3d(in_channels, embed_dim, patch, patch)
         self.patch_norm = nn.LayerNorm(embed_dim)
         self.mask_token = nn.Parameter(torch.empty(embed_dim)) if mask_token else None
-        rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
-        starts = [sum(depths[:i]) for i in range(len(depths))]
+        rates = torch.linspace(0, drop_path, sum(depths)).split(depths)
         self.stages = nn.ModuleList(
-            SwinStage(C, depth, h, window, rates[start:start + depth], mlp_ratio, qkv_bias, mask_padding, checkpointing)
-            for C, depth, h, start in zip(self.channels, depths, heads, starts))
+            SwinStage(C, stage_rates.tolist(), heads=h, window=window, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
+                      mask_padding=mask_padding, checkpointing=checkpointing)
+            for C, stage_rates, h in zip(self.channels, rates, heads))
         self.norms = nn.ModuleList(nn.LayerNorm(C) for C in self.channels[:-1])
         self.drops = 2 * sum(depths) if drop_path else 0  # uniform draws that one sample's drop path needs
         self.apply(initialise)
@@ -264,10 +268,8 @@ class SwinTransformer3D(nn.Module):
 
     def embed(self, x, hidden=None):
         """Patches to tokens, hidden ones replaced by the mask token [SMIT 2]: (B, c, D, H, W) -> (B, D/2, ..., C)."""
-        p = self.patch
-        short = [-size % p for size in x.shape[2:]]
-        if any(short):
-            x = F.pad(x, (0, short[2], 0, short[1], 0, short[0]))
+        short = [-size % self.patch for size in x.shape[2:]]
+        x = F.pad(x, (0, short[2], 0, short[1], 0, short[0])) if any(short) else x
         x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 4, 1).contiguous())
         if hidden is None:
             return x
@@ -292,16 +294,16 @@ class SwinTransformer3D(nn.Module):
             noise = torch.rand(len(x), self.drops, device=x.device)
         pairs = iter(noise.split(2, dim=1)) if self.drops and self.training else iter(())
         wanted = range(len(self.channels)) if wanted is None else wanted
-        outputs = []
-        for level, (stage, norm) in enumerate(zip(self.stages, self.norms)):
-            if level > max(wanted):
-                outputs.append(None)
-                continue
+        outputs = [None] * len(self.channels)
+        for level, (stage, norm) in enumerate(zip(self.stages[:max(wanted) + 1], self.norms)):
             for block in stage.blocks:
                 x = block(x, next(pairs, None))
-            outputs.append(norm(x) if level in wanted else None)
-            x = stage.merge(x) if level < max(wanted) else None
-        outputs.append(x)
+            if level in wanted:
+                outputs[level] = norm(x)
+            if level < max(wanted):
+                x = stage.merge(x)
+        if len(self.stages) in wanted:
+            outputs[-1] = x
         return [y if y is None else y.permute(0, 4, 1, 2, 3) for y in outputs]
 
 
