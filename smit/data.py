@@ -25,7 +25,7 @@ MAX_TAIL = 2 ** 20                     # bytes that may follow the voxels: some 
 DEFLATE_RATIO = 1032                   # no gzip stream holds more than this many times its size
 MAX_OFFSET = 2 ** 26                   # bytes before them: extensions
 CHUNK = 2 ** 16                        # voxels converted at a time
-CACHE_FORMAT = 2                       # raise it when `prepare` changes
+CACHE_FORMAT = 3                       # raise it when `prepare` changes
 TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 Header = namedtuple("Header", "path body shape affine dtype slope inter offset nifti")  # body: the file with the voxels
 

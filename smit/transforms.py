@@ -82,6 +82,12 @@ def _nearest(step, start, n_in, n_out):
     return torch.from_numpy(np.floor(centre + .5).clip(0, n_in - 1).astype(np.int64))
 
 
+def _along(axis, weights, x):
+    """Apply sparse weights (n_out, n_in) along an axis of x."""
+    x = x.movedim(axis, 0)
+    return (weights @ x.flatten(1).contiguous()).unflatten(1, x.shape[1:]).movedim(0, axis)
+
+
 def regrid(volume, affine, target_affine, target_shape, mode="linear"):
     """Sample (..., X, Y, Z) on another grid whose axes run the same way: (..., *target_shape). [ours]
 
@@ -110,10 +116,12 @@ def regrid(volume, affine, target_affine, target_shape, mode="linear"):
     axes = [axis - 3 for axis in order]
     planes = volume.movedim(axes, (0, -2, -1))
     result = torch.empty(target_shape[slow], *planes.shape[1:-2], target_shape[mid], target_shape[fast])
+    columns, rows = matrices[mid].to_sparse(), matrices[fast].to_sparse()          # a few weights a voxel
     for weight, plane in zip(matrices[slow], result):
         used = weight.nonzero()
         near = slice(int(used[0]), int(used[-1]) + 1)
-        plane.copy_(matrices[mid] @ torch.tensordot(weight[near], planes[near], dims=1) @ matrices[fast].T)
+        thick = torch.tensordot(weight[near], planes[near], dims=1)                # (..., mid, fast)
+        plane.copy_(_along(-1, rows, _along(-2, columns, thick)))
     return result.movedim((0, -2, -1), axes)
 
 
