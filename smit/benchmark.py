@@ -34,8 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from smit import allocator
-from smit.workloads import (DTYPES, complete, encoder, finetune, loader, monai_encoder, monai_step, prepare, ranks,
-                            sliding, step, write_ct)
+from smit.workloads import (DTYPES, complete, encoder, finetune, headers, loader, monai_encoder, monai_step, prepare,
+                            ranks, sliding, step, write_ct)
 
 PAPER = dict(view=96, dim=48, prototypes=8192, width=2048, volume=(256, 256, 140), ct=(512, 512, 300))
 QUICK = dict(view=64, dim=12, prototypes=64, width=64, volume=(66, 72, 65), ct=(96, 80, 40))
@@ -79,7 +79,8 @@ def contestants(args):
         "loader": [(f"{n} workers", loader, dict(workers=n), {}) for n in (0, 1, 2, 4)],
         "ranks": [("one process", ranks, dict(world=1), dict(batch=2)), ("two processes", ranks, dict(world=2), {})],
         "linear": three("encoder, side", "view", [side * n for n in (2, 3, 4)])
-        + three("encoder, batch", "batch", [1, 2, 4]) + [(f"prepare, slabs {n}", prepare, ours, way) for n, way in cts],
+        + three("encoder, batch", "batch", [1, 2, 4]) + [(f"prepare, slabs {n}", prepare, ours, way) for n, way in cts]
+        + [(f"headers, volumes {n}", headers, dict(volumes=n), {}) for n in (250, 500, 1000)],
     }
 
 
@@ -260,7 +261,7 @@ def main(args):
         settings = dict(args.sizes, batch=1, precision="fp32", checkpointing=False, compile=False, keep=True,
                         device=args.device, threads=args.threads, folder=Path(folder), port=29000 + os.getpid() % 999)
         for shape in {special.get("ct", args.sizes["ct"]) for row in rows.values() for _, work, _, special in row
-                      if work in (prepare, loader)}:
+                      if work in (prepare, loader, headers)}:
             write_ct(settings["folder"] / f"{'x'.join(map(str, shape))}.nii.gz", shape)
         rounds = {row: min(args.rounds, ROUNDS.get(row, args.rounds)) for row in rows}
         total = sum((rounds[row] + (rounds[row] > 1)) * len(entries) for row, entries in rows.items())

@@ -42,8 +42,8 @@ PRESETS = {  # flags of train_ssl.py and of finetune.py; single runs of the pape
     # Dice of .22 in place of .41: half an abdomen must fit into one [ours]
     "small": ("--preset tiny --spacing 6 6 6 --embed_dim 16 --depths 2 4 --heads 2 4 --view 32 --crop 44 --mask_cell 4 "
               "--batch 8 --lr 4e-3 --steps 1200 --val_fraction .05 --val_every 300 --precision bf16 --workers 0",
-              "--preset tiny --embed_dim 16 --depths 2 4 --heads 2 4 --crop 48 --crops_per_volume 1 --lr 4e-3 --steps 1200 "
-              "--val_every 120 --precision bf16 --workers 0")}
+              "--preset tiny --embed_dim 16 --depths 2 4 --heads 2 4 --crop 48 --crops_per_volume 1 --lr 4e-3 "
+              "--steps 1200 --val_every 120 --precision bf16 --workers 0")}
 EXPERIMENTS = {  # rows, numbers of labelled volumes
     "table2": (TABLE2, [21]), "fig3a": (TABLE2, [3, 7, 14, 21]), "fig3b": (["smit"], [21]), "fig3c": (TABLE2, [21]),
     "fig4": (["full", "mpd", "itd", "ibot", "simmim", "ml-mip", "ml-smit", "moco", "smit"], [21]),

@@ -152,10 +152,11 @@ def sliding(at, peer=False, tiny=False):
     sizes = dict(embed_dim=at.dim // 3, depths=(2, 2, 2), heads=(2, 4, 4)) if tiny else dict(embed_dim=at.dim)
     net = segment.SegmentationNet(14, **sizes).to(at.device).eval()
     volume, window = torch.rand(1, 1, *at.volume, device=at.device), (at.view // 2 if tiny else at.view,) * 3
-    infer = functools.partial(sliding_window, net, volume, window)
+    batch = 4 if tiny else 1                   # alone, small windows fall to a slow convolution of torch's
+    infer = functools.partial(sliding_window, net, volume, window, batch=batch)
     if peer:
         theirs = importlib.import_module("monai.inferers").sliding_window_inference
-        infer = functools.partial(theirs, volume, window, 1, net, overlap=.5, mode="gaussian")
+        infer = functools.partial(theirs, volume, window, batch, net, overlap=.5, mode="gaussian")
 
     def once():
         with torch.no_grad(), torch.autocast(at.device, at.dtype, at.dtype != torch.float32):
@@ -186,6 +187,15 @@ def prepare(at, peer=False):
     chain = t.Compose([t.LoadImage(ensure_channel_first=True), t.Orientation("RAS"), t.Spacing((1.5, 1.5, 2)),
                        t.ScaleIntensityRange(-175, 250, 0, 1, clip=True), t.CropForeground()])
     return lambda: [chain(path)] and None
+
+
+def headers(at, volumes):
+    """What a run does for each of its volumes before the first step: find the file, check its header."""
+    folder = at.folder / f"{volumes} volumes"
+    folder.mkdir()
+    for n in range(volumes):
+        os.link(at.folder / f"{'x'.join(map(str, at.ct))}.nii.gz", folder / f"{n}.nii.gz")
+    return lambda: data.check_cases(data.read_lists([folder])[0])
 
 
 def loader(at, workers=0):

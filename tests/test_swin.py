@@ -156,6 +156,20 @@ def test_a_mask_of_another_resolution_is_refused():
         tiny(mask_token=False)(torch.rand(1, 1, 8, 8, 8), torch.ones(1, 4, 4, 4, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 2, 1)])
+def test_the_order_of_windows_is_the_shift_and_the_cut_and_can_be_undone(shift):
+    grid, window, x = (4, 8, 6), (2, 4, 3), torch.randn(2, 4, 8, 6, 5, dtype=torch.float64, requires_grad=True)
+    into, back = swin.window_order(grid, window, shift)
+    windows = swin.Reorder.apply(x.flatten(1, 3), into, back)
+    expected = swin.partition_windows(x.roll([-s for s in shift], (1, 2, 3)), window)
+    assert torch.equal(windows.view(-1, 24, 5), expected)
+    assert torch.equal(swin.Reorder.apply(windows, back, into).view(x.shape), x)
+    assert torch.equal(swin.reverse_windows(expected, window, grid).roll(shift, (1, 2, 3)), x)
+    weight = torch.randn_like(windows)
+    (ours,), (plain,) = (torch.autograd.grad((weight * y).sum(), x) for y in (windows, x.flatten(1, 3)[:, into]))
+    assert torch.equal(ours, plain)
+
+
 @pytest.mark.parametrize("piece", [2 ** 18, 7 * 24 * 8])      # all at once; 7 windows of 45, so that 3 are left over
 def test_checkpointing_recomputes_in_pieces_and_changes_no_gradient(piece, monkeypatch):
     calls = []

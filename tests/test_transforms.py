@@ -165,3 +165,12 @@ def test_prepare_refuses_air_and_warns_of_pictures():
         T.prepare(torch.rand(8, 9, 10) * 255, SCALE, T.Preparation())
     with pytest.raises(ValueError, match="coarser"):
         T.prepare(torch.randn(8, 9, 10), np.diag([500., 500, 500, 1]), T.Preparation((.01, .01, .01)))
+
+
+def test_a_prepared_volume_does_not_depend_on_the_number_of_threads():
+    volume, threads, made = torch.rand(64, 70, 40) * 400 - 200, torch.get_num_threads(), []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        made.append(T.resample(volume, np.diag([.8, .8, 1.1, 1]), (1.5, 1.5, 2))[0])
+    torch.set_num_threads(threads)
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
