@@ -140,9 +140,9 @@ class WindowAttention(nn.Module):
 def recomputed(function, x, mask=None):
     """function(x, mask), piece by piece along x's first axis; backward makes each piece again in place of keeping it.
 
-    A GPU takes all of a volume at once, a CPU what its cache holds. mask (nW, ...), for each nW rows of x, or None.
+    A GPU takes all at once, a CPU what its cache holds. mask (nW, ...), for each nW rows of x, or None.
     """
-    rows = len(x) if mask is None else len(mask)
+    rows = len(x) if mask is None or x.is_cuda else len(mask)
     size = rows if x.is_cuda else max(1, PIECE // x[0].numel())
     pieces = (piece for volume in x.split(rows) for piece in volume.split(size))
     masks = ((None,) if mask is None else mask.split(size)) * len(x)                       # as many as there are pieces
