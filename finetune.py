@@ -161,7 +161,8 @@ def load_cases(args, ranks):
     elif args.fold is not None:
         cases, held_back = sampling.fold_split(cases, args.fold, args.folds)
     else:
-        cases, held_back = (cases, listed) if listed else sampling.share_split(cases, args.val_fraction, args.seed)
+        held = math.ceil(args.val_fraction * len(cases))
+        cases, held_back = (cases, listed) if listed else sampling.random_split(cases, held, args.seed)
     if not cases or any(case in cases for case in held_back):
         raise ValueError(f"{', '.join(args.data)}: no case is left to train on, or one is also held back")
     if args.num_train is not None:

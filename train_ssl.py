@@ -191,11 +191,10 @@ def load_cases(args, ranks):
         ranks.agree()
     cases, problems = data.read_lists(args.data, args.key)
     data.check_cases(cases, problems=problems, workers=args.workers)
-    held_back = round(args.val_fraction * len(cases))
-    if not 0 <= held_back < len(cases):
+    held = round(args.val_fraction * len(cases))
+    if held >= len(cases):
         raise ValueError(f"--val_fraction {args.val_fraction} of {len(cases)} volumes leaves none to train on")
-    order = torch.randperm(len(cases), generator=sampling.generator(args.seed, "held back")).tolist()
-    return [cases[i] for i in order[held_back:]], [cases[i] for i in order[:held_back]]
+    return sampling.random_split(cases, held, args.seed)
 
 
 def check(args):

@@ -143,13 +143,6 @@ def table_text(scores, tolerance_mm):
     return markdown(["", *scores["dice"]], rows)
 
 
-def without_nan(value):
-    """The same for JSON, which knows neither NaN nor infinity."""
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write(path, text):
     runtime.atomic_write(path, lambda file: file.write(text.encode()))
 
@@ -173,9 +166,10 @@ def write_results(out, rows, names, failed, facts, tolerance_mm):
     text = table_text(scores, tolerance_mm) if rows else "no case was scored\n"
     write(out / "table.md", text)
     scored = list(dict.fromkeys(row["case"] for row in rows))
-    write(out / "results.json", json.dumps(without_nan({
-        **facts, "n": len(scored), "cases": scored, "failed": failed, "labels": names, "absent_organs": ABSENT,
-        "tolerance_mm": tolerance_mm, "scores": scores}), indent=1))
+    results = json.dumps({**facts, "n": len(scored), "cases": scored, "failed": failed, "labels": names,
+                          "absent_organs": ABSENT, "tolerance_mm": tolerance_mm, "scores": scores})
+    plain = json.loads(results, parse_constant=lambda name: None)     # NaN and infinity are no JSON: null
+    write(out / "results.json", json.dumps(plain, indent=1))
     return text
 
 
