@@ -283,7 +283,7 @@ def main(args):
             step, skipped, best = state["step"], state["skipped"], state["best"]
 
         if ranks.is_main:
-            runtime.atomic_write(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
+            runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())
             sizes = [(p.numel(), 4 if p.requires_grad else 1) for p in net.parameters()]
             size, fixed = sum(n for n, _ in sizes), sum(n * k for n, k in sizes) * 4 / 2 ** 20        # in float32
             print(f"{len(train)} volumes and {len(held_back)} held back; steps {step} to {total} of {args.batch} "

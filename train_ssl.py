@@ -315,7 +315,7 @@ def main(args):
             step, skipped = state["step"], state["skipped"]
 
         if ranks.is_main:
-            runtime.atomic_write(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
+            runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())
             size, other = (sum(p.numel() for p in net.parameters()) if net else 0 for net in (student, teacher))
             fixed = (4 * size + other) * 4 / 2 ** 20         # weights, gradients and two moments of AdamW, in float32
             print(f"{args.method}: {len(cases)} volumes and {len(held_back)} held back; steps {step} to {total} of "
