@@ -161,7 +161,8 @@ def load_cases(args, ranks):
     elif args.fold is not None:
         cases, held_back = sampling.fold_split(cases, args.fold, args.folds)
     else:
-        cases, held_back = (cases, listed) if listed else sampling.share_split(cases, args.val_fraction, args.seed)
+        held = math.ceil(args.val_fraction * len(cases))
+        cases, held_back = (cases, listed) if listed else sampling.random_split(cases, held, args.seed)
     if not cases or any(case in cases for case in held_back):
         raise ValueError(f"{', '.join(args.data)}: no case is left to train on, or one is also held back")
     if args.num_train is not None:
@@ -282,7 +283,7 @@ def main(args):
             step, skipped, best = state["step"], state["skipped"], state["best"]
 
         if ranks.is_main:
-            runtime.atomic_write(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
+            runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())
             sizes = [(p.numel(), 4 if p.requires_grad else 1) for p in net.parameters()]
             size, fixed = sum(n for n, _ in sizes), sum(n * k for n, k in sizes) * 4 / 2 ** 20        # in float32
             print(f"{len(train)} volumes and {len(held_back)} held back; steps {step} to {total} of {args.batch} "

@@ -191,11 +191,10 @@ def load_cases(args, ranks):
         ranks.agree()
     cases, problems = data.read_lists(args.data, args.key)
     data.check_cases(cases, problems=problems, workers=args.workers)
-    held_back = round(args.val_fraction * len(cases))
-    if not 0 <= held_back < len(cases):
+    held = round(args.val_fraction * len(cases))
+    if held >= len(cases):
         raise ValueError(f"--val_fraction {args.val_fraction} of {len(cases)} volumes leaves none to train on")
-    order = torch.randperm(len(cases), generator=sampling.generator(args.seed, "held back")).tolist()
-    return [cases[i] for i in order[held_back:]], [cases[i] for i in order[:held_back]]
+    return sampling.random_split(cases, held, args.seed)
 
 
 def check(args):
@@ -316,7 +315,7 @@ def main(args):
             step, skipped = state["step"], state["skipped"]
 
         if ranks.is_main:
-            runtime.atomic_write(out / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
+            runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())
             size, other = (sum(p.numel() for p in net.parameters()) if net else 0 for net in (student, teacher))
             fixed = (4 * size + other) * 4 / 2 ** 20         # weights, gradients and two moments of AdamW, in float32
             print(f"{args.method}: {len(cases)} volumes and {len(held_back)} held back; steps {step} to {total} of "

@@ -145,7 +145,7 @@ def curves_svg(path, series, x_label, y_label, title, lines=None, limits=None, l
     svg = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
            f'font-family="sans-serif" font-size="14" fill="#222"><rect width="100%" height="100%" fill="white"/>'
            f'{"".join(parts)}</svg>\n')
-    atomic_write(path, lambda file: file.write(svg.encode()))
+    atomic_write(path, svg.encode())
 
 
 def from_log(log_csv, folder, prototypes=None):
@@ -206,7 +206,7 @@ def index_html(folder, title, settings, numbers):
 <h2>Settings</h2>{facts_html(settings)}
 </body></html>
 """
-    atomic_write(Path(folder, "index.html"), lambda file: file.write(html.encode()))
+    atomic_write(Path(folder, "index.html"), html.encode())
 
 
 # ------------------------------------------------------------------------------------- what the scripts call, rank 0

@@ -153,7 +153,7 @@ def write_label(path, label, like):
     nifti["cal_min"] = nifti["cal_max"] = nifti["vox_offset"] = 0     # the image's, not the label's
     kind = nib.Nifti2Image if isinstance(nifti, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(np.asarray(label, np.uint8).reshape(nifti.get_data_shape()), None, nifti)
-    atomic_write(path, lambda file: file.write(gzip.compress(image.to_bytes(), 6, mtime=0)))
+    atomic_write(path, gzip.compress(image.to_bytes(), 6, mtime=0))
 
 
 # -------------------------------------------------------------------------------- cases, pre-flight, cache
@@ -241,6 +241,6 @@ def cached(case, settings, folder, with_label=False, num_classes=None):
         np.save(data, np.stack([made[name].numpy() for name in names]))
         entry.mkdir(parents=True, exist_ok=True)
         whole = [entry / f"{zlib.crc32(data.getbuffer()):08x}.npy"]
-        atomic_write(whole[0], lambda file: file.write(data.getbuffer()))
+        atomic_write(whole[0], data.getbuffer())
     voxels = np.load(whole[0], mmap_mode="r", allow_pickle=False)
     return voxels[0], voxels[1] if with_label else None

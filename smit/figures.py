@@ -55,7 +55,7 @@ def write_png(path, pixels):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
     png = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 6)) + chunk(b"IEND", b"")
-    atomic_write(path, lambda file: file.write(b"\x89PNG\r\n\x1a\n" + png))
+    atomic_write(path, b"\x89PNG\r\n\x1a\n" + png)
 
 
 # ----------------------------------------------------------------------------------------------- letters and layout

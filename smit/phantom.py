@@ -284,7 +284,7 @@ def write_dataset(out, n, modality="ct", seed=0, spacing_mm=(1.5, 1.5, 2.0), sta
     if found != settings:
         raise ValueError(f"{out} holds {found}, not phantoms of {settings}: give another folder, or empty this one")
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(record, lambda file: file.write(settings.encode()))
+    atomic_write(record, settings.encode())
     cases = [{"image": f"imagesTr/phantom{i:04d}.nii.gz", "label": f"labelsTr/phantom{i:04d}.nii.gz"} for i in range(n)]
     for index in range(start, n, step):
         paths = [out / path for path in cases[index].values()]
@@ -292,13 +292,12 @@ def write_dataset(out, n, modality="ct", seed=0, spacing_mm=(1.5, 1.5, 2.0), sta
             *arrays, affine = make_patient(seed, index, modality, spacing_mm)
             for path, array in zip(paths, arrays):  # no time stamp: the same patient is the same file
                 path.parent.mkdir(exist_ok=True)
-                packed = gzip.compress(nib.Nifti1Image(array, affine).to_bytes(), 1, mtime=0)
-                atomic_write(path, lambda file: file.write(packed))
+                atomic_write(path, gzip.compress(nib.Nifti1Image(array, affine).to_bytes(), 1, mtime=0))
     train = n - max(n // 5, n > 1)
     listing = {"name": "phantoms", "description": "synthetic torsos", "modality": {"0": modality.upper()},
                "labels": {str(i): name for i, name in enumerate(("background", *ORGANS))}, "numTraining": train,
                "numTest": 0, "training": cases[:train], "validation": cases[train:]}
-    atomic_write(out / "dataset.json", lambda file: file.write(json.dumps(listing, indent=1).encode()))
+    atomic_write(out / "dataset.json", json.dumps(listing, indent=1).encode())
     return out / "dataset.json"
 
 

@@ -148,12 +148,12 @@ def leave_with_parent(parent):
 
 
 # ---------------------------------------------------------------- files that are whole or absent; checkpoints
-def atomic_write(path, write):
-    """Call write(file) on a temporary beside `path`, then rename. OSError names the path and the disk's reason."""
+def atomic_write(path, content):
+    """Write bytes, or what content(file) writes, beside `path`, then rename. OSError names path and the disk's reason."""
     partial = Path(path).with_name(f".{Path(path).name}.{os.urandom(4).hex()}.partial")
     try:
         with open(partial, "x+b") as file:
-            write(file)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -264,7 +264,7 @@ def claim(folder, resume, overwrite):
         resume = resume or RESTARTS > 0 and os.pread(lock.fileno(), 999, 0).endswith(JOB.encode())
         lock.truncate(0)
         lock.write(f"{os.uname().nodename} pid {os.getpid()}".encode())
-        atomic_write(folder / ".probe.partial", lambda file: file.write(bytes(1 << 16)))  # a full disk shows now
+        atomic_write(folder / ".probe.partial", bytes(1 << 16))  # a full disk shows now
     except BlockingIOError as error:
         holder = (folder / ".lock").read_text().split(",")[0]
         raise ValueError(f"{folder} is in use by {holder}; give another with --out") from error
@@ -292,7 +292,7 @@ class CsvLog:
                 raise ValueError(f"{self.path} has the columns {found.strip()}: move it away, or --overwrite the run")
             rows = [row for row in rows if re.fullmatch(r"\d+(,.*)?\n", row) and int(row.split(",")[0]) <= resume_step]
         if self.is_main:
-            atomic_write(self.path, lambda file: file.write("".join([header, *rows]).encode()))
+            atomic_write(self.path, "".join([header, *rows]).encode())
 
     def row(self, **values):
         cells = [values.pop(column, "") for column in self.columns]

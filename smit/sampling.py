@@ -5,7 +5,6 @@ moment at which a run was resumed enters a draw, so two ranks with batch 1 see w
 """
 import functools
 import hashlib
-import math
 import os
 import re
 import warnings
@@ -17,7 +16,7 @@ import torch
 from smit import data
 from smit.masking import random_block_mask
 from smit.runtime import ignore_stop_signals
-from smit.transforms import rotate90
+from smit.transforms import crop, rotate90
 
 SPLITS = {  # numbers of the BTCV cases held back
     "smit21_9": [29, 30, 31, 32, 34, 36, 37, 39, 40],  # [release]
@@ -59,13 +58,8 @@ def random_starts(shape, crop, view, rng):
 
 def cut(volume, start, size):
     """The box of `size` voxels at `start` of an array, maybe on disk, zeros where it leaves it: a tensor of its own."""
-    out = torch.zeros(*size, dtype=torch.uint8)
-    inside = [(max(s, 0), min(s + k, n)) for s, k, n in zip(start, size, volume.shape)]
-    if all(lo < hi for lo, hi in inside):
-        source = tuple(slice(lo, hi) for lo, hi in inside)
-        target = tuple(slice(lo - s, hi - s) for (lo, hi), s in zip(inside, start))
-        out[target] = torch.from_numpy(np.array(volume[source]))
-    return out
+    inside = tuple(slice(max(s, 0), max(s + n, 0)) for s, n in zip(start, size))
+    return crop(torch.from_numpy(np.array(volume[inside])), [min(s, 0) for s in start], size)
 
 
 def list_digest(cases):
@@ -142,10 +136,9 @@ def fold_split(cases, fold, folds):
     return [case for i, case in enumerate(cases) if i not in held], [cases[i] for i in sorted(held)]
 
 
-def share_split(cases, share, seed):
-    """(train, held back) with a random share of the cases held back, at least one unless it is 0."""
+def random_split(cases, held, seed):
+    """(train, held back) with `held` random cases held back."""
     order = torch.randperm(len(cases), generator=generator(seed, "held back")).tolist()
-    held = math.ceil(share * len(cases))
     return [cases[i] for i in order[held:]], [cases[i] for i in order[:held]]
 
 

@@ -143,17 +143,6 @@ def table_text(scores, tolerance_mm):
     return markdown(["", *scores["dice"]], rows)
 
 
-def without_nan(value):
-    """The same for JSON, which knows neither NaN nor infinity."""
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write(path, text):
-    runtime.atomic_write(path, lambda file: file.write(text.encode()))
-
-
 def clear(out):
     """Remove the results of an earlier run: they belong to its predictions."""
     for name in FILES:
@@ -168,14 +157,15 @@ def write_results(out, rows, names, failed, facts, tolerance_mm):
     writer.writeheader()
     for row in rows:
         writer.writerow({name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in row.items()})
-    write(out / "cases.csv", lines.getvalue())
+    runtime.atomic_write(out / "cases.csv", lines.getvalue().encode())
     scores = {score: summary(rows, score) for score in ("dice", "hd95_mm", "surface_dice")} if rows else {}
     text = table_text(scores, tolerance_mm) if rows else "no case was scored\n"
-    write(out / "table.md", text)
+    runtime.atomic_write(out / "table.md", text.encode())
     scored = list(dict.fromkeys(row["case"] for row in rows))
-    write(out / "results.json", json.dumps(without_nan({
-        **facts, "n": len(scored), "cases": scored, "failed": failed, "labels": names, "absent_organs": ABSENT,
-        "tolerance_mm": tolerance_mm, "scores": scores}), indent=1))
+    results = json.dumps({**facts, "n": len(scored), "cases": scored, "failed": failed, "labels": names,
+                          "absent_organs": ABSENT, "tolerance_mm": tolerance_mm, "scores": scores})
+    plain = json.loads(results, parse_constant=lambda name: None)     # NaN and infinity are no JSON: null
+    runtime.atomic_write(out / "results.json", json.dumps(plain, indent=1).encode())
     return text
 
 
@@ -204,6 +194,6 @@ def compare(folders, out):
                      f"{test['p']:.3g}"])
     text = markdown(["", "n", *folders, "difference", "95 % interval (paired bootstrap)", "p (Wilcoxon)"], rows)
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "compare.md", text)
+    runtime.atomic_write(out / "compare.md", text.encode())
     alone = len(found[0]) + len(found[1]) - 2 * len(both)
     return text + (f"\n{alone} rows of cases.csv are in one folder alone and were left out\n" if alone else "")

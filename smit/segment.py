@@ -131,24 +131,18 @@ def load_encoder(net, state_dict, partial=False):
     of either encoder has its counterpart (or partial=True), and for values that are not finite.
     """
     # differs: the release's fine-tuner loads nothing from its own checkpoints and reports success
-    has_heads = any(name.startswith("encoder.") for name in state_dict)
-    inside, dropped = {}, []
-    for name, w in state_dict.items():
-        if has_heads and not name.startswith("encoder."):
-            dropped.append(w)
-        else:
-            inside[name.removeprefix("encoder.")] = w
-    if "mask_token" in inside:
-        dropped.append(inside.pop("mask_token"))
-    own = net.encoder.state_dict()
+    own, has_heads = net.encoder.state_dict(), any(name.startswith("encoder.") for name in state_dict)
+    inside = {name.removeprefix("encoder."): w for name, w in state_dict.items()
+              if name.startswith("encoder.") or not has_heads}
+    inside.pop("mask_token", None)
+    dropped = count(state_dict) - count(inside)
     if "patch_embed.weight" in inside:
         inside["patch_embed.weight"] = adapt_channels(inside["patch_embed.weight"], own["patch_embed.weight"].shape[1])
     matched = {name: w for name, w in inside.items() if name in own and w.shape == own[name].shape}
     missing = {name: w for name, w in own.items() if name not in matched}
     unexpected = {name: w for name, w in inside.items() if name not in matched}
-    report = (f"encoder weights: {amount(matched.values())} of {amount(own.values())} matched; "
-              f"missing {listed(missing)}; unexpected {listed(unexpected)}; "
-              f"heads and mask token dropped: {amount(dropped)}")
+    report = (f"encoder weights: {count(matched):,} of {count(own):,} matched; missing {listed(missing)}; "
+              f"unexpected {listed(unexpected)}; heads and mask token dropped: {dropped:,}")
     if not partial and (missing or unexpected):
         raise ValueError(f"{report}; build the network as the pre-trained one was, or ask for a partial load")
     broken = [name for name, w in matched.items() if not w.isfinite().all()]
@@ -165,15 +159,14 @@ def adapt_channels(weight, channels):
     return weight.sum(1, keepdim=True).repeat(1, channels, 1, 1, 1) / channels
 
 
-def amount(weights):
-    """Say how many parameters there are."""
-    return f"{sum(w.numel() for w in weights):,}"
+def count(weights):
+    return sum(w.numel() for w in weights.values())
 
 
 def listed(weights):
     """Say how many parameters there are, and the first names."""
     names = ", ".join(list(weights)[:3]) + (", ..." if len(weights) > 3 else "")
-    return amount(weights.values()) + (f" ({names})" if names else "")
+    return f"{count(weights):,}" + (f" ({names})" if names else "")
 
 
 @torch.no_grad()
@@ -183,10 +176,7 @@ def predict(net, image, window, turns=(0,), **sliding):
     turns: quarter turns in the axial plane to average over, as training turned its crops; sliding: of sliding_window.
     """
     volume = torch.from_numpy(np.array(image))[None, None] / 255
-    logits = 0
-    for k in turns:
-        logits = logits + rotate90(sliding_window(net, rotate90(volume, k), window, **sliding), -k)[0]
-    return logits / len(turns)
+    return sum(rotate90(sliding_window(net, rotate90(volume, k), window, **sliding), -k)[0] for k in turns) / len(turns)
 
 
 def to_file_grid(logits, affine, file_shape, file_affine):

@@ -33,7 +33,7 @@ KEY = COLUMNS[:5]
 
 def write(path, text):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    runtime.atomic_write(path, lambda file: file.write(text.encode()))
+    runtime.atomic_write(path, text.encode())
 
 
 def write_csv(path, rows):

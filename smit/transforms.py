@@ -62,24 +62,16 @@ def from_ras(array, affine):
     return _reorder(array, inverse, [reverse[w] for w in inverse])
 
 
-def _interpolation(step, start, n_in, n_out):
-    """(n_out, n_in) float32 weights: output voxel j samples the input at index start + step * j; edges repeat."""
-    # Rounded: 1e-6 of a voxel is noise of the affines, and without it a tie would fall either way.
-    centre = np.round(start + step * np.arange(n_out), 6).clip(0, n_in - 1)
+def _interpolation(centre, step, n_in):
+    """(n_out, n_in) float32 weights: output voxel j, `step` wide, lies at index centre[j]; edges repeat."""
     # differs: where the target is coarser, a triangle as wide as its voxel (no aliasing); [release] samples points
     width = max(1., step)
     reach = int(np.ceil(width))
     source = np.arange(-reach, n_in + reach)
-    weight = np.clip(1 - np.abs(source - centre[:, None]) / width, 0, None)
-    matrix = np.zeros((n_in, n_out))
+    weight = np.clip(1 - np.abs(source - centre.clip(0, n_in - 1)[:, None]) / width, 0, None)
+    matrix = np.zeros((n_in, len(centre)))
     np.add.at(matrix, source.clip(0, n_in - 1), weight.T)                          # beyond the edge: the edge voxel
     return torch.from_numpy((matrix.T / weight.sum(1, keepdims=True)).astype(np.float32))
-
-
-def _nearest(step, start, n_in, n_out):
-    """(n_out,) index of the nearest input voxel; a tie goes to the higher one."""
-    centre = np.round(start + step * np.arange(n_out), 6)
-    return torch.from_numpy(np.floor(centre + .5).clip(0, n_in - 1).astype(np.int64))
 
 
 def _along(axis, weights, x):
@@ -103,14 +95,17 @@ def regrid(volume, affine, target_affine, target_shape, mode="linear"):
         raise ValueError("regrid: the two grids' axes run in different directions; bring both to RAS first")
     if mode not in ("linear", "nearest"):
         raise ValueError(f"regrid: mode {mode!r}; use 'linear' or 'nearest'")
+    # rounded: 1e-6 of a voxel is noise of the affines, and without it a tie would fall either way
+    centres = [np.round(first + width * np.arange(n), 6) for first, width, n in zip(start, step, target_shape)]
     if mode == "nearest":
-        for axis in (-3, -2, -1):
-            volume = volume.index_select(axis, _nearest(step[axis], start[axis], shape[axis], target_shape[axis]))
+        for axis, centre in zip((-3, -2, -1), centres):
+            nearest = np.floor(centre + .5).clip(0, shape[axis] - 1).astype(np.int64)   # a tie goes to the higher one
+            volume = volume.index_select(axis, torch.from_numpy(nearest))
         return volume
     volume = volume.float()
     if shape == tuple(target_shape) and np.allclose(index, np.eye(4), rtol=0, atol=1e-6):
         return volume
-    matrices = [_interpolation(*axis) for axis in zip(step, start, shape, target_shape)]
+    matrices = [_interpolation(*axis) for axis in zip(centres, step, shape)]
     # in the order of memory: planes across the axis of the longest stride are compact, and read row by row
     slow, mid, fast = order = sorted((0, 1, 2), key=lambda axis: volume.stride(axis - 3), reverse=True)
     axes = [axis - 3 for axis in order]
