@@ -81,7 +81,7 @@ def parse_arguments(argv=None):
     add("--heads", nargs="+", type=int, default=[4, 4, 4, 4], help="attention heads per stage [release]; so too")
     add("--window", nargs=3, type=int, default=[4, 4, 4], help="tokens per axis of a window [SMIT 2]; so too")
     add("--drop_path", type=float, default=0.0, help="of the encoder's last block [ours]")
-    add("--checkpointing", action="store_true", help="recompute attention and MLP in backward: less than half the memory")
+    add("--checkpointing", action="store_true", help="recompute blocks in backward: less than half the memory")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=1000, help="passes over the volumes [ours]")
@@ -202,7 +202,9 @@ def read_init(args, ranks):
     state = runtime.load_checkpoint(args.init)
     alone = "model" in state                                     # in student.pt
     weights, theirs = state.get("model" if alone else args.weights), state.get("config")
-    if not weights or not theirs or not theirs.keys() >= set(segment.SIZES) or alone and args.weights != "student":
+    sound = isinstance(weights, dict) and isinstance(theirs, dict) and theirs.keys() >= set(segment.SIZES) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items())
+    if not sound or not weights or alone and args.weights != "student":
         raise ValueError(f"{args.init} holds no pre-trained {args.weights}; give student.pt or last.pt of train_ssl.py")
     for name, size in args.sizes_given.items():
         if size != theirs[name]:

@@ -35,7 +35,7 @@ class BadVolume(ValueError):
 
 
 # ----------------------------------------------------------------------------------------------------------- NIfTI
-def _pair(path):
+def pair(path):
     """The file with the header and the one with the voxels: the same, but for .hdr/.img and .HDR/.IMG."""
     head = body = str(path)
     for hdr, img in (("hdr", "img"), ("HDR", "IMG")):
@@ -49,7 +49,7 @@ def _header(path):
     def need(condition, wrong):
         if not condition:
             raise BadVolume(f"{path}: {wrong}")
-    head, body = _pair(path)
+    head, body = pair(path)
     try:
         with open_unpacked(head) as file, open_unpacked(body) as voxels:
             block = file.read(nib.Nifti2Header.sizeof_hdr)
@@ -229,7 +229,7 @@ def cached(case, settings, folder, with_label=False, num_classes=None):
     """
     names = ("image", "label") if with_label else ("image",)
     check_case(case, with_label)
-    files = [Path(file).absolute() for name in names for file in _pair(case[name])]
+    files = [Path(file).absolute() for name in names for file in pair(case[name])]
     stamps = lambda: [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     state = stamps()
     entry = Path(folder, hashlib.sha256(repr((CACHE_FORMAT, state, settings, num_classes)).encode()).hexdigest()[:32])

@@ -43,7 +43,8 @@ def read_lists(paths, key="training"):
         try:
             rows = _rows(path, key)
         except ValueError as error:
-            rows = problems.append(str(error)) or ()
+            rows = []
+            problems.append(str(error))
         for row in rows:
             try:
                 name, case = _case(path, row)

@@ -149,7 +149,7 @@ def leave_with_parent(parent):
 
 # ---------------------------------------------------------------- files that are whole or absent; checkpoints
 def atomic_write(path, content):
-    """Write bytes, or what content(file) writes, beside `path`, then rename. OSError names path and the disk's reason."""
+    """Write bytes, or what content(file) writes, beside `path`, then rename. OSError names path and disk's reason."""
     partial = Path(path).with_name(f".{Path(path).name}.{os.urandom(4).hex()}.partial")
     try:
         with open(partial, "x+b") as file:

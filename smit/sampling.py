@@ -70,7 +70,8 @@ def list_digest(cases):
 
 def written(case):
     """When a case's files were written last, 0 for what is not there."""
-    return [os.stat(path).st_mtime_ns if os.path.exists(path) else 0 for path in (case["image"], case["label"]) if path]
+    files = [file for named in (case["image"], case["label"]) if named for file in data.pair(named)]
+    return [os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files]
 
 
 def unchanged(case, before):

@@ -41,9 +41,16 @@ class SegmentationNet(nn.Module):
 
 
 def build_network(config):
-    """The network that a fine-tuning run's settings describe, freshly initialised from torch's global generator."""
-    return SegmentationNet(config["num_classes"], drop_path=config["drop_path"], checkpointing=config["checkpointing"],
-                           **{name: config[name] for name in SIZES})
+    """The network that a fine-tuning run's settings describe, freshly initialised from torch's global generator.
+
+    ValueError where they describe none: they may come from a stranger's checkpoint.
+    """
+    try:
+        return SegmentationNet(config["num_classes"], drop_path=config["drop_path"],
+                               checkpointing=config["checkpointing"], **{name: config[name] for name in SIZES})
+    except (RuntimeError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+        sizes = {name: config.get(name) for name in SIZES}
+        raise ValueError(f"sizes {sizes} make no network: {str(error).splitlines()[0]}") from None
 
 
 class Up(nn.Module):

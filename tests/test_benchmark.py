@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_it_runs_and_writes_what_it_prints(tmp_path):
     command = "--quick --ours --rounds 1 --threads 1 --only prepare encoder --json".split()
-    done = subprocess.run([sys.executable, "-m", "smit.benchmark", *command, tmp_path / "all.json"], cwd=ROOT, text=True,
-                          capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "smit.benchmark", *command, tmp_path / "all.json"], cwd=ROOT,
+                          text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "all.json").read_text())["rows"]
     assert list(found) == ["encoder", "prepare"] and "failed" not in done.stdout and "ours, bf16" in done.stdout
@@ -49,7 +49,8 @@ def test_the_ct_that_is_prepared_is_a_readable_one(tmp_path):
     path = workloads.write_ct(tmp_path / "ct.nii.gz", (40, 48, 20))
     made = data.load_case({"image": path, "label": None})
     assert made["original_shape"] == (40, 48, 20) and made["image"].float().std() > 10
-    assert spacing_of(made["original_affine"]) == pytest.approx((.8, .8, 1)) and np.allclose(np.diag(made["original_affine"])[:2], -.8)
+    assert spacing_of(made["original_affine"]) == pytest.approx((.8, .8, 1))
+    assert np.allclose(np.diag(made["original_affine"])[:2], -.8)
 
 
 def test_every_contestant_of_a_full_run_has_a_different_name_in_its_row():

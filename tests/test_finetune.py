@@ -66,7 +66,7 @@ def test_defaults_are_the_papers_and_the_releases():
 
 def test_the_tiny_presets_fit_each_other():
     here, there = parse("--preset", "tiny"), train_ssl.parse_arguments(["--preset", "tiny"])
-    for name in ("modality", "hu_window", *segment.SIZES):              # the voxels are coarser here, which is warned of
+    for name in ("modality", "hu_window", *segment.SIZES):              # voxels are coarser here: a warning
         assert getattr(here, name) == getattr(there, name)
     assert here.crop == there.view
 
@@ -130,6 +130,13 @@ def test_a_wrong_init_is_refused_in_one_line(pretrained, phantoms, tmp_path):
         with pytest.raises(ValueError, match=why) as refusal:
             tune(phantoms, tmp_path / "run", "--init", tmp_path / name, "--steps", 1)
         assert "\n" not in str(refusal.value) and not (tmp_path / "run" / "log.csv").exists()
+    whole = runtime.load_checkpoint(pretrained / "student.pt")
+    for part, value in (("config", 3), ("model", [1]), ("model", {"encoder.patch_embed.weight": 3}),
+                        ("model", {7: torch.ones(3)})):
+        runtime.save_checkpoint(tmp_path / "odd.pt", {**whole, part: value})
+        with pytest.raises(ValueError, match="no pre-trained student|refused as a checkpoint") as refusal:
+            tune(phantoms, tmp_path / "run", "--init", tmp_path / "odd.pt", "--steps", 1)
+        assert "\n" not in str(refusal.value), (part, value)
     tune(phantoms, tmp_path / "run", "--init", tmp_path / "lacking.pt", "--steps", 1, "--partial_init")
     with pytest.raises(ValueError, match="last.pt"):
         finetune.read_init(parse("--init", pretrained / "student.pt", "--weights", "teacher"), runtime.start("cpu"))

@@ -96,7 +96,8 @@ def reduced(words, text):
 def named_data(tmp_path, phantoms):
     """A folder where the paths that the README names are phantoms."""
     btcv, other = phantoms.parent, phantom.write_dataset(tmp_path / "data/other", 2, seed=1, spacing_mm=(10, 10, 10))
-    for name, target in (("btcv", btcv), ("chaos", btcv), ("data/ct", btcv / "imagesTr"), ("openkbp/images", other.parent / "imagesTr")):
+    for name, target in (("btcv", btcv), ("chaos", btcv), ("data/ct", btcv / "imagesTr"),
+                         ("openkbp/images", other.parent / "imagesTr")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(target)
     (tmp_path / "ct_extra").mkdir()

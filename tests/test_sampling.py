@@ -1,3 +1,6 @@
+import os
+
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -143,3 +146,13 @@ def test_a_volume_that_cannot_be_used_stops_the_fine_tuning(phantoms, tmp_path):
     broken = [{**data.read_list(phantoms)[0], "label": str(tmp_path / "gone.nii.gz")}]
     with pytest.raises(data.BadVolume, match="gone.nii.gz"):
         list(sampling.batches(crops(broken, tmp_path), [[0]]))
+
+
+def test_a_file_replaced_during_a_run_is_noticed_the_img_of_a_pair_too(tmp_path):
+    voxels = np.random.default_rng(0).integers(-500, 500, (24, 20, 16)).astype(np.int16)
+    nib.save(nib.Nifti1Pair(voxels, np.diag([10., 10., 10., 1])), tmp_path / "ct.hdr")
+    pairs = dataset([{"image": str(tmp_path / "ct.hdr"), "label": None}], tmp_path)
+    assert isinstance(pairs[0], dict)
+    os.utime(tmp_path / "ct.img", ns=(0, 10 ** 18))
+    with pytest.warns(UserWarning, match="changed or removed"):
+        assert isinstance(pairs[1], data.BadVolume)

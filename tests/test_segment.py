@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from smit.pretrain import SMIT
-from smit.segment import SegmentationNet, adapt_channels, conv_norm, load_encoder
+from smit.segment import SegmentationNet, adapt_channels, build_network, conv_norm, load_encoder
 
 TINY = {"embed_dim": 8, "depths": (1, 2), "heads": (2, 2), "window": (2, 4, 3)}
 
@@ -103,3 +103,14 @@ def test_the_decoder_equals_torchs_own_layers():
         for z in (ours(fast), y):
             (z * weight).sum().backward()
         torch.testing.assert_close(fast.grad, plain.grad, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name, value", [("depths", "two"), ("heads", 4), ("window", [0, 0, 0]), ("embed_dim", [8]),
+                                         ("embed_dim", -4), ("num_classes", "x"), ("drop_path", None), ("heads", [3, 3])])
+def test_settings_that_make_no_network_are_refused_in_one_line(name, value):
+    good = dict(num_classes=3, drop_path=0., checkpointing=False, embed_dim=8, depths=[1, 1], heads=[2, 2],
+                window=[4, 4, 4])
+    build_network(good)
+    with pytest.raises(ValueError) as refusal:
+        build_network({**good, name: value})
+    assert "\n" not in str(refusal.value)
