@@ -220,12 +220,17 @@ def ranks(at, world=1):
 def distributed(at, threads):
     torch.set_num_threads(threads)
     runtime.start(at.device)
-    return step(SimpleNamespace(**vars(at) | dict(
+    once = step(SimpleNamespace(**vars(at) | dict(
         wrap=functools.partial(DistributedDataParallel, find_unused_parameters=True))))
+
+    def together():
+        torch.distributed.barrier()                        # the second rank rests here while it is another's turn
+        return once()
+    return together
 
 
 def second_rank(settings, threads):
     os.environ["RANK"] = "1"
     once = distributed(complete(settings), threads)
-    while True:                                            # until the first ends: its gradients are waited for
+    while True:                                            # until the first ends
         once()
