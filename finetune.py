@@ -81,7 +81,7 @@ def parse_arguments(argv=None):
     add("--heads", nargs="+", type=int, default=[4, 4, 4, 4], help="attention heads per stage [release]; so too")
     add("--window", nargs=3, type=int, default=[4, 4, 4], help="tokens per axis of a window [SMIT 2]; so too")
     add("--drop_path", type=float, default=0.0, help="of the encoder's last block [ours]")
-    add("--checkpointing", action="store_true", help="recompute blocks in backward: less than half the memory")
+    add("--checkpointing", action="store_true", help="recompute blocks in backward: about half the memory")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=1000, help="passes over the volumes [ours]")

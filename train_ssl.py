@@ -107,7 +107,7 @@ def parse_arguments(argv=None):
     add("--head_width", type=int, default=2048, help="hidden width of the projection heads [DINO]")
     add("--bottleneck", type=int, default=256, help="their width before the prototypes [DINO]")
     add("--prototypes", type=int, default=8192, help="K, their outputs [iBOT]")
-    add("--checkpointing", action="store_true", help="recompute blocks in backward: less than half the memory")
+    add("--checkpointing", action="store_true", help="recompute blocks in backward: about half the memory")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=400, help="passes over the volumes [SMIT 2]")
