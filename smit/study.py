@@ -9,11 +9,12 @@ A study is a list of steps, and a step is one of the three scripts with its flag
 comparisons, fine-tune it on the first n labelled volumes of a shuffle, score the last checkpoint on volumes held back.
 No checkpoint is picked by its score. All rows share data order, decoder weights and budget. Steps are named for what
 they depend on, so experiments with one --out share them; finished ones are not run again, and one that was cut off
-goes on. Writes OUT/EXPERIMENT/ with a table, figures and cases.csv, a row for each number in them, from whatever is
-finished: a study may be stopped anywhere, and rows it did not reach are missing from its tables.
+goes on. Writes OUT/EXPERIMENT/ (OUT/EXPERIMENT-mr/) with a table, figures and cases.csv, a row for each number in them,
+from whatever is finished: a study may be stopped anywhere, and rows it did not reach are missing from its tables.
 """
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -27,7 +28,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from smit import flags, runtime, tables
+from smit import data, flags, runtime, tables
 
 ROWS = {  # name: flags of train_ssl.py; "rand" is not pre-trained. Table 2's Swin columns, then what Fig. 4 adds
     "rand": None, "smit": "--method smit", "simmim": "--method simmim", "ibot": "--method ibot",
@@ -66,6 +67,7 @@ class Cell(NamedTuple):
     seed: int
     fold: int
     ratio: float
+    modality: str
     steps: list                      # (pre-train,) fine-tune, evaluate
 
     @property
@@ -85,7 +87,8 @@ def parse_arguments(argv=None):
     add("--preset", choices=PRESETS, default="paper", help="sizes of all runs")
     add("--rows", nargs="+", choices=ROWS, metavar="ROW",
         help=f"of {', '.join(ROWS)}; default: the experiment's. rand, smit and simmim come first")
-    add("--labels", nargs="+", type=int, help="numbers of volumes to fine-tune on, nested; default: the experiment's")
+    add("--labels", nargs="+", type=int,
+        help="numbers of volumes to fine-tune on, nested; default: the experiment's, or what every fold leaves")
     add("--seeds", nargs="+", type=int, default=[0], help="of pre-training and fine-tuning [ours]")
     add("--ratios", nargs="+", type=float, default=[.1, .3, .5, .7, .9], help="fig3b: mask ratios [SMIT Fig. 3b]")
     add("--folds", type=int, default=0, help="cross-validate on --data's training split; 5 for MR [SMIT 3]")
@@ -99,27 +102,31 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     args.checkpoint = dict(entry.split("=", 1) for entry in args.checkpoint if "=" in entry)
     args.rows = args.rows or EXPERIMENTS[args.experiment][0]
-    args.labels = args.labels or EXPERIMENTS[args.experiment][1]
     if not args.pretrain_data and set(args.rows) - {"rand", *args.checkpoint}:
         parser.error("--pretrain_data is missing; only --rows rand and those with a --checkpoint do without")
     return args
 
 
 # ------------------------------------------------------------------------------------------------------------- plan
+def mask(ratio):
+    """Part of a step's name: none for the default of .7, so that Fig. 3b shares its runs with the other experiments."""
+    return "" if ratio in (None, .7) else f"-mask{ratio:g}"
+
+
 def pretraining(args, row, seed, ratio=None):
     """The step that makes OUT/name/student.pt, or None for the row of random weights."""
     if ROWS[row] is None:
         return None
-    name = f"pretrain/{row}" + (f"-mask{ratio:g}" if ratio else "") + f"-seed{seed}"
+    name = f"pretrain/{row}{mask(ratio)}-seed{seed}"
     flags = shlex.split(f"{PRESETS[args.preset][0]} {args.pretrain_flags} {ROWS[row]}")
-    flags += ["--mask_ratio", ratio] if ratio else []
+    flags += ["--mask_ratio", ratio] if mask(ratio) else []
     return Step(name, "train_ssl.py", [*flags, "--seed", seed, "--data", *map(os.path.abspath, args.pretrain_data)])
 
 
 def cell(args, row, labels, seed, fold=None, ratio=None):
     """Pre-train, fine-tune, evaluate, for one number in a table."""
     first = None if row in args.checkpoint else pretraining(args, row, seed, ratio)
-    name = f"{row}{f'-mask{ratio:g}' if ratio else ''}-{args.modality}{labels}-seed{seed}"
+    name = f"{row}{mask(ratio)}-{args.modality}{labels}-seed{seed}"
     name += "" if fold is None else f"-fold{fold}"
     init = args.checkpoint.get(row) or first and f"{args.out}/{first.name}/student.pt"
     path = os.path.abspath(args.data)
@@ -131,12 +138,15 @@ def cell(args, row, labels, seed, fold=None, ratio=None):
     score = ["--weights", weights, "--data", path, "--held_out"] + ([] if fold is None else ["--key", "training"])
     steps = [Step(f"finetune/{name}", "finetune.py", tune, (first.name,) if first else ()),
              Step(f"evaluate/{name}", "evaluate.py", score, (f"finetune/{name}",))]
-    return Cell(row, labels, seed, fold, ratio, [first, *steps] if first else steps)
+    return Cell(row, labels, seed, fold, ratio, args.modality, [first, *steps] if first else steps)
 
 
 def plan(args):
     """Cells of the experiment, the most telling first: rand, smit, simmim; fewest labels first; seeds in turn."""
     ranked = [row for row in ROWS if row in args.rows]
+    if not args.labels:
+        n = len(data.read_list(args.data)) if args.folds else 0
+        args.labels = [n - math.ceil(n / args.folds)] if n else EXPERIMENTS[args.experiment][1]
     return [cell(args, row, labels, seed, fold, ratio)
             for some in (ranked[:3], ranked[3:]) for seed in args.seeds for labels in args.labels for row in some
             for fold in (range(args.folds) if args.folds else [None])
@@ -234,7 +244,7 @@ def run(args, steps):
 
 # --------------------------------------------------------------------------------------------------------- the command
 def main(args):
-    out = Path(args.out, args.experiment)
+    out = Path(args.out, args.experiment + ("-mr" if args.modality == "mr" else ""))
     frozen = args.experiment in ("fig5", "probe")
     if frozen:
         first = {(row, seed): pretraining(args, row, seed) for row in args.rows for seed in args.seeds if ROWS[row]}
