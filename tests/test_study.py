@@ -116,6 +116,20 @@ def test_every_organ_belongs_to_one_group_of_figure_4():
     assert sorted(sum(map(list, tables.GROUPS.values()), [])) == sorted(set(tables.PAPER["ct"]) - {"AVG"})
 
 
+def test_interpolation_restores_a_ramp_and_leaves_what_is_visible():
+    ramp = torch.arange(8.).expand(1, 1, 6, 7, 8) / 8
+    hidden = torch.zeros(1, 1, 6, 7, 8, dtype=torch.bool)
+    hidden[..., 1:5, 2:6, 3:6] = True
+    torch.testing.assert_close(tables.interpolated(ramp, hidden), ramp, atol=2e-3, rtol=0)
+    noise = torch.rand(1, 1, 6, 7, 8, generator=torch.Generator().manual_seed(0))
+    filled = tables.interpolated(noise, hidden)
+    assert torch.equal(filled[~hidden], noise[~hidden])
+    d, h, w = 2, 3, 4                                                    # a hidden voxel is the mean of its neighbours
+    around = [filled[0, 0, d + i, h + j, w + k] for i, j, k in
+              ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))]
+    assert abs(filled[0, 0, d, h, w] - sum(around) / 6) < 1e-3
+
+
 def test_a_linear_probe_finds_rare_organs_that_a_plane_parts_from_the_rest():
     rng = torch.Generator().manual_seed(0)
     organs = (torch.rand(2000, generator=rng) < .02).long()              # of 2,000 tokens some 40
