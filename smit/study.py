@@ -247,8 +247,9 @@ def main(args):
     out = Path(args.out, args.experiment + ("-mr" if args.modality == "mr" else ""))
     frozen = args.experiment in ("fig5", "probe")
     if frozen:
-        first = {(row, seed): pretraining(args, row, seed) for row in args.rows for seed in args.seeds if ROWS[row]}
-        steps = [step for (row, _), step in first.items() if row not in args.checkpoint]
+        first = {(row, seed): None if row in args.checkpoint else pretraining(args, row, seed)
+                 for row in args.rows for seed in args.seeds if ROWS[row]}
+        steps = [step for step in first.values() if step]
     else:
         cells = plan(args)
         steps = list({step.name: step for cell in cells for step in cell.steps}.values())
@@ -262,7 +263,7 @@ def main(args):
     finally:                                                             # tables of what there is
         if frozen:
             students = {key: args.checkpoint.get(key[0]) or f"{args.out}/{step.name}/student.pt"
-                        for key, step in first.items() if key[0] in args.checkpoint or finished(args, step)}
+                        for key, step in first.items() if not step or finished(args, step)}
             if args.experiment == "fig5":
                 tables.fig5(out, students, {"ct": args.data, "mr": args.mr_data}, f"{args.out}/cache")
             else:

@@ -271,7 +271,7 @@ def fig5(out, checkpoints, lists, cache):
     body = []
     for (name, modality), some in by(rows, "row", "modality").items():
         parts = [mean_and_interval([np.mean([r[score] for r in more]) for more in by(some, "case").values()])
-                 for score in ("mse", "mse_visible_mean", "mse_hidden_mean")]
+                 for score in ("mse", "mse_visible_mean", "mse_hidden_mean", "mse_interpolated")]
         body.append([name, modality, len(by(some, "case")), len(by(some, "seed")),
                      *(f"{mean:.4f} ({low:.4f}-{high:.4f})" for mean, low, high in parts),
                      PAPER_MSE.get((modality, name), "")])

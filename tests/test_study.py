@@ -160,6 +160,11 @@ def test_a_study_runs_each_step_once_and_keeps_what_a_cell_depends_on(phantoms, 
     done = call("fig5", "--mr_data", phantoms, *flags, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "study/fig5/smit-mr.png").exists()
     assert "| smit | ct | 1 | 1 | " in done.stdout
+    widths = {line.count("|") for line in (tmp_path / "study/fig5/fig5.md").read_text().strip().splitlines()}
+    assert widths == {10}                                                # the header has a name for every column
+    student = f"smit={tmp_path / 'study/pretrain/smit-seed0/student.pt'}"
+    done = call("fig5", "--data", phantoms, "--rows", "smit", "--checkpoint", student, "--out", "given", cwd=tmp_path)
+    assert done.returncode == 0 and "0 steps" in done.stdout and "| smit | ct | 1 | 1 | " in done.stdout
     done = call("probe", *flags, "--rows", "rand", "smit", cwd=tmp_path)
     assert done.returncode == 0 and "| rand | 0." in done.stdout and "| smit | 0." in done.stdout
 
