@@ -104,6 +104,8 @@ def parse_arguments(argv=None):
     args.rows = args.rows or EXPERIMENTS[args.experiment][0]
     if not args.pretrain_data and set(args.rows) - {"rand", *args.checkpoint}:
         parser.error("--pretrain_data is missing; only --rows rand and those with a --checkpoint do without")
+    if args.experiment == "fig3b" and "--mask_ratio" in args.pretrain_flags:
+        parser.error("fig3b sets --mask_ratio itself: name the ratios with --ratios")
     return args
 
 

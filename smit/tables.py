@@ -282,7 +282,7 @@ def fig5(out, checkpoints, lists, cache):
 def interpolated(views, hidden):
     """Views (B, 1, D, H, W), each hidden voxel the mean of its neighbours: as smooth as what is visible allows.
 
-    A network that does not come below this has learned no anatomy yet. Laplace's equation by Jacobi's method [ours].
+    A network that stays above this predicts little but smoothness. Laplace's equation by Jacobi's method [ours].
     """
     visible = torch.stack([v[~h].mean() for v, h in zip(views, hidden)])[:, None, None, None, None]
     filled, change = torch.where(hidden, visible, views), 1.

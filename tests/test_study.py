@@ -71,6 +71,8 @@ def test_fig3b_shares_its_runs_of_the_default_ratio_with_the_other_experiments()
     (same,) = study.plan(arguments("table2", "--rows", "smit", "--labels", 7))
     assert cells[1].steps == same.steps and cells[1].ratio == .7
     assert cells[0].steps[0].name == "pretrain/smit-mask0.3-seed0" and "--mask_ratio" in cells[0].steps[0].flags
+    with pytest.raises(SystemExit):                                      # else runs were not of the ratio they name
+        arguments("fig3b", "--pretrain_flags=--mask_ratio .5")
 
 
 def test_a_folder_made_with_other_flags_is_not_taken_for_finished(tmp_path):
