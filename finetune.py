@@ -358,7 +358,7 @@ def main(args):
             if ranks.is_main and ("val_dice" in row or step == total):
                 image, label = data.cached((held_back or train)[0], settings, args.cache, True, args.num_classes)
                 logits = segment.predict(net.eval(), image, tuple(args.crop), batch=args.batch * args.crops_per_volume)
-                curves.finetuning_report(out, config, image, label, logits.argmax(0))
+                curves.finetuning_report(out, config, image, label, logits.argmax(0).cpu())
             (leaving,) = ranks.agree(stop.asked)
             due = args.save_steps and step % args.save_steps == 0 or time.monotonic() - saved > 60 * args.save_minutes
             if ranks.is_main and improved:

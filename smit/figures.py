@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from smit import scoring
-from smit.metrics import dice
+from smit.metrics import dice, to_numpy
 from smit.runtime import atomic_write
 
 ERROR_TOP = 0.5                                            # absolute errors from here on look alike
@@ -177,8 +177,8 @@ def reconstruction_panel(path, image, hidden, reconstruction, spacing_mm, title=
     image, reconstruction (D, H, W) in [0, 1], hidden (D, H, W) bool. Each MSE is of the plane it stands under, those at
     the foot are of the whole volume; values outside [0, 1] are clipped in the picture and not in the MSE.
     """
-    image, reconstruction = (np.asarray(volume, np.float32) for volume in (image, reconstruction))
-    hidden, error = np.asarray(hidden, bool), np.abs(reconstruction - image)
+    image, reconstruction = (to_numpy(volume).astype(np.float32) for volume in (image, reconstruction))
+    hidden, error = to_numpy(hidden).astype(bool), np.abs(reconstruction - image)
 
     def mse(errors):
         return f"MSE {np.square(errors).mean():.4f}" if errors.size else "-"
@@ -233,10 +233,10 @@ def overlay_panel(path, image, label_true, label_pred, spacing_mm, names, contou
     image (D, H, W) in [0, 1]; labels (D, H, W) of whole numbers, one of which may be None; names {number: organ}.
     contours: outlines, which leave the image to be seen; else filled. The legend has each organ's Dice in the volume.
     """
-    labels = {kind: np.asarray(label, np.uint8) for kind, label in (("truth", label_true), ("prediction", label_pred))
+    labels = {kind: to_numpy(label).astype(np.uint8) for kind, label in (("truth", label_true), ("prediction", label_pred))
               if label is not None}
     at, table = busiest(next(iter(labels.values()))), label_colors(names)
-    base = [grey(plane) for plane in displayed(np.asarray(image, np.float32), spacing_mm, at, 320)]
+    base = [grey(plane) for plane in displayed(to_numpy(image).astype(np.float32), spacing_mm, at, 320)]
     width = max(picture.shape[1] for picture in base)
     columns = [column("image", lettered(base), plane_names(image.shape, at), width)]
     for kind, label in labels.items():
@@ -261,7 +261,7 @@ def token_map(tokens):
     tokens (N, C), or (C, d, h, w), which gives (d, h, w, 3). Each component runs from its 2nd to its 98th percentile;
     its sign is the one of positive skew: a rotation of the features changes nothing. Without variance: grey.
     """
-    x = torch.as_tensor(tokens).double()
+    x = torch.as_tensor(tokens).cpu().double()
     grid = x.shape[1:] if x.ndim == 4 else x.shape[:1]
     x = x.flatten(1).T if x.ndim == 4 else x
     x = x - x.mean(0)
@@ -272,7 +272,7 @@ def token_map(tokens):
     low, high = scores.quantile(torch.tensor([.02, .98], dtype=scores.dtype), 0)
     shares = values / x.square().sum().clamp_min(1e-30)
     colors = torch.where(shares > 1e-9, ((scores - low) / (high - low).clamp_min(1e-30)).clamp(0, 1), .5)
-    return colors.reshape(*grid, 3).float().numpy(), shares.tolist()
+    return to_numpy(colors.reshape(*grid, 3).float()), shares.tolist()
 
 
 def similarity_map(tokens, index):
@@ -280,10 +280,10 @@ def similarity_map(tokens, index):
 
     tokens (N, C) with a number as index, or (C, d, h, w) with three.
     """
-    x = torch.as_tensor(tokens).double()
+    x = torch.as_tensor(tokens).cpu().double()
     x = F.normalize(x if x.ndim == 4 else x.T, dim=0)
     chosen = x[(slice(None), *index)] if x.ndim == 4 else x[:, index]
-    return torch.einsum("c...,c->...", x, chosen).clamp(-1, 1).float().numpy()
+    return to_numpy(torch.einsum("c...,c->...", x, chosen).clamp(-1, 1).float())
 
 
 def token_panel(path, image, features, spacing_mm, at=None, title="Tokens"):
@@ -291,7 +291,7 @@ def token_panel(path, image, features, spacing_mm, at=None, title="Tokens"):
 
     image (D, H, W) in [0, 1]; features: a list of (C, d, h, w), of any resolutions; at: the voxel, or the middle.
     """
-    image = np.asarray(image, np.float32)
+    image = to_numpy(image).astype(np.float32)
     at = at or [n // 2 for n in image.shape]
     base = [grey(plane) for plane in displayed(image, spacing_mm, at)]
     width, marked, columns = max(p.shape[1] for p in base), lettered(base), []

@@ -30,7 +30,7 @@ def tokens(encoder, image, label):
     features = encoder(torch.from_numpy(image)[None, None] / 255, wanted=range(len(encoder.stages)))[:-1]
     grid, last = features[0].shape[2:], slice(encoder.patch - 1, None, encoder.patch)
     features = torch.cat([F.interpolate(f, size=grid) for f in features], 1)                       # (1, C, d, h, w)
-    return features[0].flatten(1).T, torch.from_numpy(label[last, last, last].astype(np.int64)).flatten()
+    return features[0].flatten(1).T.cpu(), torch.from_numpy(label[last, last, last].astype(np.int64)).flatten()
 
 
 def some_of_each(organs, most):

@@ -254,7 +254,7 @@ def fig5(out, checkpoints, lists, cache):
             for number, case in enumerate(samples.cases):
                 views, cells = (samples[number][key] for key in ("views", "hidden"))
                 views, hidden = views / 255, expand_mask(cells, config["mask_cell"])[:, None]       # (2, 1, D, H, W)
-                voxels = student(views, expand_mask(cells, config["mask_cell"] // student.encoder.patch)).voxels
+                voxels = student(views, expand_mask(cells, config["mask_cell"] // student.encoder.patch)).voxels.cpu()
                 visible, best = (torch.stack([v[h].mean() for v, h in zip(views, where)]).view(2, 1, 1, 1, 1)
                                  for where in (~hidden, hidden))
                 rows.append({"row": name, "seed": seed, "modality": modality, "case": scoring.case_name(case["image"]),
