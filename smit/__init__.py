@@ -13,7 +13,7 @@ Read in the paper's order:
     [SMIT 3] DSC, tests, tables                   metrics.py, scoring.py
     [SMIT Fig. 2, 3, 5] panels, curves, page      figures.py, curves.py
     [SMIT Table 2, Fig. 3-5] the comparisons      study.py, tables.py, probe.py
-    data made here                                phantom.py
+    data made here                                phantom/
     ranks, checkpoints, signals                   runtime.py
     what --help shows; memory that stays, on CPU  flags.py, allocator.py
     speed and memory beside peers                 benchmark.py, workloads.py

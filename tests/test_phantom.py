@@ -175,7 +175,7 @@ def test_bad_settings_are_one_clear_line(call, tmp_path):
 
 def test_the_command_writes_a_dataset_and_explains_refusals(tmp_path):
     command = [sys.executable, "-m", "smit.phantom", str(tmp_path / "out"), "--n", "1", "--spacing", "8", "8", "8"]
-    root = Path(phantom.__file__).parents[1]
+    root = Path(phantom.__file__).parents[2]
     run = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert run.returncode == 0 and run.stdout.strip() == str(tmp_path / "out" / "dataset.json")
     run = subprocess.run([*command, "--seed", "1"], capture_output=True, text=True, cwd=root)

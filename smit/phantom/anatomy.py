@@ -6,15 +6,14 @@ An atlas of signed distances in mm (x right, y anterior, z superior; origin betw
 size and place, is seen through a smooth random warp: one patient has one anatomy, at any spacing, in CT and in MR.
 Read: shapes, Canvas, anatomy from the skin inwards, image, files. Check against: any labelled abdominal CT.
 """
-import argparse
 import gzip
 import json
-from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
+from smit.phantom.shapes import carve, ellipsoid, overlap, tube, union
 from smit.runtime import atomic_write
 
 ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
@@ -26,49 +25,6 @@ TISSUES = {  # mean in CT (HU) and in MR (arbitrary units); patients differ by a
     "gallbladder": (10, 1050), "esophagus": (45, 230), "liver": (100, 260), "stomach": (70, 280), "aorta": (200, 70),
     "cava": (125, 100), "veins": (155, 110), "pancreas": (85, 380), "gland": (65, 240)}
 MODALITIES = ("ct", "mr")
-
-
-def ellipsoid(center, radii, turn=0, tilt=0):
-    """Signed distance (mm, negative inside) of an ellipsoid turned about z, then tilted about y (degrees)."""
-    center, radii = np.float32(center), np.float32(radii)
-    (c, cos), (s, sin) = np.cos(np.radians((turn, tilt))), np.sin(np.radians((turn, tilt)))
-    axes = np.float32([[c * cos, s * cos, -sin], [-s, c, 0], [c * sin, s * sin, cos]])
-    def sdf(x, y, z):
-        p = x - center[0], y - center[1], z - center[2]
-        if turn or tilt:
-            p = [a[0] * p[0] + a[1] * p[1] + a[2] * p[2] for a in axes]
-        scaled = [(along / r, r) for along, r in zip(p, radii) if np.isfinite(r)]  # infinite: a cylinder
-        value = np.sqrt(sum(v * v for v, _ in scaled))
-        return value * (value - 1) / np.sqrt(sum((v / r) ** 2 for v, r in scaled) + np.float32(1e-12))
-    return sdf
-
-
-def tube(points, radii):
-    """Signed distance of a tube along a polyline, its corners cut to bend smoothly; radii: one, or one a point (mm)."""
-    line = np.column_stack([np.float32(points), np.broadcast_to(np.float32(radii), len(points))])
-    cut = np.stack([.75 * line[:-1] + .25 * line[1:], .25 * line[:-1] + .75 * line[1:]], 1).reshape(-1, 4)
-    line = np.float32([line[0], *cut[1:-1], line[-1]])
-    def sdf(x, y, z):
-        nearest = np.float32(np.inf)
-        for (ax, ay, az, radius), (sx, sy, sz, widening) in zip(line[:-1], np.diff(line, axis=0)):
-            dx, dy, dz = x - ax, y - ay, z - az
-            t = np.clip((dx * sx + dy * sy + dz * sz) / (sx * sx + sy * sy + sz * sz + np.float32(1e-6)), 0, 1)
-            away = np.sqrt((dx - t * sx) ** 2 + (dy - t * sy) ** 2 + (dz - t * sz) ** 2)
-            nearest = np.minimum(nearest, away - (radius + t * widening))
-        return nearest
-    return sdf
-
-
-def union(a, b, blend=6, sign=1):
-    """Both shapes, melted together over `blend` mm."""
-    def sdf(*p):
-        one, two = sign * a(*p), b(*p)
-        return sign * (np.minimum(one, two) - np.maximum(blend - np.abs(one - two), 0) ** 2 / np.float32(4 * blend))
-    return sdf
-
-
-carve = partial(union, blend=4, sign=-1)  # a with b taken away, the new edge rounded over `blend` mm
-overlap = np.maximum.reduce  # overlap((a, b, ...)): distance to the part that several shapes share
 
 
 class Canvas:
@@ -299,16 +255,3 @@ def write_dataset(out, n, modality="ct", seed=0, spacing_mm=(1.5, 1.5, 2.0), sta
                "numTest": 0, "training": cases[:train], "validation": cases[train:]}
     atomic_write(out / "dataset.json", json.dumps(listing, indent=1).encode())
     return out / "dataset.json"
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m smit.phantom", description="Write synthetic patients as NIfTI.")
-    parser.add_argument("out", metavar="OUT", help="folder for imagesTr, labelsTr and dataset.json")
-    parser.add_argument("--n", type=int, default=8, help="number of patients, the last fifth for validation (8)")
-    parser.add_argument("--modality", choices=MODALITIES, default="ct", help="CT in HU, or T2-like MR (ct)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other patients (0)")
-    parser.add_argument("--spacing", type=float, nargs=3, default=(1.5, 1.5, 2.0), help="voxel in mm (1.5 1.5 2)")
-    try:  # the flags stand in the order of write_dataset's arguments
-        print(write_dataset(*vars(parser.parse_args()).values()))
-    except ValueError as error:
-        parser.error(str(error))
