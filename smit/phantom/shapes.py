@@ -1,47 +1,168 @@
-"""Signed distances of simple solids in mm, negative inside; they melt together and carve each other. [ours]"""
-from functools import partial
+"""Describe solids by the signed distance of points from their surface. [ours]
+
+A shape is anything that is called with x, y, z (arrays of one size, in mm) and
+returns an array of distances in mm: negative inside, zero on the surface. So a
+function can be a shape too. Distances are exact or nearly so close to the
+surface, and only have the right sign far from it.
+
+Read: simple solids, then how new shapes come from others. numpy alone.
+"""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-
-def ellipsoid(center, radii, turn=0, tilt=0):
-    """Signed distance (mm, negative inside) of an ellipsoid turned about z, then tilted about y (degrees)."""
-    center, radii = np.float32(center), np.float32(radii)
-    (c, cos), (s, sin) = np.cos(np.radians((turn, tilt))), np.sin(np.radians((turn, tilt)))
-    axes = np.float32([[c * cos, s * cos, -sin], [-s, c, 0], [c * sin, s * sin, cos]])
-    def sdf(x, y, z):
-        p = x - center[0], y - center[1], z - center[2]
-        if turn or tilt:
-            p = [a[0] * p[0] + a[1] * p[1] + a[2] * p[2] for a in axes]
-        scaled = [(along / r, r) for along, r in zip(p, radii) if np.isfinite(r)]  # infinite: a cylinder
-        value = np.sqrt(sum(v * v for v, _ in scaled))
-        return value * (value - 1) / np.sqrt(sum((v / r) ** 2 for v, r in scaled) + np.float32(1e-12))
-    return sdf
+Array = np.ndarray
+Point = Sequence[float]                                                 # x, y, z in mm
+Shape = Callable[[Array, Array, Array], Array]
 
 
-def tube(points, radii):
-    """Signed distance of a tube along a polyline, its corners cut to bend smoothly; radii: one, or one a point (mm)."""
-    line = np.column_stack([np.float32(points), np.broadcast_to(np.float32(radii), len(points))])
-    cut = np.stack([.75 * line[:-1] + .25 * line[1:], .25 * line[:-1] + .75 * line[1:]], 1).reshape(-1, 4)
-    line = np.float32([line[0], *cut[1:-1], line[-1]])
-    def sdf(x, y, z):
+# ---------------------------------------------------------------- simple solids
+class Ellipsoid:
+    """An ellipsoid, turned about z and then tilted about y, in degrees.
+
+    An infinite radius makes a cylinder along that axis.
+    """
+
+    def __init__(self, center: Point, radii: Point, turn: float = 0, tilt: float = 0):
+        self.center = np.float32(center)
+        self.radii = np.float32(radii)
+        self.axes = turned_axes(turn, tilt) if turn or tilt else None   # (3, 3), one a row
+
+    def __call__(self, x: Array, y: Array, z: Array) -> Array:
+        along = [x - self.center[0], y - self.center[1], z - self.center[2]]
+        if self.axes is not None:
+            dx, dy, dz = along
+            along = [ax * dx + ay * dy + az * dz for ax, ay, az in self.axes]
+
+        # `level` is 0 in the centre and 1 on the surface. (level - 1) over the
+        # length of its gradient, slope / level, is the distance to first order.
+        finite = [(a, radius) for a, radius in zip(along, self.radii) if np.isfinite(radius)]
+        scaled = [(a / radius, radius) for a, radius in finite]
+        level = np.sqrt(sum(s * s for s, _ in scaled))
+        slope = np.sqrt(sum((s / radius) ** 2 for s, radius in scaled) + np.float32(1e-12))
+        return level * (level - 1) / slope
+
+
+def turned_axes(turn: float, tilt: float) -> Array:
+    """Return the axes (3, 3), one a row, of a body turned about z, then tilted about y."""
+    cos_turn, cos_tilt = np.cos(np.radians((turn, tilt)))
+    sin_turn, sin_tilt = np.sin(np.radians((turn, tilt)))
+    return np.float32([
+        [cos_turn * cos_tilt, sin_turn * cos_tilt, -sin_tilt],
+        [-sin_turn, cos_turn, 0],
+        [cos_turn * sin_tilt, sin_turn * sin_tilt, cos_tilt],
+    ])
+
+
+class Tube:
+    """A tube along a polyline whose corners are cut, so that it bends smoothly.
+
+    points: (n, 3) in mm. radii: one for the whole tube, or one a point, in mm.
+    """
+
+    def __init__(self, points: Sequence[Point], radii: float | Sequence[float]):
+        radii = np.broadcast_to(np.float32(radii), len(points))
+        self.line = cut_corners(np.column_stack([np.float32(points), radii]))   # (m, 4)
+
+    def __call__(self, x: Array, y: Array, z: Array) -> Array:
         nearest = np.float32(np.inf)
-        for (ax, ay, az, radius), (sx, sy, sz, widening) in zip(line[:-1], np.diff(line, axis=0)):
-            dx, dy, dz = x - ax, y - ay, z - az
-            t = np.clip((dx * sx + dy * sy + dz * sz) / (sx * sx + sy * sy + sz * sz + np.float32(1e-6)), 0, 1)
-            away = np.sqrt((dx - t * sx) ** 2 + (dy - t * sy) ** 2 + (dz - t * sz) ** 2)
-            nearest = np.minimum(nearest, away - (radius + t * widening))
+        for start, change in zip(self.line[:-1], np.diff(self.line, axis=0)):
+            nearest = np.minimum(nearest, segment_distance(x, y, z, start, change))
         return nearest
-    return sdf
 
 
-def union(a, b, blend=6, sign=1):
-    """Both shapes, melted together over `blend` mm."""
-    def sdf(*p):
-        one, two = sign * a(*p), b(*p)
-        return sign * (np.minimum(one, two) - np.maximum(blend - np.abs(one - two), 0) ** 2 / np.float32(4 * blend))
-    return sdf
+def cut_corners(line: Array) -> Array:
+    """Replace each inner point of a line (n, k) by two, a quarter of the way to its neighbours."""
+    starts, ends = line[:-1], line[1:]
+    cuts = np.stack([.75 * starts + .25 * ends, .25 * starts + .75 * ends], axis=1)
+    inner = cuts.reshape(-1, line.shape[1])[1:-1]
+    return np.concatenate([line[:1], inner, line[-1:]])
 
 
-carve = partial(union, blend=4, sign=-1)  # a with b taken away, the new edge rounded over `blend` mm
-overlap = np.maximum.reduce  # overlap((a, b, ...)): distance to the part that several shapes share
+def segment_distance(x: Array, y: Array, z: Array, start: Array, change: Array) -> Array:
+    """Return distances from a straight piece of a tube whose radius changes evenly.
+
+    start: (x, y, z, radius) of its first end. change: what to add for the second.
+    """
+    sx, sy, sz, widening = change
+    dx, dy, dz = x - start[0], y - start[1], z - start[2]
+
+    squared_length = sx * sx + sy * sy + sz * sz + np.float32(1e-6)
+    share = np.clip((dx * sx + dy * sy + dz * sz) / squared_length, 0, 1)
+    from_axis = np.sqrt((dx - share * sx) ** 2 + (dy - share * sy) ** 2 + (dz - share * sz) ** 2)
+    return from_axis - (start[3] + share * widening)
+
+
+@dataclass(frozen=True)
+class HalfSpace:
+    """All points where normal . (x, y, z) + offset is negative; normal of about length 1."""
+
+    normal: Point
+    offset: float
+
+    def __call__(self, x: Array, y: Array, z: Array) -> Array:
+        nx, ny, nz = self.normal
+        return nx * x + ny * y + nz * z + self.offset
+
+
+# ------------------------------------------------------------- shapes of shapes
+@dataclass(frozen=True)
+class Union:
+    """Two shapes, melted together over `blend` mm."""
+
+    one: Shape
+    other: Shape
+    blend: float = 6
+
+    def __call__(self, x: Array, y: Array, z: Array) -> Array:
+        return smooth_minimum(self.one(x, y, z), self.other(x, y, z), self.blend)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first shape without the second, the new edge rounded over `blend` mm."""
+
+    one: Shape
+    other: Shape
+    blend: float = 4
+
+    def __call__(self, x: Array, y: Array, z: Array) -> Array:
+        return -smooth_minimum(-self.one(x, y, z), self.other(x, y, z), self.blend)
+
+
+class Intersection:
+    """The part of space that all shapes share, with sharp edges."""
+
+    def __init__(self, *shapes: Shape):
+        self.shapes = shapes
+
+    def __call__(self, x: Array, y: Array, z: Array) -> Array:
+        return np.maximum.reduce([shape(x, y, z) for shape in self.shapes])
+
+
+@dataclass(frozen=True)
+class Outside:
+    """All of space but the shape."""
+
+    shape: Shape
+
+    def __call__(self, x: Array, y: Array, z: Array) -> Array:
+        return -self.shape(x, y, z)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """The shape with its surface moved outwards by `mm`, inwards if that is negative."""
+
+    shape: Shape
+    mm: float
+
+    def __call__(self, x: Array, y: Array, z: Array) -> Array:
+        return self.shape(x, y, z) - self.mm
+
+
+def smooth_minimum(a: Array, b: Array, blend: float) -> Array:
+    """Return the smaller of two distances, less by up to blend / 4 where they are alike."""
+    alike = np.maximum(blend - np.abs(a - b), 0)
+    return np.minimum(a, b) - alike ** 2 / np.float32(4 * blend)
