@@ -413,7 +413,7 @@ class Canvas:
     tissue: {name: intensity}
     """
 
-    COARSE = 8              # mm between the points at which a shape is searched
+    COARSE = 8              # mm at most between the points at which a shape is searched
     MARGIN = 12             # mm from such a point within which the shape may have voxels
     SLAB = 200_000          # voxels painted at a time, to stay in the processor's cache
 
@@ -421,7 +421,7 @@ class Canvas:
         self.atlas = atlas
         self.tissue = tissue
         self.soft = np.float32(max(2.0, np.mean(spacing_mm)))           # width of a blurred edge
-        self.step = max(1, int(self.COARSE / max(spacing_mm)))          # voxels
+        self.steps = [max(1, int(self.COARSE / mm)) for mm in spacing_mm]
         self.image = np.full(atlas[0].shape, tissue["air"])
         self.label = np.zeros(atlas[0].shape, np.uint8)
 
@@ -438,15 +438,17 @@ class Canvas:
 
     def bounding_box(self, shape: Shape) -> list[slice] | None:
         """Return slices of the grid that contain a shape, None if it is not in the grid."""
-        coarse = [axis[::self.step, ::self.step, ::self.step] for axis in self.atlas]
+        every_few = tuple(slice(None, None, step) for step in self.steps)
+        coarse = [axis[every_few] for axis in self.atlas]
         touched = shape(*coarse) < self.MARGIN
         if not touched.any():
             return None
         box = []
-        for axis, others in enumerate([(1, 2), (0, 2), (0, 1)]):
-            hits = np.flatnonzero(touched.any(others)) * self.step
-            first = max(0, hits[0] - self.step)
-            stop = min(hits[-1] + self.step + 1, self.image.shape[axis])
+        for axis, step in enumerate(self.steps):
+            other_axes = tuple({0, 1, 2} - {axis})
+            hits = np.flatnonzero(touched.any(other_axes)) * step
+            first = max(0, hits[0] - step)
+            stop = min(hits[-1] + step + 1, self.image.shape[axis])
             box.append(slice(first, stop))
         return box
 
