@@ -1,4 +1,4 @@
-"""Write files that are whole or absent: checkpoints, the output folder, the log. Trust no file [ours]."""
+"""Write files that are whole or absent: checkpoints, a run's folder, its log. Trust no file [ours]."""
 import contextlib
 import errno
 import fcntl
@@ -166,17 +166,20 @@ def save_state(path, parts, **facts):
     save_checkpoint(path, {**state, **facts, "torch": str(torch.__version__)})
 
 
-def resume(folder, parts, config, free, ranks, defaults=None):
+def resume(folder, parts, config, free, ranks, defaults=None, upgrade=None):
     """Load the newest state of a run into its parts; return the facts saved with it.
 
     A folder without a checkpoint gives {"step": 0, "skipped": 0}.
     config: the settings now; those that differ from the checkpoint's are told if they are in
     `free`, else ValueError names them. defaults: values of settings that only one of the two has,
-    for a flag that came or went since the run began.
+    for a flag that came or went since the run began. upgrade(state, parts): returns the state of
+    an older format in today's.
     """
     state = load_latest(folder, ranks)
     if state is None:
         return {"step": 0, "skipped": 0}
+    if upgrade:
+        state = upgrade(state, parts)
     defaults = defaults or {}
     changes = compare_settings({**defaults, **state["config"]}, {**defaults, **config}, free)
     if ranks.is_main:

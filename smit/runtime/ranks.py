@@ -303,7 +303,7 @@ def describe(error):
         return 2, f"error: {error}; give a smaller --batch"
     for pattern, advice in LOADER_FAULTS.items():
         if fault := re.search(f"^.*{pattern}.*$", str(error), re.MULTILINE):
-            return 2, f"error: {fault[0].strip()}; {advice}; --resume goes on from the last checkpoint"
+            return 2, f"error: {fault[0].strip()}; {advice}; training goes on with --resume"
     if isinstance(error, (ValueError, OSError)):
         return 2, f"error: {error}{place_of_bug(error)}"
     return 1, traceback.format_exc()
