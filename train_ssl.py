@@ -22,7 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from smit import allocator, curves, data, ema, flags, losses, phantom, pretrain, runtime, sampling
+from smit import allocator, curves, data, ema, flags, losses, monitors, phantom, pretrain, runtime, sampling
 from smit.masking import expand_mask
 
 MAX_STRIKES = 20  # steps in a row without a finite gradient; fp16's loss scaling alone takes a few at the start [ours]
@@ -260,19 +260,6 @@ def check_bad(bad, cases, max_bad, ranks):
         raise ValueError(f"bad volumes, {len(bad)}, are more than --max_bad {max_bad}: {names}; mend or remove them")
 
 
-@torch.no_grad()
-def collapse_monitors(taught, centers, teacher_temp, ranks):
-    """What collapse shows in, of the last micro-batch: see pretrain.entropies and pretrain.effective_rank."""
-    row = {"effective_rank": pretrain.effective_rank(taught.tokens)}
-    for name, logits in (("mpd", taught.patch_logits), ("itd", taught.image_logits)):
-        if logits is not None:
-            center = centers[name].value
-            row[f"{name}_entropy"], row[f"{name}_mean_entropy"] = pretrain.entropies(
-                logits, center, teacher_temp, ranks.mean)
-            row[f"{name}_center"] = center.norm().item()
-    return row
-
-
 def main(args):
     check_sizes(args)
     if args.check:
@@ -385,13 +372,13 @@ def main(args):
             if measure or step % args.log_every == 0 or step == total:
                 row = {name: term.item() for name, term in row.items()} | {"grad_norm": norm.item()}
                 if teacher and finite:
-                    row |= collapse_monitors(taught, centers, teacher_temp, ranks)
+                    row |= monitors.collapse(taught, centers, teacher_temp, ranks)
                 row = dict(zip(row, ranks.mean(torch.tensor(list(row.values()), device=device)).tolist()))
                 if measure:
                     share = [[number] for number in range(ranks.rank, len(held_back), ranks.world)]
                     val_batches = noted(sampling.batches(pairs(held_back, split="val"), share), unread, len(held_back))
-                    row |= pretrain.validate(student, val_batches, args.mask_cell, args.mip_on == "all", device,
-                                             autocast, ranks)
+                    row |= monitors.masked_image_errors(student, val_batches, args.mask_cell, args.mip_on == "all",
+                                                        device, autocast, ranks)
                     check_bad(unread, held_back, args.max_bad, ranks)
                 log.row(step=step, epoch=step * global_batch / len(cases), lr=optimizer.param_groups[0]["lr"],
                         momentum=momentum, teacher_temp=teacher_temp, skipped=skipped, **row)
