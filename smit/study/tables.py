@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from smit import data, figures, metrics, pretrain, runtime, scoring
-from smit.data import organs, samples as sampling
+from smit.data import organs as organ_names, samples as sampling
+from smit.data.organs import CODES
 from smit.masking import expand_mask
 from smit.study import probe as probes
 
@@ -124,7 +125,7 @@ def mean_and_interval(values):
 def printed_scores(modality, organs):
     """Table 2's values under the names of these organs; its AVG only where they are all that it averages."""
     paper = PAPER[modality]
-    found = {organ: paper[code] for organ in organs if (code := organs.CODES.get(organ, organ)) in paper}
+    found = {organ: paper[code] for organ in organs if (code := CODES.get(organ, organ)) in paper}
     if not len(found) == len(organs) == len(paper):
         del found["AVG"]
     return found
@@ -258,7 +259,7 @@ def fig5(out, checkpoints, lists, cache):
                 voxels = student(views, expand_mask(cells, config["mask_cell"] // student.encoder.patch)).voxels.cpu()
                 visible, best = (torch.stack([v[h].mean() for v, h in zip(views, where)]).view(2, 1, 1, 1, 1)
                                  for where in (~hidden, hidden))
-                rows.append({"row": name, "seed": seed, "modality": modality, "case": organs.case_name(case["image"]),
+                rows.append({"row": name, "seed": seed, "modality": modality, "case": organ_names.case_name(case["image"]),
                              "mse": metrics.mse(voxels, views, hidden),
                              "mse_visible_mean": metrics.mse(visible.expand_as(views), views, hidden),
                              "mse_hidden_mean": metrics.mse(best.expand_as(views), views, hidden),
