@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from smit.data.organs import ORGANS
-from smit.study import __main__ as study, probe, tables
+from smit.study import plan as plans, probe, reconstruction, run as running, tables
+from smit.study.__main__ import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = "--spacing 10 10 10 --embed_dim 8 --depths 1 1 --heads 2 2 --workers 0 --device cpu"
@@ -18,7 +19,7 @@ TUNE = f"{NETWORK} --crop 16 --steps 3"
 
 
 def arguments(experiment, *flags):
-    return study.parse_arguments([experiment, "--data", "list.json", "--pretrain_data", "ct", *map(str, flags)])
+    return parse_arguments([experiment, "--data", "list.json", "--pretrain_data", "ct", *map(str, flags)])
 
 
 def score(row, case, organ, dice, seed=0, labels=3):
@@ -33,13 +34,13 @@ def call(*flags, cwd):
 
 
 def test_random_simmim_and_smit_come_before_the_other_rows():
-    cells = study.plan(arguments("table2", "--labels", 3, 7, "--seeds", 0, 1))
+    cells = plans.plan(arguments("table2", "--labels", 3, 7, "--seeds", 0, 1))
     assert [cell.row for cell in cells[:12]] == 4 * ["rand", "smit", "simmim"]
     assert {cell.row for cell in cells[12:]} == {"ibot", "dino"} and len(cells) == 20
 
 
 def test_rows_differ_in_nothing_but_the_encoder_they_begin_with():
-    cells = study.plan(arguments("table2", "--labels", 7))
+    cells = plans.plan(arguments("table2", "--labels", 7))
     tuned = {cell.row: list(map(str, cell.steps[-2].flags)) for cell in cells}
     for row, flags in tuned.items():
         begun = flags.index("--init") if row != "rand" else len(flags)
@@ -48,13 +49,13 @@ def test_rows_differ_in_nothing_but_the_encoder_they_begin_with():
 
 
 def test_a_given_checkpoint_takes_the_place_of_pre_training():
-    (cell,) = study.plan(arguments("table2", "--rows", "smit", "--checkpoint", "smit=mine.pt"))
+    (cell,) = plans.plan(arguments("table2", "--rows", "smit", "--checkpoint", "smit=mine.pt"))
     assert [step.script for step in cell.steps] == ["finetune.py", "evaluate.py"]
     assert str(cell.steps[0].flags[-1]).endswith("mine.pt")
 
 
 def test_folds_score_what_each_held_back():
-    cells = study.plan(arguments("table2", "--rows", "rand", "--modality", "mr", "--folds", 5, "--labels", 9))
+    cells = plans.plan(arguments("table2", "--rows", "rand", "--modality", "mr", "--folds", 5, "--labels", 9))
     assert [cell.fold for cell in cells] == [0, 1, 2, 3, 4]
     assert all("--held_out" in cell.steps[-1].flags and "training" in cell.steps[-1].flags for cell in cells)
 
@@ -64,12 +65,12 @@ def test_folds_train_on_as_many_volumes_as_the_smallest_leaves(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps(listed))
     args = arguments("table2", "--rows", "rand", "--folds", 5)
     args.data = tmp_path / "dataset.json"
-    assert {cell.labels for cell in study.plan(args)} == {9}             # 12 less the 3 of the largest part
+    assert {cell.labels for cell in plans.plan(args)} == {9}             # 12 less the 3 of the largest part
 
 
 def test_fig3b_shares_its_runs_of_the_default_ratio_with_the_other_experiments():
-    cells = study.plan(arguments("fig3b", "--ratios", .3, .7, "--labels", 7))
-    (same,) = study.plan(arguments("table2", "--rows", "smit", "--labels", 7))
+    cells = plans.plan(arguments("fig3b", "--ratios", .3, .7, "--labels", 7))
+    (same,) = plans.plan(arguments("table2", "--rows", "smit", "--labels", 7))
     assert cells[1].steps == same.steps and cells[1].ratio == .7
     assert cells[0].steps[0].name == "pretrain/smit-mask0.3-seed0" and "--mask_ratio" in cells[0].steps[0].flags
     with pytest.raises(SystemExit):                                      # else runs were not of the ratio they name
@@ -78,12 +79,12 @@ def test_fig3b_shares_its_runs_of_the_default_ratio_with_the_other_experiments()
 
 def test_a_folder_made_with_other_flags_is_not_taken_for_finished(tmp_path):
     args = arguments("table2", "--rows", "rand", "--out", tmp_path)
-    step = study.plan(args)[0].steps[0]
-    assert study.finished(args, step) is None
+    step = plans.plan(args)[0].steps[0]
+    assert running.finished(args, step) is None
     (tmp_path / step.name).mkdir(parents=True)
     (tmp_path / step.name / "step.json").write_text(json.dumps({"flags": ["finetune.py", "--steps", "1"]}))
     with pytest.raises(ValueError, match="other flags"):
-        study.finished(args, step)
+        running.finished(args, step)
 
 
 def test_table2_averages_seeds_case_by_case_and_then_cases(tmp_path):
@@ -123,9 +124,9 @@ def test_interpolation_restores_a_ramp_and_leaves_what_is_visible():
     ramp = torch.arange(8.).expand(1, 1, 6, 7, 8) / 8
     hidden = torch.zeros(1, 1, 6, 7, 8, dtype=torch.bool)
     hidden[..., 1:5, 2:6, 3:6] = True
-    torch.testing.assert_close(tables.interpolated(ramp, hidden), ramp, atol=2e-3, rtol=0)
+    torch.testing.assert_close(reconstruction.interpolated(ramp, hidden), ramp, atol=2e-3, rtol=0)
     noise = torch.rand(1, 1, 6, 7, 8, generator=torch.Generator().manual_seed(0))
-    filled = tables.interpolated(noise, hidden)
+    filled = reconstruction.interpolated(noise, hidden)
     assert torch.equal(filled[~hidden], noise[~hidden])
     d, h, w = 2, 3, 4                                                    # a hidden voxel is the mean of its neighbours
     around = [filled[0, 0, d + i, h + j, w + k] for i, j, k in
