@@ -1,4 +1,4 @@
-"""Write files that are whole or absent: checkpoints, a run's folder, its log. Trust no file [ours]."""
+"""Write files that are whole or absent, and trust none: checkpoints, folders, logs [ours]."""
 import contextlib
 import errno
 import fcntl
@@ -205,13 +205,13 @@ def upgrade_state(state, parts):
     for name, part in parts.items():
         if isinstance(part, torch.optim.Optimizer):
             upgraded[name] = upgrade_moments(state[name], part, names, config)
-    precision = config.get("precision")
-    upgraded["config"] = {**config, "precision": PRECISIONS.get(precision, precision)}
+    if config.get("precision") in PRECISIONS:
+        upgraded["config"] = {**config, "precision": PRECISIONS[config["precision"]]}
     return upgraded
 
 
 def upgrade_moments(state, optimizer, names, config):
-    """Return an optimiser's state in today's format; names {parameter: its name} of the networks."""
+    """Return an optimiser's state in today's format; names: {parameter of a network: its name}."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = dict(state["state"])
     for number, parameter in enumerate(parameters):
@@ -239,7 +239,8 @@ def load_latest(folder, ranks):
             continue
         try:
             state = load_checkpoint(path)
-            if not (isinstance(state.get("step"), int) and isinstance(state.get("config", {}), dict)):
+            is_whole = isinstance(state.get("step"), int)
+            if not is_whole or not isinstance(state.get("config", {}), dict):
                 raise ValueError(f"{path} holds no state of a run")
             states[state["step"]] = state
         except ValueError as error:
