@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from smit import allocator, curves, data, flags, runtime, scoring, segment
+from smit import allocator, curves, data, flags, runtime, scoring, segment, transforms
 from smit.scoring import case_key, case_name
 
 
@@ -123,7 +123,7 @@ def predict_case(net, case, settings, window, autocast, turns, **sliding):
     made = data.load_case(case, settings)
     with autocast():
         logits = segment.predict(net, made["image"].numpy(), window, turns, **sliding)
-    return segment.to_file_grid(logits, made["affine"], made["original_shape"], made["original_affine"])
+    return transforms.to_file_grid(logits, made["affine"], made["original_shape"], made["original_affine"])
 
 
 def predict_all(args, device):
