@@ -49,7 +49,7 @@ def load_network(path, device):
         raise ValueError(f"{path} holds no fine-tuned network: give the best.pt of finetune.py")
     try:
         net = segment.build_network(config)
-        model, note = weights.upgrade(state["model"], config)
+        model, note = weights.upgrade(state.get("average") or state["model"], config)
         net.load_state_dict(model)
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # of settings not ours, too
         raise ValueError(f"{path}: weights and settings do not fit each other ({str(error).splitlines()[0]})") from None

@@ -10,6 +10,7 @@ held-back cases), OUT/last.pt (everything; --resume goes on from it), OUT/log.cs
 and OUT/index.html (curves, a case with its truth and prediction). Every setting stands in
 smit/settings.py.
 """
+import copy
 import json
 import math
 from pathlib import Path
@@ -214,11 +215,13 @@ def train(args, ranks, out):
     if pretrained:
         report = segment.load_encoder(net, pretrained, args.partial_init)
     net.to(ranks.device).encoder.requires_grad_(not args.freeze_encoder)
+    average = copy.deepcopy(net).requires_grad_(False) if args.average else None
+    kept = average or net                           # what is validated, saved and shown
     optimizer = build_optimizer(net, args)
     precision = runtime.Precision(args.precision, ranks.device)
 
     # ---------------------------------------------------------------------- resume, outputs
-    state = dict(model=net, optimizer=optimizer, scaler=precision.scaler)
+    state = dict(model=net, average=average, optimizer=optimizer, scaler=precision.scaler)
     resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks)
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
     best = resumed.get("best", -1.0)
@@ -258,7 +261,8 @@ def train(args, ranks, out):
         optimizer.zero_grad()
         with precision.autocast():
             logits = wrapped(images, noise)                         # (B, num_classes, D, H, W)
-        loss = losses.dice_ce_loss(logits, labels)
+        loss = losses.dice_ce_loss(logits, labels, background_weight=args.background_weight,
+                                   dice_on=args.dice_on)
         precision.scaler.scale(loss).backward()
 
         precision.scaler.unscale_(optimizer)
@@ -266,6 +270,10 @@ def train(args, ranks, out):
         finite = bool(norm.isfinite())              # alike on all ranks: gradients are their mean
         if finite:
             precision.scaler.step(optimizer)
+            if average:
+                # fewer steps count at first, so that the random start is soon forgotten
+                momentum = min(args.average, (step + 1) / (step + 10))
+                ema.update_teacher(average, net, momentum)
         precision.scaler.update()
         step += 1
 
@@ -274,7 +282,7 @@ def train(args, ranks, out):
         bar.advance()
         last, row, pred = step == total, {}, None
         if held_back and (last or step // val_steps > (step - 1) // val_steps):
-            row["val_dice"], pred = validate(net, held_back, args, num_classes, precision, ranks)
+            row["val_dice"], pred = validate(kept, held_back, args, num_classes, precision, ranks)
         # differs: one checkpoint for all organs; the release keeps the best one for each organ
         improved = row.get("val_dice", -1.0) > best or (last and not held_back)
         best = max(best, row.get("val_dice", -1.0))
@@ -290,13 +298,13 @@ def train(args, ranks, out):
             case = (held_back or cases)[0]
             image, label = data.cached(case, preparation(args), args.cache, True, num_classes)
             if pred is None and last:
-                pred = predict(net.eval(), image, args, precision)
+                pred = predict(kept.eval(), image, args, precision)
             figures.finetuning_report(out, config, image, label, pred, case_name(case["image"]))
 
         (leaving,) = ranks.agree(stop.asked)
         if ranks.is_main and improved:
             runtime.save_checkpoint(out / "best.pt", {
-                "model": net.state_dict(), "config": config, "step": step, "val_dice": best})
+                "model": kept.state_dict(), "config": config, "step": step, "val_dice": best})
         if ranks.is_main and (leaving or clock.due(step)):
             runtime.save_state(out / "last.pt", state, step=step, samples=step * per_step,
                                skipped=skips.total, best=best, config=config)

@@ -339,6 +339,14 @@ def parse_finetuning(description, argv=None):
     add("--clip", type=not_negative, default=0.0,
         help="largest gradient norm; 0 clips nothing [release]")
 
+    add("--background_weight", type=positive, default=1.0,
+        help="of the background's voxels in the cross-entropy [release]")
+    add("--dice_on", choices=["all", "organs"], default="all",
+        help="classes whose Dice counts in the loss [release]")
+    add("--average", type=share, default=0.0,
+        help="momentum of an average of the weights, validated and saved in their place [ours]; "
+             "0: none")
+
     # argparse gives a default to no attribute that is there already: what is None now was not typed
     blank = argparse.Namespace(**dict.fromkeys(SIZES))
     argv = sys.argv[1:] if argv is None else argv
