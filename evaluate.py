@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from smit import data, figures, runtime, scoring, segment, settings, weights
+from smit import data, figures, runtime, scoring, segment, settings, transforms, weights
 from smit.data.organs import CODES, case_key, case_name, numbered, organ_ids
 
 
@@ -87,7 +87,7 @@ def predict_case(net, case, settings, window, autocast, turns, **sliding):
     made = data.load_case(case, settings)
     with autocast():
         logits = segment.predict(net, made["image"].numpy(), window, turns, **sliding)
-    return segment.to_file_grid(logits, made["affine"], made["original_shape"], made["original_affine"])
+    return transforms.to_file_grid(logits, made["affine"], made["original_shape"], made["original_affine"])
 
 
 def predict_all(args, device):
