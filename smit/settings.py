@@ -108,6 +108,8 @@ def add_data_flags(parser, what):
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=[], metavar="PATH", help=f"{what}; without it, phantoms")
     add("--key", default="training", help="split to read from a dataset.json [MSD]")
+    add("--data_root", metavar="DIR",
+        help="folder of the files that lists name; default: the list's own [MONAI]")
     add("--modality", choices=["ct", "mr"], default="ct",
         help="ct: by the HU window; mr: by percentiles [SMIT 3]")
     add("--spacing", nargs=3, type=float, default=[1.5, 1.5, 2.0], metavar="MM",
@@ -382,6 +384,8 @@ def parse_evaluation(description, argv=None):
     add("--data", nargs="+", default=[], metavar="PATH",
         help="NIfTI files, folders, text lists, dataset.json files")
     add("--key", default="validation", help="split to read from a dataset.json [MSD]")
+    add("--data_root", metavar="DIR",
+        help="folder of the files that lists name; default: the list's own [MONAI]")
     add("--held_out", action="store_true",
         help="of --data, only the cases that --weights was validated on")
     add("--check", action="store_true",
