@@ -11,7 +11,7 @@ def rng(seed=0):
 
 
 @functools.cache
-def volumes(n=4, spacing_mm=10.0):
+def volumes(n=4, spacing_mm=7.0):
     """Prepared phantoms, each (D, H, W) in [0, 1]."""
     prepared = []
     for index in range(n):
