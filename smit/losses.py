@@ -147,35 +147,14 @@ class Center(nn.Module):
         self.collected.clear()
 
 
-# ------------------------------------------------------------- the comparisons' loss
-def info_nce(predictions, keys, temperature=0.2):
-    """Contrast image tokens: each prediction against the keys of its micro-batch [MoCo v3 Alg. 1].
-
-    predictions, keys (B, K), row b of both from the two views of one volume, B >= 4;
-    keys carry no gradient.
-    """
-    # differs: the keys are this rank's micro-batch, where MoCo v3 gathers all ranks';
-    # and both sides are centred on their mean, in place of the batch norms inside
-    # MoCo v3's heads
-    predictions = centred_directions(predictions)                          # (B, K)
-    keys = centred_directions(keys.detach())                               # (B, K)
-    scores = predictions @ keys.T / temperature                            # (B, B)
-    own_key = torch.arange(len(scores), device=scores.device)
-    return 2 * temperature * F.cross_entropy(scores, own_key)
-
-
-def centred_directions(x):
-    """Subtract the mean row and scale each row to length 1: (B, K) -> (B, K) float32."""
-    x = x.float()
-    return F.normalize(x - x.mean(0), dim=-1)
-
-
 # --------------------------------------------------------------------- fine-tuning
-def dice_ce_loss(logits, label, smooth=1e-6):
-    """Add Dice with squared denominators, background in, and cross-entropy [release].
+def dice_ce_loss(logits, label, smooth=1e-6, background_weight=1.0, dice_on="all"):
+    """Add Dice with squared denominators and cross-entropy [release].
 
-    logits (B, K, D, H, W); label (B, D, H, W) long. Dice is taken per sample and
-    class, then averaged.
+    logits (B, K, D, H, W); label (B, D, H, W) long, 0 the background. Dice is taken
+    per sample and class, then averaged; dice_on="organs" leaves the background out.
+    background_weight: of the background's voxels in the mean of the cross-entropy.
+    The release has 1 and "all"; less makes a network leave "all is background" sooner.
     """
     classes = logits.shape[1]
     label = label.flatten(1)                                               # (B, N voxels)
@@ -189,7 +168,13 @@ def dice_ce_loss(logits, label, smooth=1e-6):
     pred_size = log_p.exp().square().sum(dim=2)                            # (B, K)
 
     dice = 2 * overlap / (pred_size + label_size + smooth)
-    cross_entropy = -log_p_true.mean()
+    if dice_on == "organs":
+        dice = dice[:, 1:]
+    if background_weight == 1:
+        cross_entropy = -log_p_true.mean()
+    else:
+        weight = torch.where(label == 0, background_weight, 1.0)           # (B, N)
+        cross_entropy = -(weight * log_p_true).sum() / weight.sum()
     return (1 - dice).mean() + cross_entropy
 
 

@@ -281,6 +281,7 @@ class Preparation:
     modality: str = "ct"  # "ct": by hu_window; "mr": by percentiles of the foreground
     hu_window: tuple = (-175., 250.)
     percentiles: tuple = (0., 99.5)
+    hu_offset: float = 0.                            # added to stored values by `data.load_case`: -1024 for some CT
 
     def __post_init__(self):
         if self.modality not in ("ct", "mr"):

@@ -142,13 +142,6 @@ def test_center_counts_micro_batches_as_one_batch():
 
 
 # ------------------------------------------------------------------------------------ the comparisons' losses
-def test_info_nce_by_hand():
-    rows = torch.eye(2)
-    expected = 2 * .8 * math.log(1 + math.exp(-2.5))                    # centred: own key's cosine 1, the other's -1
-    assert losses.info_nce(3 * rows + 1, rows, .8).item() == pytest.approx(expected, rel=1e-4)
-    assert losses.info_nce(rows, rows.flip(0), .2) > losses.info_nce(rows, rows, .2)
-
-
 def test_dice_ce_by_hand():
     logits, label = torch.zeros(1, 2, 1, 1, 2), torch.tensor([0, 1]).view(1, 1, 1, 2)
     dice = 1 - 2 * .5 / (2 * .25 + 1)                                   # per class: overlap .5, squares .5, truth 1
@@ -166,3 +159,12 @@ def test_dice_ce_equals_the_one_hot_formula():
     fast = losses.dice_ce_loss(logits, label)
     assert fast.item() == pytest.approx(plain.item(), abs=1e-5)
     torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (fast, plain)), atol=1e-6, rtol=1e-5)
+
+
+def test_the_background_can_weigh_less_and_be_left_out_of_dice():
+    logits, label = torch.randn(2, 3, 2, 3, 4), torch.randint(3, (2, 2, 3, 4))
+    p, truth = logits.softmax(1), torch.nn.functional.one_hot(label, 3).movedim(-1, 1)
+    dice = 2 * (p * truth).sum((2, 3, 4)) / (p.square() + truth).sum((2, 3, 4))           # (2 samples, 3 classes)
+    weighted = torch.nn.functional.cross_entropy(logits, label, torch.tensor([.05, 1, 1]))
+    loss = losses.dice_ce_loss(logits, label, background_weight=.05, dice_on="organs")
+    torch.testing.assert_close(loss, (1 - dice[:, 1:]).mean() + weighted)

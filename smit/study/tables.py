@@ -1,0 +1,247 @@
+"""Write the paper's Table 2 and Figures 3 and 4 from the scores of a study [SMIT 3].
+
+Reading order: the paper's numbers, Table 2 line by line, the figures.
+"""
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from smit import figures, scoring
+from smit.data.organs import CODES
+from smit.study.scores import (
+    dice_by_case, dice_by_organ, estimate_mean, group, paired_difference, write, write_csv)
+
+TABLE2 = ["rand", "dino", "ibot", "simmim", "smit"]
+PAPER = {  # DSC of Table 2's Swin columns, in the order of TABLE2
+    "ct": {
+        "SP": (.944, .946, .948, .950, .963),
+        "RK": (.926, .931, .936, .934, .950),
+        "LK": (.905, .913, .919, .913, .943),
+        "GB": (.694, .730, .777, .761, .787),
+        "ESO": (.732, .752, .760, .772, .772),
+        "LV": (.950, .954, .956, .956, .970),
+        "STO": (.861, .891, .900, .898, .903),
+        "AOR": (.885, .906, .901, .905, .913),
+        "IVC": (.851, .866, .879, .867, .871),
+        "SPV": (.725, .752, .759, .754, .784),
+        "Pan": (.688, .763, .755, .764, .810),
+        "RA": (.660, .651, .659, .640, .669),
+        "LA": (.590, .680, .681, .678, .687),
+        "AVG": (.801, .826, .833, .830, .848),
+    },
+    "mr": {
+        "LV": (.922, .920, .939, .937, .942),
+        "large bowel": (.818, .804, .833, .835, .855),
+        "small bowel": (.708, .729, .744, .759, .775),
+        "STO": (.732, .750, .783, .775, .812),
+        "LK": (.837, .911, .883, .874, .936),
+        "RK": (.845, .896, .906, .871, .930),
+        "AVG": (.810, .835, .848, .842, .875),
+    },
+}
+GROUPS = {  # Fig. 4's; the text names all organs of I, and only the kind of the others [ours]
+    "I large": ("LV", "SP", "LK", "RK"),
+    "II low contrast": ("STO", "ESO", "Pan"),
+    "III small": ("GB", "RA", "LA"),
+    "IV vessels": ("AOR", "IVC", "SPV"),
+}
+
+
+def save(out, name, text, rows):
+    """Write OUT/name.md, and OUT/cases.csv with a row for each number in it."""
+    write_csv(out / "cases.csv", rows)
+    write(out / f"{name}.md", text)
+
+
+# ---------------------------------------------------------------------------------------- Table 2
+def table2(out, scores, runs):
+    """Write table2.md: organs down, rows of the comparison across, averages and differences last."""
+    text = ("DSC on the original grid, background excluded; in parentheses the paper's Table 2, "
+            "from 21 volumes (CT) or 92 (MR).\n")
+    for labels, part in group(scores, "labels").items():
+        seeds = sorted(group(part, "seed"))
+        cases = len(dice_by_organ(next(iter(by_row(part).values())))["AVG"])
+        text += f"\n{labels} labelled volumes, n = {cases} cases, seeds {seeds}\n\n"
+        text += comparison(part)
+    text += ("\np: Wilcoxon signed rank over cases, two-sided; intervals: bootstrap over cases.\n")
+    save(out, "table2", text, scores)
+
+
+def by_row(scores):
+    """Part scores by the row of the comparison, in the order of TABLE2, others after it."""
+    groups = group(scores, "row")
+    return {row: groups[row] for row in dict.fromkeys([*TABLE2, *groups]) if row in groups}
+
+
+def comparison(scores):
+    """Format the scores from one number of labels as a table."""
+    rows = by_row(scores)
+    tables = {row: dice_by_organ(part) for row, part in rows.items()}
+    organs = [*next(iter(tables.values()))]
+    printed = paper_scores(scores[0].modality, organs)
+
+    lines = [organ_line(organ, tables, printed) for organ in organs]
+    lines += summary_lines("", rows)
+    for seed, part in sorted(group(scores, "seed").items()):
+        alone = group(part, "row")
+        lines += summary_lines(f", seed {seed}", {row: alone.get(row) for row in rows})
+    return scoring.markdown(["", *rows], lines)
+
+
+def paper_scores(modality, organs):
+    """Look up Table 2's values: {organ: values in the order of TABLE2}, for organs that it has.
+
+    Its AVG is among them only if these organs are all that it averages.
+    """
+    paper = PAPER[modality]
+    found = {}
+    for organ in organs:
+        code = CODES.get(organ, organ)
+        if code in paper:
+            found[organ] = paper[code]
+    if not len(found) == len(organs) == len(paper):
+        found.pop("AVG", None)
+    return found
+
+
+def organ_line(organ, tables, printed):
+    """Format an organ's mean Dice in each row, the paper's in parentheses."""
+    line = [organ]
+    for row, table in tables.items():
+        text = f"{float(scoring.finite_mean(table[organ])):.3f}"
+        if organ in printed and row in TABLE2:
+            text += f" ({printed[organ][TABLE2.index(row)]:.3f})"
+        line.append(text)
+    return line
+
+
+def summary_lines(suffix, rows):
+    """Format the averages of {row: scores or None}, and how much SMIT is ahead of each."""
+    cases = {row: dice_by_case(part) for row, part in rows.items() if part}
+    average, difference = [f"AVG{suffix}, 95 % interval"], [f"SMIT less this{suffix}"]
+    for row in rows:
+        average.append(average_text(cases[row]) if row in cases else "")
+        compared = row != "smit" and row in cases and "smit" in cases
+        difference.append(difference_text(cases["smit"], cases[row]) if compared else "")
+    return [average, difference]
+
+
+def average_text(dice):
+    """Format the mean of {case: Dice} with its interval."""
+    mean, low, high = estimate_mean(list(dice.values()))
+    return f"{mean:.3f}, {low:.3f}-{high:.3f}"
+
+
+def difference_text(first, second):
+    """Format the paired test of two {case: Dice}."""
+    test = paired_difference(first, second)
+    return (f"{test['mean_difference']:+.3f} ({test['low']:+.3f} to {test['high']:+.3f}), "
+            f"p {test['p']:.2g}")
+
+
+# --------------------------------------------------------------------------------------- Figure 3
+class Curve(NamedTuple):
+    """Points with intervals, as figures.curves_svg takes them."""
+    x: list
+    y: list
+    low: list
+    high: list
+
+    def add(self, x, y, low, high):
+        self.x.append(x)
+        self.y.append(y)
+        self.low.append(low)
+        self.high.append(high)
+
+
+def fig3a(out, scores, runs):
+    """Draw DSC against the number of labelled volumes, with intervals over cases [SMIT Fig. 3a]."""
+    curves, lines = {}, []
+    for row, part in group(scores, "row").items():
+        curves[row] = Curve([], [], [], [])
+        for labels, points in sorted(group(part, "labels").items()):
+            mean, low, high = estimate_mean(dice_by_organ(points)["AVG"])
+            curves[row].add(labels, mean, low, high)
+            seeds = len(group(points, "seed"))
+            lines.append([row, labels, f"{mean:.3f}", f"{low:.3f}-{high:.3f}", seeds])
+    out.mkdir(parents=True, exist_ok=True)
+    figures.curves_svg(out / "fig3a.svg", curves, "labelled volumes", "mean DSC",
+                       "Fig. 3a: fine-tuning size")
+    head = ["row", "labelled volumes", "DSC", "95 % interval", "seeds"]
+    save(out, "fig3a", scoring.markdown(head, lines), scores)
+
+
+def fig3b(out, scores, runs):
+    """Draw held-back MSE of MIP, and DSC, against the mask ratio [SMIT Fig. 3b]."""
+    dsc, lines = Curve([], [], [], []), []
+    ratios, errors = [], []
+    logs = group(runs, "ratio")
+    for ratio, part in sorted(group(scores, "ratio").items()):
+        ends = [finite(run.pretraining["val_mse"])[-1] for run in logs[ratio]]
+        error = float(np.mean(ends))
+        mean, low, high = estimate_mean(dice_by_organ(part)["AVG"])
+        ratios.append(ratio)
+        errors.append(error)
+        dsc.add(ratio, mean, low, high)
+        lines.append([f"{ratio:g}", f"{error:.4f}", f"{mean:.3f}", f"{low:.3f}-{high:.3f}",
+                      len(ends)])
+    out.mkdir(parents=True, exist_ok=True)
+    figures.curves_svg(out / "fig3b-mse.svg", {"smit": (ratios, errors)}, "mask ratio", "MSE",
+                       "Fig. 3b: mask ratio and MSE")
+    figures.curves_svg(out / "fig3b-dsc.svg", {"smit": dsc}, "mask ratio", "DSC",
+                       "Fig. 3b: mask ratio and DSC")
+    head = ["mask ratio", "MSE", "DSC", "95 % interval", "runs"]
+    save(out, "fig3b", scoring.markdown(head, lines), scores)
+
+
+def fig3c(out, scores, runs):
+    """Draw held-back Dice against the epoch of fine-tuning, on the prepared grid [SMIT Fig. 3c].
+
+    Means over seeds and folds.
+    """
+    curves, lines = {}, []
+    for (row, labels), part in group(runs, "row", "labels").items():
+        epochs = validated_epochs(part[0].finetuning)
+        dice = np.mean([finite(run.finetuning["val_dice"]) for run in part], axis=0)
+        curves[f"{row}, {labels}"] = (epochs, dice)
+        for epoch, value in zip(epochs, dice):
+            lines.append([row, labels, f"{epoch:.0f}", f"{value:.3f}"])
+    out.mkdir(parents=True, exist_ok=True)
+    figures.curves_svg(out / "fig3c.svg", curves, "epoch", "mean Dice, held back",
+                       "Fig. 3c: convergence")
+    head = ["row", "labelled volumes", "epoch", "Dice"]
+    save(out, "fig3c", scoring.markdown(head, lines), scores)
+
+
+def finite(values):
+    return [value for value in values if math.isfinite(value)]
+
+
+def validated_epochs(log):
+    """List the epochs of a fine-tuning's log that end with a validation."""
+    return [epoch for epoch, dice in zip(log["epoch"], log["val_dice"]) if math.isfinite(dice)]
+
+
+# --------------------------------------------------------------------------------------- Figure 4
+def fig4(out, scores, runs):
+    """Write DSC by type of organ, rows of the comparison down [SMIT Fig. 4]."""
+    lines = []
+    for (row, labels), part in group(scores, "row", "labels").items():
+        table = dice_by_organ(part)
+        means = [organ_group_mean(table, organs) for organs in GROUPS.values()]
+        mean, low, high = estimate_mean(table["AVG"])
+        numbers = [f"{value:.3f}" for value in [*means, mean]]
+        lines.append([row, labels, *numbers, f"{low:.3f}-{high:.3f}"])
+    head = ["row", "labelled volumes", *GROUPS, "AVG", "95 % interval"]
+    save(out, "fig4", scoring.markdown(head, lines), scores)
+
+
+def organ_group_mean(table, organs):
+    """Average the means of some organs of {organ: Dice of each case}; nan unless it has them all."""
+    if not all(organ in table for organ in organs):
+        return math.nan
+    return float(np.mean([scoring.finite_mean(table[organ]) for organ in organs]))
+
+
+WRITERS = {"table2": table2, "fig3a": fig3a, "fig3b": fig3b, "fig3c": fig3c, "fig4": fig4}
