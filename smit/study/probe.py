@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, pretrain, runtime, scoring
+from smit import data, pretrain, runtime, scoring, weights
 from smit.study.scores import group
 from smit.study.tables import save
 
@@ -93,7 +93,8 @@ def load_encoder(path, random_seed=None):
     torch.manual_seed(random_seed or 0)
     student = pretrain.build_student(state["config"])
     if random_seed is None:
-        student.load_state_dict(state["model"])
+        model, _ = weights.upgrade(state["model"], state["config"])
+        student.load_state_dict(model)
     return student.encoder.eval(), state["config"]
 
 
