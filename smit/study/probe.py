@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, pretrain, runtime, scoring, weights
+from smit import data, pretrain, runtime, scoring
 from smit.study.scores import group
 from smit.study.tables import save
+from smit.weights import upgrade
 
 BANK = 150                             # tokens of each organ to look for neighbours among
 QUERIES = 60                           # tokens of each organ to ask for in each case
@@ -93,7 +94,7 @@ def load_encoder(path, random_seed=None):
     torch.manual_seed(random_seed or 0)
     student = pretrain.build_student(state["config"])
     if random_seed is None:
-        model, _ = weights.upgrade(state["model"], state["config"])
+        model, _ = upgrade(state["model"], state["config"])
         student.load_state_dict(model)
     return student.encoder.eval(), state["config"]
 
