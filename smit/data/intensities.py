@@ -8,9 +8,12 @@ import numpy as np
 
 from smit.data.concerns import Concern
 
+HALF = .4                              # share that is most of a volume
 NARROW = 50                            # a CT's HU span more than that
 AIR_HU = -200                          # air and lung lie below
-SOFT_TISSUE = (900, 1200)              # of HU + 1024
+MANY = .02                             # share of voxels that is no chance
+STRAY = .001                           # share of voxels that may lie anywhere
+SOFT_TISSUE = (900, 1200)              # as HU + 1024
 FEW_LEVELS = 16                        # grey levels of 256 in use
 SATURATED = .3                         # share of a prepared volume at white
 EMPTY = .97                            # and at black, in the box around the body
@@ -35,7 +38,7 @@ def judge_raw(path, image, settings):
     low, high = float(voxels.min()), float(voxels.max())
     values = f"{low:.4g} to {high:.4g}"
     if settings.modality == "mr":
-        if np.mean(voxels < -100) > .02:
+        if np.mean(voxels < -100) > MANY:
             return [Concern(path, "has many negative values, as CT has and MR has not", values,
                             "use --modality ct if it is one")]
         return []
@@ -46,17 +49,16 @@ def judge_raw(path, image, settings):
     if low >= 0 and high <= 255:
         return [Concern(path, "these are grey values, hardly HU: it was scaled before, or is no CT", values,
                         "give the original HU, or use --modality mr")]
-    if low < AIR_HU:
+    if np.mean(voxels < AIR_HU) > STRAY:
         return []
-    if low < -10:
+    tissue = voxels[voxels > low + 100]
+    if np.mean((tissue > SOFT_TISSUE[0]) & (tissue < SOFT_TISSUE[1])) > HALF:
+        return [Concern(path, "no air near -1000, and most of it lies near 1024: HU were stored with 1024 added",
+                        values, "use --hu_offset -1024")]
+    if -1000 < low < -10 and np.mean(voxels == low) > MANY:
         return [Concern(path, "nothing lies below -200 HU: air was cut off, and is grey in place of black", values,
                         "give the full range of HU, unless all volumes are cut off alike")]
-    tissue = voxels[voxels > low + 100]
-    in_range = np.mean((tissue > SOFT_TISSUE[0]) & (tissue < SOFT_TISSUE[1])) if tissue.size else 0
-    if in_range > .4:
-        return [Concern(path, "nothing is negative, and most of it lies near 1024: HU were stored with 1024 added",
-                        values, "use --hu_offset -1024")]
-    return [Concern(path, "nothing is negative: these are no HU", values,
+    return [Concern(path, "nothing lies below -200, where CT has its air: these are no HU", values,
                     "use --modality mr for MR, or --hu_offset -1024 for HU with 1024 added")]
 
 

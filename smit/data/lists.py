@@ -78,7 +78,7 @@ def read_entries(path, key, modality=None):
     """Read one source: (path of the list, its entries). An entry is a dict of image, label and fold, not yet trusted."""
     inside = os.path.join(path, "dataset.json")
     if os.path.isdir(path) and os.path.isfile(inside):
-        concerns.note(f"{path}: read through its dataset.json, cases under {key!r}")
+        concerns.note(f"{path}: read through its dataset.json{other_keys(inside, key)}")
         path = inside
     if os.path.isdir(path):
         entries = [{"image": volume} for volume in find_volumes(path, images=True)]
@@ -94,6 +94,12 @@ def read_entries(path, key, modality=None):
         raise ValueError(f"{path}: holds no NIfTI image (*.nii, *.nii.gz, *.hdr){other_formats(path)}; "
                          "give the folder or list that does")
     return path, entries
+
+
+def other_keys(path, key):
+    """Return which split of a JSON list is read, and which others there are."""
+    others = [repr(other) for other in case_keys(read_json(path)) if other != key]
+    return f", its {key!r} cases" + (f", not {', '.join(others)}" if others else "")
 
 
 def make_case(path, entry, data_root=None):
@@ -187,8 +193,8 @@ def find_volumes(folder, images=False):
     if len(distinct) < len(volumes):
         left_out["links to files that were found already"] = len(volumes) - len(distinct)
     if left_out:
-        parts = [f"{count} {reason}" for reason, count in left_out.items()]
-        concerns.note(f"{folder}: left out {', '.join(parts)}")
+        parts = [f"{reason}: {count}" for reason, count in left_out.items()]
+        concerns.note(f"{folder}: left out {'; '.join(parts)}")
     return sorted(distinct.values(), key=natural)
 
 

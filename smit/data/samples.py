@@ -20,6 +20,7 @@ from smit.data import cases as case_files
 from smit.data import concerns
 from smit.data.concerns import Concern
 from smit.data.nifti import BadVolume, pair
+from smit.data.organs import case_names, identities
 from smit.masking import random_block_mask
 from smit.runtime.ranks import ignore_stop_signals
 from smit.transforms import crop, rotate90
@@ -84,12 +85,35 @@ def first_number(path):
 
 
 def fold_split(cases, fold, folds):
-    """Split for cross-validation: (train, held back); nnU-Net's folds if the cases are sorted by name [nnU-Net]."""
-    order = np.arange(len(cases))
-    np.random.RandomState(FOLD_SEED).shuffle(order)
-    held_back = sorted(np.array_split(order, folds)[fold].tolist())
-    train = [i for i in range(len(cases)) if i not in held_back]
-    return [cases[i] for i in train], [cases[i] for i in held_back]
+    """Split for cross-validation: (train, held back), nnU-Net's folds [nnU-Net].
+
+    If the lists give each case its "fold", as MONAI's do and nnU-Net's splits_final.json, theirs are taken
+    and `folds` does not count. Else the names are sorted as plain text, so that case_10 comes before case_2,
+    and shuffled by a fixed seed, whatever the order of the list.
+    ValueError if only some cases have a fold, or none has this one.
+    """
+    listed = [case.get("fold") for case in cases]
+    if any(number is not None for number in listed):
+        held_back = listed_fold(cases, listed, fold)
+    else:
+        names = case_names([case["image"] for case in cases])
+        order = np.array(sorted(range(len(cases)), key=names.__getitem__))
+        np.random.RandomState(FOLD_SEED).shuffle(order)
+        held_back = set(np.array_split(order, folds)[fold].tolist())
+    train = [case for i, case in enumerate(cases) if i not in held_back]
+    return train, [case for i, case in enumerate(cases) if i in held_back]
+
+
+def listed_fold(cases, listed, fold):
+    """Return the indices of the cases that their list puts into this fold."""
+    without = [case["image"] for case, number in zip(cases, listed) if type(number) is not int]
+    if without:
+        raise ValueError(f"{without[0]} has no whole number as its fold, though other cases have: {len(without)} cases "
+                         "without; complete the list, or drop all its folds")
+    if fold not in listed:
+        raise ValueError(f"--fold {fold}: the list has the folds {sorted(set(listed))}; name one of them")
+    concerns.note(f"fold {fold} is the list's own: {listed.count(fold)} of {len(cases)} cases are held back")
+    return {i for i, number in enumerate(listed) if number == fold}
 
 
 def random_split(cases, held, seed):
@@ -108,7 +132,7 @@ def nested_subset(cases, n, seed):
 
 def list_digest(cases):
     """Return twelve hex digits that change with the names and the order of images, not with their folder."""
-    names = [Path(case["image"]).name for case in cases]
+    names = identities([case["image"] for case in cases])
     return hashlib.sha256(repr(names).encode()).hexdigest()[:12]
 
 
