@@ -1,46 +1,160 @@
-"""Names: of organs, whatever their spelling, and of cases. [SMIT Tables 1 and 2]"""
+"""Names of organs, whatever their spelling, and of cases. [SMIT Tables 1 and 2]"""
 import functools
 import re
 from pathlib import Path
 
-ORGANS = {  # the paper's columns, in its order: BTCV's name, then those of AMOS, MONAI, TotalSegmentator and others
-    "SP": "spleen", "RK": "right kidney, rkid, rk", "LK": "left kidney, lkid, lk",
-    "GB": "gallbladder, gall bladder, gall", "ESO": "esophagus, oesophagus, eso", "LV": "liver",
-    "STO": "stomach, sto", "AOR": "aorta, arota, aor", "IVC": "inferior vena cava, postcava, post cava, ivc",
-    "SPV": "portal and splenic veins, portal vein and splenic vein, portal and splenic vein, veins, spv, psv",
-    "Pan": "pancreas, pan", "RA": "right adrenal gland, right adrenal, rad, ra",
-    "LA": "left adrenal gland, left adrenal, lad, la"}
-CODES = {names.split(", ")[0]: code for code, names in ORGANS.items()}
+import numpy as np
+
+from smit.data.nifti import stem
+
+CODES = {  # BTCV's organs in BTCV's order, and the paper's columns for them
+    "spleen": "SP",
+    "right kidney": "RK",
+    "left kidney": "LK",
+    "gallbladder": "GB",
+    "esophagus": "ESO",
+    "liver": "LV",
+    "stomach": "STO",
+    "aorta": "AOR",
+    "inferior vena cava": "IVC",
+    "portal and splenic veins": "SPV",
+    "pancreas": "Pan",
+    "right adrenal gland": "RA",
+    "left adrenal gland": "LA",
+}
+ORGANS = tuple(CODES)                  # BTCV's number n is ORGANS[n - 1]
+
+# Other names of these organs, in any order of their words. Sources: the labels in dataset.json of AMOS22 [A]
+# ("arota" is its spelling), the class map of TotalSegmentator [T], the label table of FLARE22 [F], MONAI's
+# tutorial on BTCV [M], the paper's columns [P], spellings met elsewhere [-]
+ALIASES = {
+    "spleen": ("sp",),                                               # P
+    "right kidney": ("kidney right", "rkid", "rk"),                  # T, M, F
+    "left kidney": ("kidney left", "lkid", "lk"),                    # T, M, F
+    "gallbladder": ("gall bladder", "gall", "gb", "gbd"),            # A, M, P, F
+    "esophagus": ("oesophagus", "eso"),                              # -, M and P
+    "liver": ("lv",),                                                # P
+    "stomach": ("sto",),                                             # M, P
+    "aorta": ("arota", "aor"),                                       # A, P
+    "inferior vena cava": ("postcava", "post cava", "ivc"),          # A, -, F and P
+    "portal and splenic veins": ("portal vein and splenic vein", "portal and splenic vein",
+                                 "portal vein splenic vein", "veins", "spv", "psv"),     # T, -, -, M, P, -
+    "pancreas": ("pan",),                                            # P
+    "right adrenal gland": ("adrenal gland right", "right adrenal", "rad", "rag", "ra"),  # T, -, M, F, P
+    "left adrenal gland": ("adrenal gland left", "left adrenal", "lad", "lag", "la"),     # T, -, M, F, P
+}
+SIDES = {"r": "right", "rt": "right", "l": "left", "lt": "left"}     # as in kidney_r
 
 
-def case_name(path):
-    """The name of a case from that of its file, without nnU-Net's channel: chaos01_0000.nii.gz -> chaos01."""
-    return re.sub(r"(_0000)?\.(nii|hdr|img)(\.gz)?$", "", Path(path).name, flags=re.I)
-
-
-def case_key(path):
-    """What image, label and prediction of a case have in common: img0029, label0029 and 0029 are one."""
-    return re.sub(r"^(img|label)(?=\d)", "", case_name(path))
+# -------------------------------------------------------------------------------------------- organs
+def words_of(name):
+    """Return the words of a name, in lower case and alphabetical order; sides in full."""
+    words = re.findall(r"[^\W_]+", name.lower())
+    return tuple(sorted(SIDES.get(word, word) for word in words))
 
 
 @functools.cache
+def known_names():
+    """Return {words of a name: BTCV's name of that organ}."""
+    names = {words_of(organ): organ for organ in ORGANS}
+    for organ, aliases in ALIASES.items():
+        for alias in aliases:
+            names[words_of(alias)] = organ
+    return names
+
+
 def organ(name):
-    """BTCV's name of an organ, whatever the order, case and separators of the words; any other name in lower case."""
-    def words(text):
-        return sorted(re.findall(r"[^\W_]+", text.lower()))
-    aliases = (names.split(", ") for names in ORGANS.values())
-    return next((known[0] for known in aliases if words(name) in map(words, known)), " ".join(name.lower().split()))
+    """Return BTCV's name of an organ, whatever order, case and separators its words have.
+
+    Any other name comes back in lower case.
+    """
+    return known_names().get(words_of(name), " ".join(name.lower().split()))
 
 
 def organ_ids(names, where):
-    """{organ: id} of {id: name} without the background; ValueError where two names mean one organ."""
+    """Turn {id: name} into {organ: id}, without the background; ValueError if two names mean one organ."""
     ids = {}
     for number, name in sorted(names.items()):
-        if number and ids.setdefault(organ(name), number) != number:
-            raise ValueError(f"{where}: labels {ids[organ(name)]} and {number} are both {organ(name)}; rename one")
+        if not number:
+            continue
+        known = organ(name)
+        if known in ids:
+            raise ValueError(f"{where}: labels {ids[known]} and {number} are both {known}; rename one")
+        ids[known] = number
     return ids
 
 
 def numbered(count):
-    """Names for label numbers that have none."""
+    """Return names for label numbers that have none: {0: "label 0", ...}."""
     return {number: f"label {number}" for number in range(count)}
+
+
+def btcv_numbers(names, images):
+    """Return BTCV's number for each of a network's, (256,) uint8, for a submission.
+
+    ValueError where an organ has no place there, or an image is not named as BTCV's are.
+    """
+    ids = organ_ids(names, "--weights")
+    odd = [image for image in images if not re.fullmatch(r"img\d+", case_name(image))]
+    if odd or not ids.keys() <= CODES.keys():
+        raise ValueError(f"--export_test takes images named as img0061.nii.gz, and BTCV's organs: {odd[:1]}, {[*ids]}")
+    table = np.zeros(256, np.uint8)
+    for name, number in ids.items():
+        table[number] = ORGANS.index(name) + 1
+    return table
+
+
+# --------------------------------------------------------------------------------------------- cases
+def case_name(path):
+    """Return the name of a case: its file's, without suffix; without the channel in nnU-Net's layout.
+
+    imagesTr/chaos01_0000.nii.gz -> chaos01, but scans/week_0000.nii.gz -> week_0000.
+    """
+    path = Path(path)
+    is_nnunet = re.fullmatch("images(tr|ts|va|val|te)", path.parent.name, re.I)
+    return stem(path).removesuffix("_0000") if is_nnunet else stem(path)
+
+
+def case_names(paths):
+    """Return a distinct, readable name for each of several cases.
+
+    It is the file's name, or else the folders' names that tell the files apart: case_1/imaging.nii.gz and
+    case_2/imaging.nii.gz are case_1 and case_2. ValueError if two cases would share a name.
+    """
+    depth = depth_of_names(paths)
+    parts = [[*Path(path).parts[:-1], case_name(path)][-depth:] for path in paths]
+    columns = range(depth)
+    if len(paths) > 1 and depth > 1:
+        columns = [i for i in columns if len({part[i] for part in parts if len(part) == depth}) > 1]
+    names = ["_".join(part[i] for i in columns if i < len(part)) for part in parts]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ValueError(f"{paths[names.index(name)]} and {paths[i]} are both case {name}; rename or drop one")
+    return names
+
+
+def depth_of_names(paths):
+    """Return how many last parts of paths, the file's name among them, tell the paths apart; 1 if all names differ."""
+    parts = [[*Path(path).parts[:-1], case_name(path)] for path in paths]
+    deepest = max(map(len, parts), default=1)
+    for depth in range(1, deepest):
+        if len({tuple(part[-depth:]) for part in parts}) == len(parts):
+            return depth
+    return deepest
+
+
+def identities(paths):
+    """Return what tells files apart wherever their folder lies: the last parts of their paths, often only the name."""
+    depth = depth_of_names(paths)
+    return ["/".join(Path(path).parts[-depth:]) for path in paths]
+
+
+def is_among(path, identities):
+    """Return whether a path ends in one of `identities`, a set."""
+    parts = Path(path).parts
+    return any("/".join(parts[i:]) in identities for i in range(len(parts)))
+
+
+def case_key(name):
+    """Return what names or paths of image, label and prediction of a case share: img0029, label0029, 0029 are one."""
+    return re.sub(r"^(img|label)(?=\d)", "", case_name(name))

@@ -28,18 +28,18 @@ import re
 import shlex
 from pathlib import Path
 
-from smit import flags, runtime
+from smit import runtime
+from smit.settings import Help
 from smit.study import probe, recipes, reconstruction, scores, tables
 from smit.study.plan import (
-    EXPERIMENTS, FROZEN, PRESETS, RECIPES, ROWS, labelled_volumes, plan,
-    pretrainings, student_path)
+    EXPERIMENTS, FROZEN, PRESETS, RECIPES, ROWS, labelled_volumes, plan, pretrainings, student_path)
 from smit.study.run import command, estimate, finished, run
 
 WRITERS = {**tables.WRITERS, "recipe": recipes.recipe}
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help,
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
                                      usage="%(prog)s EXPERIMENT [flags]")
     add = parser.add_argument
     add("experiment", choices=EXPERIMENTS, help="what to reproduce")
@@ -50,8 +50,9 @@ def parse_arguments(argv=None):
     add("--mr_data", metavar="PATH", help="fig5: MR volumes, none of them in --pretrain_data")
     add("--out", default="runs/study", help="output folder, shared by experiments [ours]")
     add("--preset", choices=PRESETS, default="paper", help="sizes of all runs")
-    add("--rows", nargs="+", choices=ROWS, metavar="ROW",
-        help=f"of {', '.join(ROWS)}; default: the experiment's. rand, smit and simmim come first")
+    add("--rows", nargs="+", metavar="ROW",
+        help=f"of {', '.join(ROWS)}, and others with a --checkpoint; default: the experiment's. "
+             "rand, smit and simmim come first")
     add("--labels", nargs="+", type=int,
         help="numbers of volumes to fine-tune on, nested; default: the experiment's, or what every "
              "fold leaves")
@@ -65,7 +66,7 @@ def parse_arguments(argv=None):
     add("--modality", choices=["ct", "mr"], default="ct",
         help="of --data; pre-training is on CT [SMIT 3]")
     add("--checkpoint", nargs="+", default=[], metavar="ROW=PATH",
-        help="a student.pt to use in place of pre-training")
+        help="a student.pt to use in place of pre-training; {seed} in it stands for the seed")
     add("--pretrain_flags", default="", help="more flags for train_ssl.py, in one string")
     add("--finetune_flags", default="", help="more flags for finetune.py, in one string")
     add("--init_flags", default="",
@@ -84,6 +85,9 @@ def parse_arguments(argv=None):
     args.checkpoint = dict(entry.split("=", 1) for entry in args.checkpoint if "=" in entry)
     args.rows = args.rows or experiment.rows
     args.draws = args.draws or experiment.draws
+    unknown = [row for row in args.rows if row not in ROWS and row not in args.checkpoint]
+    if unknown:
+        parser.error(f"--rows {unknown[0]}: choose from {', '.join(ROWS)}, or give its --checkpoint")
     recipes = dict(entry.partition("=")[::2] for entry in args.recipes)
     args.recipes = recipes or RECIPES
     if not all(re.fullmatch(r"[\w.+-]+", name) for name in args.recipes):
@@ -149,7 +153,7 @@ def write_frozen(args, out, first):
     students = {}
     for (row, seed), step in first.items():
         if not step or finished(args, step):
-            students[row, seed] = student_path(args, row, step)
+            students[row, seed] = student_path(args, row, seed, step)
     cache = f"{args.out}/cache"
     if args.experiment == "fig5":
         reconstruction.fig5(out, students, {"ct": args.data, "mr": args.mr_data}, cache)

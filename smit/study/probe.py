@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from smit import data, metrics, pretrain, runtime, scoring
 from smit.data.organs import case_name, numbered, organ_ids
 from smit.data.samples import nested_subset
-from smit.segment import to_file_grid
 from smit.study import power
+from smit.study.reconstruction import load_student
 from smit.study.scores import (
     Score, as_array, dice_by_case, dice_by_organ, dice_by_run_and_case, estimate_mean, group, write,
     write_csv)
-from smit.transforms import crop_affine
+from smit.transforms import crop_affine, to_file_grid
 
 BANK = 150                             # tokens of each organ to look for neighbours among
 QUERIES = 60                           # tokens of each organ to ask for in each case
@@ -133,12 +133,12 @@ def load_encoder(path, random_seed=None):
 
     random_seed: draw the weights from it in place of loading them.
     """
-    state = runtime.load_checkpoint(path)
-    torch.manual_seed(random_seed or 0)
-    student = pretrain.build_student(state["config"])
     if random_seed is None:
-        student.load_state_dict(state["model"])
-    return student.encoder.eval(), state["config"]
+        student, config = load_student(path)
+        return student.encoder, config
+    config = runtime.load_checkpoint(path)["config"]
+    torch.manual_seed(random_seed)
+    return pretrain.build_student(config).encoder.eval(), config
 
 
 def probe_encoder(encoder, config, settings, row, labels, seed, draw):
