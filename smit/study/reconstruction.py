@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, figures, metrics, pretrain, runtime, scoring
+from smit import data, figures, metrics, pretrain, runtime, scoring, weights
 from smit.data.organs import case_name
 from smit.data.samples import ViewPairs
 from smit.masking import expand_mask
 from smit.study.scores import estimate_mean, group
 from smit.study.tables import save
-from smit.weights import upgrade
 
 MASK_RATIO = .7                        # [SMIT Fig. 5]
 PAPER_MSE = {                          # [SMIT 3]
@@ -97,8 +96,8 @@ def load_student(path):
     """Load a student.pt: (student in eval mode, settings of its run)."""
     state = runtime.load_checkpoint(path)
     student = pretrain.build_student(state["config"]).eval()
-    model, _ = upgrade(state["model"], state["config"])
-    student.load_state_dict(model)
+    found, _ = weights.upgrade(state["model"], state["config"])
+    student.load_state_dict(found)
     return student, state["config"]
 
 
