@@ -31,7 +31,8 @@ def upgrade(state_dict, config):
         if MERGE_WEIGHT.search(name):
             weight = reorder_neighbours(weight, RELEASE)
         upgraded[name] = weight
-    return upgraded, "weights of an older format: the inputs of patch merging were put in row-major order"
+    return upgraded, ("weights of an older format: the inputs of patch merging were put in "
+                      "row-major order")
 
 
 def reorder_neighbours(weight, order):
