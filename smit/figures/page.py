@@ -15,6 +15,10 @@ PANELS = {  # pictures of volumes, in the order of the page: name and what to se
         "A view of a volume, the part the student saw, and its prediction. Organs' outlines should "
         "continue through hidden cells. Only hidden voxels are trained, so the prediction may "
         "look odd elsewhere."),
+    "restoration": (
+        "Restoration",
+        "A disturbed view, and the network's restoration of it. What the disturbance destroyed "
+        "should come back in the shape of organs."),
     "tokens": (
         "Tokens",
         "Each square is a token of the whole view. Where the features know anatomy, one tissue has "
