@@ -21,7 +21,7 @@ LABEL_VALUES = 32                      # a label map has no more values ...
 SMALL = 1000                           # ... though a scan of fewer voxels may have as few
 ALIKE = .8                             # share of its voxels that equal their neighbours
 LABEL_LIKE = "holds few whole numbers, as a label does and a scan does not"
-SAMPLE = 2 ** 21                       # voxels that are looked at
+SAMPLE = 2 ** 18                       # voxels that are looked at
 
 
 def sample_of(image):
