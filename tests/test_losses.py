@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
 from smit import losses
@@ -93,6 +94,32 @@ def test_token_losses_are_float32_whatever_comes_in():
     assert losses.itd_loss(half[:, 0], half[:, 0], torch.zeros(8), .1, .04).dtype == torch.float32
 
 
+def test_hidden_tokens_found_before_a_mask_is_moved_give_the_same_loss():
+    torch.manual_seed(0)
+    student, teacher, center = torch.randn(3, 7, 5), torch.randn(3, 7, 5), torch.randn(5)
+    hidden = torch.arange(7) < torch.tensor([[2], [7], [4]])
+    index = losses.hidden_index(hidden)
+    assert index.tolist() == [0, 1, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]
+    given, made = (losses.mpd_loss(student, teacher, hidden, center, .1, .05, i) for i in (index, None))
+    assert torch.equal(given, made)
+    with pytest.raises(ValueError, match="no hidden token"):
+        losses.hidden_index(torch.tensor([[True, False], [False, False]]))
+
+
+def test_no_loss_waits_for_a_gpu():
+    with FakeTensorMode():                                              # has shapes and a device, but no value to read
+        logits, center = torch.empty(2, 4, 5, device="cuda"), torch.empty(5, device="cuda")
+        image_logits = torch.empty(2, 5, device="cuda")
+        views = torch.empty(2, 1, 4, 4, 4, device="cuda")
+        hidden, index = torch.ones(2, 4, dtype=torch.bool, device="cuda"), torch.empty(6, device="cuda").long()
+        terms = [losses.mip_loss(views, views, views > 0),
+                 losses.mpd_loss(logits, logits, hidden, center, .1, .04, index),
+                 losses.itd_loss(image_logits, image_logits, center, .1, .04)]
+        assert all(term.is_cuda and term.shape == () for term in terms)
+        with pytest.raises(DataDependentOutputException):               # without the index it would wait
+            losses.mpd_loss(logits, logits, hidden, center, .1, .04)
+
+
 # ---------------------------------------------------------------------------------------------- centring
 def test_center_is_a_running_mean_of_teacher_logits():
     center = losses.Center(2, momentum=.9)
@@ -115,13 +142,6 @@ def test_center_counts_micro_batches_as_one_batch():
 
 
 # ------------------------------------------------------------------------------------ the comparisons' losses
-def test_info_nce_by_hand():
-    rows = torch.eye(2)
-    expected = 2 * .8 * math.log(1 + math.exp(-2.5))                    # centred: own key's cosine 1, the other's -1
-    assert losses.info_nce(3 * rows + 1, rows, .8).item() == pytest.approx(expected, rel=1e-4)
-    assert losses.info_nce(rows, rows.flip(0), .2) > losses.info_nce(rows, rows, .2)
-
-
 def test_dice_ce_by_hand():
     logits, label = torch.zeros(1, 2, 1, 1, 2), torch.tensor([0, 1]).view(1, 1, 1, 2)
     dice = 1 - 2 * .5 / (2 * .25 + 1)                                   # per class: overlap .5, squares .5, truth 1
@@ -139,3 +159,12 @@ def test_dice_ce_equals_the_one_hot_formula():
     fast = losses.dice_ce_loss(logits, label)
     assert fast.item() == pytest.approx(plain.item(), abs=1e-5)
     torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (fast, plain)), atol=1e-6, rtol=1e-5)
+
+
+def test_the_background_can_weigh_less_and_be_left_out_of_dice():
+    logits, label = torch.randn(2, 3, 2, 3, 4), torch.randint(3, (2, 2, 3, 4))
+    p, truth = logits.softmax(1), torch.nn.functional.one_hot(label, 3).movedim(-1, 1)
+    dice = 2 * (p * truth).sum((2, 3, 4)) / (p.square() + truth).sum((2, 3, 4))           # (2 samples, 3 classes)
+    weighted = torch.nn.functional.cross_entropy(logits, label, torch.tensor([.05, 1, 1]))
+    loss = losses.dice_ce_loss(logits, label, background_weight=.05, dice_on="organs")
+    torch.testing.assert_close(loss, (1 - dice[:, 1:]).mean() + weighted)

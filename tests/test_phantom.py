@@ -1,22 +1,34 @@
 """Phantoms: the right organs at the right place, in every patient, the same bits every time."""
-import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from smit import phantom
-from smit.phantom import ORGANS, make_patient, write_dataset
+from smit.phantom import ORGANS, default_data, make_patient, shapes, write_dataset
 
 COARSE = (4.0, 4.0, 4.0)
-VOLUMES_ML = {"spleen": (80, 400), "right kidney": (70, 250), "left kidney": (70, 250), "gallbladder": (10, 80),
-              "esophagus": (8, 50), "liver": (900, 2200), "stomach": (130, 700), "aorta": (50, 200),
-              "inferior vena cava": (40, 180), "portal and splenic veins": (10, 60), "pancreas": (30, 150),
-              "right adrenal gland": (2, 12), "left adrenal gland": (2, 12)}
+VOLUMES_ML = {
+    "spleen": (80, 400),
+    "right kidney": (70, 250),
+    "left kidney": (70, 250),
+    "gallbladder": (10, 80),
+    "esophagus": (8, 50),
+    "liver": (900, 2200),
+    "stomach": (130, 700),
+    "aorta": (50, 200),
+    "inferior vena cava": (40, 180),
+    "portal and splenic veins": (10, 60),
+    "pancreas": (30, 150),
+    "right adrenal gland": (2, 12),
+    "left adrenal gland": (2, 12),
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +38,10 @@ def patients():
 
 def places(label, affine):
     """Organ name -> its voxels' world coordinates in mm, (n, 3)."""
-    return {name: np.argwhere(label == i) @ affine[:3, :3].T + affine[:3, 3] for i, name in enumerate(ORGANS, 1)}
+    clouds = {}
+    for number, name in enumerate(ORGANS, 1):
+        clouds[name] = np.argwhere(label == number) @ affine[:3, :3].T + affine[:3, 3]
+    return clouds
 
 
 def gap(a, b):
@@ -35,14 +50,16 @@ def gap(a, b):
 
 
 def test_organs_stand_in_btcv_order():
-    assert len(ORGANS) == 13 and ORGANS[0] == "spleen" and ORGANS[5] == "liver" and ORGANS[12] == "left adrenal gland"
+    assert len(ORGANS) == 13
+    assert (ORGANS[0], ORGANS[5], ORGANS[12]) == ("spleen", "liver", "left adrenal gland")
 
 
 def test_image_label_and_affine_are_a_ras_ct_volume(patients):
     for image, label, affine in patients:
         assert image.dtype == np.int16 and label.dtype == np.uint8 and image.shape == label.shape
         assert affine.dtype == np.float64 and nib.aff2axcodes(affine) == ("R", "A", "S")
-        assert np.allclose(image.shape, (95, 75, 85), atol=20) and image[0, 0].mean() < -950 and image.min() >= -1024
+        assert np.allclose(image.shape, (95, 75, 85), atol=20)
+        assert image[0, 0].mean() < -950 and image.min() >= -1024
         assert set(np.unique(label)) == set(range(14))
 
 
@@ -59,9 +76,10 @@ def test_every_organ_has_a_plausible_volume(spacing):
 def test_right_is_right_and_front_is_front(patients):
     for _, label, affine in patients:
         at = {name: points.mean(0) for name, points in places(label, affine).items()}
-        for right, left in (("right kidney", "left kidney"), ("right adrenal gland", "left adrenal gland"),
-                            ("liver", "spleen"), ("inferior vena cava", "aorta"), ("gallbladder", "stomach"),
-                            ("liver", "stomach")):
+        for right, left in (
+                ("right kidney", "left kidney"), ("right adrenal gland", "left adrenal gland"),
+                ("inferior vena cava", "aorta"), ("gallbladder", "stomach"),
+                ("liver", "spleen"), ("liver", "stomach")):
             assert at[right][0] > at[left][0] + 15, (right, left)
         assert at["pancreas"][1] > at["aorta"][1] and at["stomach"][1] > at["spleen"][1]
         assert at["liver"][2] > at["right kidney"][2] and at["esophagus"][2] > at["stomach"][2]
@@ -70,10 +88,12 @@ def test_right_is_right_and_front_is_front(patients):
 def test_neighbours_are_neighbours(patients):
     for _, label, affine in patients[:3]:
         at = places(label, affine)
-        for one, other, mm in (("gallbladder", "liver", 15), ("esophagus", "stomach", 12),
-                               ("inferior vena cava", "liver", 8),
-                               ("portal and splenic veins", "pancreas", 8), ("portal and splenic veins", "liver", 8),
-                               ("portal and splenic veins", "spleen", 25), ("aorta", "esophagus", 20)):
+        for one, other, mm in (
+                ("gallbladder", "liver", 15), ("inferior vena cava", "liver", 8),
+                ("esophagus", "stomach", 12), ("aorta", "esophagus", 20),
+                ("portal and splenic veins", "pancreas", 8),
+                ("portal and splenic veins", "liver", 8),
+                ("portal and splenic veins", "spleen", 25)):
             assert gap(at[one], at[other]) <= mm, (one, other)
         for side in ("right", "left"):
             kidney, gland = at[f"{side} kidney"], at[f"{side} adrenal gland"]
@@ -98,7 +118,8 @@ def test_intensities_are_hounsfield_units(patients):
         hu = {name: np.median(image[label == i]) for i, name in enumerate(ORGANS, 1)}
         assert 70 < hu["liver"] < 130 and 80 < hu["spleen"] < 160 and 90 < hu["right kidney"] < 230
         assert 140 < hu["aorta"] < 260 and -40 < hu["gallbladder"] < 60
-        assert (image < -700).mean() > .1 and (np.abs(image + 105) < 40).mean() > .15 and (image > 300).mean() > .003
+        air, fat, bone = image < -700, np.abs(image + 105) < 40, image > 300
+        assert air.mean() > .1 and fat.mean() > .15 and bone.mean() > .003
 
 
 def test_anatomy_is_the_same_at_another_spacing_and_in_mr(patients):
@@ -120,30 +141,39 @@ def test_the_same_seed_gives_the_same_bits_and_another_another_patient(patients)
     shape = np.minimum(patients[1][1].shape, patients[2][1].shape)
     one, two = (label[tuple(slice(n) for n in shape)] == 6 for _, label, _ in patients[1:3])
     assert 2 * (one & two).sum() / (one.sum() + two.sum()) < .95
-    assert len({round(float(image[label == 6].mean()), 1) for image, label, _ in patients}) == len(patients)
+    livers = {round(float(image[label == 6].mean()), 1) for image, label, _ in patients}
+    assert len(livers) == len(patients)
     assert not np.array_equal(make_patient(1, 1, "ct", COARSE)[1], again[1])
+
+
+def contents(folder):
+    """Relative path -> bytes of each file in a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def test_two_ranks_write_what_one_writes(tmp_path):
     write_dataset(tmp_path / "one", 3, "mr", 5, (6, 7, 8))
     for rank in (1, 0):
         listing = write_dataset(tmp_path / "two", 3, "mr", 5, (6, 7, 8), start=rank, step=2)
-    files = [sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*") if path.is_file())
-             for name in ("one", "two")]
-    assert files[0] == files[1] and len(files[0]) == 8
-    for path in files[0]:
-        assert len({hashlib.sha256((tmp_path / d / path).read_bytes()).digest() for d in ("one", "two")}) == 1
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert one == two and len(one) == 8
+
     data = json.loads(listing.read_text())
-    assert data["modality"] == {"0": "MR"} and data["labels"]["6"] == "liver" and data["numTraining"] == 2
+    assert data["modality"] == {"0": "MR"} and data["labels"]["6"] == "liver"
+    assert data["numTraining"] == 2
     assert len(data["training"]) == 2 and len(data["validation"]) == 1
     for case in data["training"] + data["validation"]:
         image, label = (nib.load(listing.parent / case[key]) for key in ("image", "label"))
         assert image.shape == label.shape and nib.aff2axcodes(image.affine) == ("R", "A", "S")
         assert image.get_data_dtype() == np.int16 and label.get_data_dtype() == np.uint8
-        assert np.allclose(image.header.get_zooms(), (6, 7, 8)) and np.array_equal(image.affine, label.affine)
+        assert np.allclose(image.header.get_zooms(), (6, 7, 8))
+        assert np.array_equal(image.affine, label.affine)
+
     image, label, affine = make_patient(5, 2, "mr", (6, 7, 8))
     stored = nib.load(tmp_path / "one" / "imagesTr" / "phantom0002.nii.gz")
-    assert np.array_equal(np.asarray(stored.dataobj), image) and np.allclose(stored.affine, affine, atol=1e-4)
+    assert np.array_equal(np.asarray(stored.dataobj), image)
+    assert np.allclose(stored.affine, affine, atol=1e-4)
 
 
 def test_a_patient_already_there_is_kept_and_a_foreign_folder_refused(tmp_path):
@@ -162,8 +192,9 @@ def test_a_patient_already_there_is_kept_and_a_foreign_folder_refused(tmp_path):
     assert (tmp_path / "b" / "dataset.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("call", [{"modality": "pet"}, {"seed": -1}, {"spacing_mm": (0, 1, 1)}, {"spacing_mm": (1, 1)},
-                                  {"spacing_mm": (np.nan, 1, 1)}, {"spacing_mm": (1, 1, 1000)}])
+@pytest.mark.parametrize("call", [
+    {"modality": "pet"}, {"seed": -1}, {"spacing_mm": (0, 1, 1)}, {"spacing_mm": (1, 1)},
+    {"spacing_mm": (np.nan, 1, 1)}, {"spacing_mm": (1, 1, 1000)}])
 def test_bad_settings_are_one_clear_line(call, tmp_path):
     with pytest.raises(ValueError) as error:
         make_patient(**{"seed": 0, "index": 0, **call})
@@ -174,9 +205,87 @@ def test_bad_settings_are_one_clear_line(call, tmp_path):
 
 
 def test_the_command_writes_a_dataset_and_explains_refusals(tmp_path):
-    command = [sys.executable, "-m", "smit.phantom", str(tmp_path / "out"), "--n", "1", "--spacing", "8", "8", "8"]
-    root = Path(phantom.__file__).parents[1]
+    out = str(tmp_path / "out")
+    command = [sys.executable, "-m", "smit.phantom", out, "--n", "1", "--spacing", "8", "8", "8"]
+    root = Path(phantom.__file__).parents[2]
     run = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert run.returncode == 0 and run.stdout.strip() == str(tmp_path / "out" / "dataset.json")
     run = subprocess.run([*command, "--seed", "1"], capture_output=True, text=True, cwd=root)
     assert run.returncode == 2 and "not phantoms of" in run.stderr and "Traceback" not in run.stderr
+
+
+class Rank(NamedTuple):
+    """A rank whose barrier notes which images are there when it is reached."""
+
+    rank: int
+    world: int
+    folder: Path
+    seen: list
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def agree(self):
+        self.seen.append(sorted(path.name for path in self.folder.glob("imagesTr/*")))
+
+
+def test_each_rank_makes_its_share_of_the_default_data_and_waits(tmp_path, capsys):
+    folder = tmp_path / "phantoms-mr-3-9x9x9.5mm-seed4"
+    seen = []
+    for rank in (1, 0):
+        paths = default_data(
+            tmp_path / "cache", 3, "mr", 4, (9.0, 9.0, 9.5), Rank(rank, 2, folder, seen))
+        assert paths == [str(folder / "dataset.json")]
+    names = [f"phantom000{index}.nii.gz" for index in range(3)]
+    assert seen == [names[1:2], names]                      # each waits after its own share
+    assert len(json.loads(Path(paths[0]).read_text())["training"]) == 2
+
+    printed = capsys.readouterr().out                       # by rank 0 alone
+    assert printed == f"no --data: training on 3 synthetic patients, made in {folder}\n"
+
+
+def points(*rows):
+    return np.float32(rows).T
+
+
+def test_distances_from_a_sphere_and_a_tube_are_exact():
+    sphere = shapes.Ellipsoid((1, 2, 3), (5, 5, 5))
+    assert np.allclose(sphere(*points((11, 2, 3), (1, -3, 3), (1, 2, 5))), (5, 0, -3))
+    cylinder = shapes.Ellipsoid((0, 0, 7), (4, 4, np.inf))
+    assert np.allclose(cylinder(*points((0, 6, 99), (1, 0, -99))), (2, -3))
+    tube = shapes.Tube([(0, 0, 0), (10, 0, 0)], (1, 3))     # a cone's radius is 2 half-way
+    assert np.allclose(tube(*points((5, 7, 0), (5, 0, 0), (-4, 0, 0), (14, 3, 0))), (5, -2, 3, 2))
+
+
+def test_an_ellipsoid_is_turned_from_x_to_y_and_tilted_from_x_down():
+    turned = shapes.Ellipsoid((0, 0, 0), (9, 2, 4), turn=90)
+    assert np.allclose(turned(*points((0, 9, 0), (2, 0, 0), (0, 0, 4))), 0, atol=1e-4)
+    tilted = shapes.Ellipsoid((0, 0, 0), (9, 2, 4), tilt=30)
+    tip = (9 * np.cos(np.pi / 6), 0, -9 * np.sin(np.pi / 6))
+    assert np.allclose(tilted(*points(tip, (0, 2, 0))), 0, atol=1e-4)
+
+
+def test_shapes_of_shapes_have_the_distances_of_their_definition():
+    left, low = shapes.HalfSpace((1, 0, 0), -3), shapes.HalfSpace((0, 1, 0), 0)    # x < 3; y < 0
+    at = points((1, -7, 0), (8, -9, 0), (5, 1, 0), (3, 0, 0))                       # left: -2 5 2 0
+    assert np.allclose(shapes.Union(left, low, 4)(*at), (-7, -9, 1 - 9 / 16, -1))   # low: -7 -9 1 0
+    assert np.allclose(shapes.Difference(left, low, 4)(*at), (7, 9, 2 + 1 / 16, 1))
+    assert np.allclose(shapes.Intersection(left, low)(*at), (-2, 5, 2, 0))
+    assert np.allclose(shapes.Outside(left)(*at), (2, -5, -2, 0))
+    assert np.allclose(shapes.Grown(left, 3)(*at), (-5, 2, -1, -3))
+
+
+def test_shapes_work_when_their_file_is_copied_alone(tmp_path):
+    shutil.copy(shapes.__file__, tmp_path)
+    lines = """import shapes, sys, numpy as np
+        ball, hole = shapes.Ellipsoid((0, 0, 0), (9, 9, 9)), shapes.Tube([(0, 0, -9), (0, 0, 9)], 3)
+        ring = shapes.Intersection(ball, shapes.Outside(hole))
+        inside = ring(*np.mgrid[-10:10:41j, -10:10:41j, -10:10:41j]) < 0
+        assert abs(inside.sum() / 8 / (4 / 3 * np.pi * (81 - 9) ** 1.5) - 1) < .02
+        assert not {"smit", "nibabel", "torch"} & set(sys.modules)
+        print("used")"""
+    program = "\n".join(line.strip() for line in lines.splitlines())
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "used\n", done.stderr
