@@ -1,13 +1,17 @@
 """A 3-D Swin transformer: window attention, shifted windows, patch merging [SMIT 2; Swin 3].
 
-The encoder f(theta) of the paper, "Swin-small, 768 embedding": 48 channels after a patch embedding of 2^3 voxels, four
-stages of 2, 2, 4, 2 blocks on windows of 4^3 tokens, and a merge after each stage, so that a 96^3 crop ends as 3^3
-tokens of 768 channels. Tokens travel channels-last, (B, D, H, W, C). Needs torch alone.
+This is the paper's encoder f(theta), "Swin-small, 768 embedding". A patch
+embedding turns each 2^3 voxels into a token of 48 channels. Four stages of
+2, 2, 4, 2 blocks attend within windows of 4^3 tokens, and each stage ends with
+a merge. So a 96^3 crop ends as 3^3 tokens of 768 channels. Tokens travel
+channels-last, (B, D, H, W, C). Needs torch alone.
 
-Reading order: windows (partition, order, bias index, shift mask), attention, block, merging, encoder.
-Checked against a brute-force attention over token pairs in tests/test_swin.py.
+Reading order: windows (partition, bias index, shift mask), attention, block,
+merging, encoder. The tricks for speed stand apart, at the end of the file.
+tests/test_swin.py compares it with brute-force attention over token pairs.
 
-    B batch   D H W grid of tokens   C channels   n tokens in a window   nW windows in a volume   h heads
+    B batch   D H W grid of tokens   C channels   h heads   d channels of a head
+    n tokens in a window   nW windows in a volume
 """
 import functools
 import math
@@ -17,197 +21,228 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-FORBIDDEN = -1e4  # added to a score that must not count: exp() of it is 0 in fp32, bf16 and fp16, and fp16 can hold it
-PIECE = 2 ** 18   # values that checkpointing recomputes at a time: what becomes of them still fits into a cache [ours]
+# Added to a score that must not count. Its exp() is 0 in fp32, bf16 and fp16,
+# and fp16 can still hold it, which it cannot hold -1e9.
+FORBIDDEN = -1e4
 
 
-# ---------------------------------------------------------------------------------------------------------- windows
+# ---------------------------------------------------------------------- windows
 def partition_windows(x, window):
-    """Cut a grid of tokens into windows, both windows and the cells in them in row-major order [Swin 3.2].
+    """Cut a grid of tokens into windows [Swin 3.2].
 
-    x (B, D, H, W, C), each of D, H, W a multiple of its window. Returns (B*nW, n, C).
+    x (B, D, H, W, C); each of D, H, W is a multiple of its window's side.
+    Returns (B*nW, n, C). Windows, and the cells in them, are in row-major order.
     """
     B, D, H, W, C = x.shape
     d, h, w = window
-    x = x.view(B, D // d, d, H // h, h, W // w, w, C)                   # (B, nD, d, nH, h, nW, w, C)
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, d * h * w, C)  # (B*nW, n, C)
+    x = x.view(B, D // d, d, H // h, h, W // w, w, C)
+    x = x.permute(0, 1, 3, 5, 2, 4, 6, 7)              # (B, nD, nH, nW, d, h, w, C)
+    return x.reshape(-1, d * h * w, C)
 
 
 def reverse_windows(windows, window, grid):
-    """Put windows back into the grid: the exact inverse of partition_windows [Swin 3.2].
+    """Put windows back into their grid: the exact inverse of partition_windows [Swin 3.2].
 
     windows (B*nW, n, C), grid (D, H, W). Returns (B, D, H, W, C).
     """
-    # differs: the release permutes axes in another order here, which scatters 99.9 % of a 48^3 grid's tokens
-    (D, H, W), (d, h, w) = grid, window
-    x = windows.view(-1, D // d, H // h, W // w, d, h, w, windows.shape[-1])          # (B, nD, nH, nW, d, h, w, C)
-    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, D, H, W, windows.shape[-1])  # (B, D, H, W, C)
-
-
-@functools.lru_cache(maxsize=64)
-def window_order(grid, window, shift, device=None):
-    """The cyclic shift [Swin 3.2] and the cut into windows as one order of tokens, and the order that undoes it.
-
-    Token i of the windows is token `into[i]` of the grid, and i of the grid `back[i]` of the windows: two of (D*H*W,).
-    """
-    token = torch.arange(math.prod(grid))
-    into = partition_windows(token.view(1, *grid, 1).roll([-s for s in shift], (1, 2, 3)), window)
-    back = reverse_windows(token.view(-1, math.prod(window), 1), window, grid).roll(shift, (1, 2, 3))
-    return into.flatten().to(device), back.flatten().to(device)
-
-
-class Reorder(torch.autograd.Function):
-    """x (B, N, C) -> x[:, order]: one copy, where torch.roll and a partition make four. Backward copies likewise."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(1, order)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.index_select(1, *ctx.saved_tensors), None, None
+    # differs: the release permutes axes in another order here, which scatters 99.9 %
+    # of a 48^3 grid's tokens
+    D, H, W = grid
+    d, h, w = window
+    C = windows.shape[-1]
+    x = windows.view(-1, D // d, H // h, W // w, d, h, w, C)
+    x = x.permute(0, 1, 4, 2, 5, 3, 6, 7)              # (B, nD, d, nH, h, nW, w, C)
+    return x.reshape(-1, D, H, W, C)
 
 
 @functools.lru_cache(maxsize=64)
 def relative_position_index(window, table_window=None, device=None):
-    """Row of the bias table for each pair of a window's cells: one value per offset [Swin Eq. 4].
+    """Give each pair of a window's cells the row of its offset in the bias table [Swin Eq. 4].
 
-    Returns (n, n) long; do not write to it. The table has prod(2 * t - 1) rows, t the `table_window` (by default the
-    window itself): a window clamped to a small grid looks its true offsets up in the table of the full one.
+    table_window: the window that the table was made for, by default `window`
+    itself. A window clamped to a small grid looks its true offsets up in the
+    table of the full one, of prod(2 * side - 1) rows.
+    Returns (n, n) long, cached: do not write to it.
     """
-    cells = torch.cartesian_prod(*(torch.arange(w) for w in window))    # (n, 3)
+    cells = torch.cartesian_prod(*map(torch.arange, window))               # (n, 3)
     index = 0
-    for axis, t in enumerate(table_window or window):
-        offset = cells[:, None, axis] - cells[None, :, axis]            # (n, n) in [-(t-1), t-1]
-        index = index * (2 * t - 1) + offset + t - 1
+    for axis, side in enumerate(table_window or window):
+        offset = cells[:, None, axis] - cells[None, :, axis]               # (n, n)
+        index = index * (2 * side - 1) + (offset + side - 1)
     return index.to(device)
 
 
-@functools.lru_cache(maxsize=64)  # differs: the release builds this mask again in every forward
+# differs: the release builds this mask again in every forward
+@functools.lru_cache(maxsize=64)
 def shift_mask(grid, window, shift, device=None):
-    """What to add to attention scores after the cyclic shift: 0 where allowed, FORBIDDEN elsewhere [Swin 3.2, Fig. 4].
+    """Build what is added to attention scores after the cyclic shift [Swin 3.2, Fig. 4].
 
-    Two tokens may meet unless one of them came round from the other end of an axis. A grid that is no multiple of the
-    window counts as padded at its ends, and no query may look at a padded key. Returns (nW, n, n); do not write to it.
+    Two tokens may meet unless one of them came round from the other end of an
+    axis. A grid that is no multiple of the window is padded at its far ends, and
+    no query may look at a padded key.
+    Returns (nW, query n, key n), 0 where a pair may meet and FORBIDDEN elsewhere.
+    It is cached: do not write to it.
     """
-    padded = tuple(math.ceil(g / w) * w for g, w in zip(grid, window))
-    into, _ = window_order(padded, window, shift)
-    cell = torch.stack(torch.unravel_index(into, padded), -1).view(-1, math.prod(window), 3)  # (nW, n, 3)
-    came_round, real = cell < torch.tensor(shift), (cell < torch.tensor(grid)).all(-1)       # (nW, n, 3), (nW, n)
-    allowed = (came_round[:, :, None] == came_round[:, None]).all(-1) & real[:, None]        # (nW, query, key)
+    padded = padded_grid(grid, window)
+    cells = torch.cartesian_prod(*map(torch.arange, padded)).view(1, *padded, 3)
+    cells = cells.roll([-s for s in shift], dims=(1, 2, 3))
+    cells = partition_windows(cells, window)                               # (nW, n, 3)
+
+    came_round = cells < torch.tensor(shift)                               # (nW, n, 3)
+    same_side = (came_round[:, :, None] == came_round[:, None]).all(-1)    # (nW, n, n)
+    real = (cells < torch.tensor(grid)).all(-1)                            # (nW, n)
+    allowed = same_side & real[:, None]                                    # (nW, n, n)
     return torch.zeros(allowed.shape).masked_fill_(~allowed, FORBIDDEN).to(device)
 
 
+def padded_grid(grid, window):
+    """Round each side of a grid up to a multiple of the window's."""
+    return tuple(math.ceil(side / w) * w for side, w in zip(grid, window))
+
+
 def pad_to(x, grid):
-    """x (B, D, H, W, C) with zeros at the far ends of its axes, as far as `grid`: (B, *grid, C)."""
+    """Append zeros at the far ends of the axes: x (B, D, H, W, C) -> (B, *grid, C)."""
     d, h, w = (new - old for new, old in zip(grid, x.shape[1:4]))
-    return F.pad(x, (0, 0, 0, w, 0, h, 0, d)) if d or h or w else x
+    if not (d or h or w):
+        return x
+    return F.pad(x, (0, 0, 0, w, 0, h, 0, d))
 
 
-# -------------------------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------- attention
 class WindowAttention(nn.Module):
-    """Multi-head self-attention inside each window, with a learned bias per head and relative offset [Swin Eq. 4]."""
+    """Attend within each window, with a learned bias per head and offset [Swin Eq. 4]."""
 
     def __init__(self, dim, heads, window, qkv_bias=False):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"{dim} channels cannot be shared by {heads} heads; choose a divisor of {dim}")
-        self.heads, self.window = heads, tuple(window)
+            raise ValueError(f"{dim} channels cannot be shared by {heads} heads; "
+                             f"choose a divisor of {dim}")
+        self.heads = heads
+        self.window = tuple(window)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.bias_table = nn.Parameter(torch.empty(math.prod(2 * w - 1 for w in window), heads))
+        offsets = math.prod(2 * side - 1 for side in window)
+        self.bias_table = nn.Parameter(torch.empty(offsets, heads))
         nn.init.trunc_normal_(self.bias_table, std=0.02)
 
-    def position_bias(self, window):
-        """Every head's bias for each pair of cells of `window`, which may be smaller than the table's: (h, n, n)."""
-        index = relative_position_index(window, self.window, self.bias_table.device)
-        return self.bias_table.T.index_select(1, index.flatten()).view(self.heads, *index.shape)
+    def position_bias(self, index):
+        """Look up each head's bias for each pair of cells: index (n, n) -> (h, n, n)."""
+        bias = self.bias_table.T.index_select(1, index.flatten())          # (h, n*n)
+        return bias.view(self.heads, *index.shape)
 
-    def forward(self, x, window, mask=None):
-        """x (B*nW, n, C), mask (nW, n, n) to be added or None. Returns (B*nW, n, C)."""
+    def forward(self, x, index, mask=None):
+        """x (B*nW, n, C) -> the same shape.
+
+        index (n, n): of relative_position_index, for this window and self.window.
+        mask (nW, n, n): of shift_mask, the same for each of the B volumes, or None.
+        """
         windows, n, C = x.shape
-        h = self.heads
-        q, k, v = self.qkv(x).view(windows, n, 3, h, C // h).permute(2, 0, 3, 1, 4)           # (B*nW, h, n, C/h)
-        scores = (q * (C // h) ** -0.5) @ k.transpose(-2, -1)                                 # (B*nW, h, n, n)
-        scores += self.position_bias(window).to(scores.dtype)     # in place: the scores are the largest tensor here
-        if mask is not None:                                      # a constant: autograd would copy to follow it
-            scores.detach().view(-1, len(mask), h, n, n).add_(mask[:, None].to(scores.dtype))  # (B, nW, h, n, n)
-        x = scores.softmax(-1).to(v.dtype) @ v                                                # (B*nW, h, n, C/h)
-        return self.proj(x.transpose(1, 2).reshape(windows, n, C))                            # (B*nW, n, C)
+        d = C // self.heads
+        nW = 1 if mask is None else len(mask)
+        qkv = self.qkv(x).view(-1, nW, n, 3, self.heads, d)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                            # (B, nW, h, n, d)
+        bias = self.position_bias(index)                                   # (h, n, n)
+
+        if torch.is_grad_enabled():
+            # the scores are the largest tensor here, so bias and mask are added in place
+            scores = (q * d ** -0.5) @ k.transpose(-2, -1)                 # (B, nW, h, n, n)
+            scores += bias.to(scores.dtype)
+            if mask is not None:
+                scores += mask[:, None].to(scores.dtype)
+            x = scores.softmax(-1, dtype=v.dtype) @ v                      # (B, nW, h, n, d)
+        else:
+            x = fused_attention(q, k, v, bias, mask)
+
+        x = x.transpose(-3, -2).reshape(windows, n, C)                     # heads side by side
+        return self.proj(x)
 
 
-def recomputed(function, x, mask=None):
-    """function(x, mask), piece by piece along x's first axis; backward makes each piece again in place of keeping it.
-
-    A GPU takes all at once, a CPU what its cache holds. mask (nW, ...), for each nW rows of x, or None.
-    """
-    rows = len(x) if mask is None or x.is_cuda else len(mask)
-    size = rows if x.is_cuda else max(1, PIECE // x[0].numel())
-    pieces = (piece for volume in x.split(rows) for piece in volume.split(size))
-    masks = ((None,) if mask is None else mask.split(size)) * len(x)                       # as many as there are pieces
-    return torch.cat([checkpoint(function, *both, use_reentrant=False, preserve_rng_state=False)
-                      for both in zip(pieces, masks)])
-
-
+# ------------------------------------------------------------------------ block
 def drop_path(branch, rate, noise):
-    """Drop a residual branch for samples whose uniform noise (B,) lies under `rate`; scale up the others [Swin A2]."""
+    """Drop a residual branch where a sample's noise lies under `rate`, scale up the others [Swin A2].
+
+    branch (B, D, H, W, C); noise (B,) uniform in [0, 1).
+    """
     keep = (noise >= rate).to(branch.dtype) / (1 - rate)
     return branch * keep.view(-1, 1, 1, 1, 1)
 
 
 class SwinBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); the windows of odd blocks are shifted by half [Swin Eq. 3]."""
+    """Add attention(norm(x)), then MLP(norm(x)); shift the windows of odd blocks by half [Swin Eq. 3]."""
 
-    def __init__(self, dim, heads, window, shifted, mlp_ratio, qkv_bias, drop_rate, mask_padding, checkpointing=False):
+    def __init__(self, dim, heads, window, shifted, mlp_ratio, qkv_bias, drop_rate,
+                 mask_padding, checkpointing=False):
         super().__init__()
-        self.window, self.shifted = tuple(window), shifted
-        self.drop_rate, self.mask_padding, self.checkpointing = drop_rate, mask_padding, checkpointing
+        self.window = tuple(window)
+        self.shifted = shifted
+        self.drop_rate = drop_rate
+        self.mask_padding = mask_padding
+        self.checkpointing = checkpointing
         self.norm1 = nn.LayerNorm(dim)
         self.attention = WindowAttention(dim, heads, window, qkv_bias)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.mlp = MLP(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
 
     def attend(self, x):
-        """Attention in (shifted) windows of a grid of any size: x (B, D, H, W, C) -> the same shape."""
-        grid = tuple(x.shape[1:4])
-        window = tuple(min(w, g) for w, g in zip(self.window, grid))
-        shift = tuple(w // 2 if self.shifted and w < g else 0 for w, g in zip(window, grid))
-        padded = tuple(math.ceil(g / w) * w for g, w in zip(grid, window))
-        # differs: padded cells are no keys; the release lets them take part in the softmax, as Swin does
+        """Attend in the (shifted) windows of a grid of any size: x (B, D, H, W, C) -> the same shape."""
+        # a window is clamped to the grid, and one that spans an axis is not shifted along it
+        D, H, W = grid = tuple(x.shape[1:4])
+        window = tuple(min(w, side) for w, side in zip(self.window, grid))
+        shift = (0, 0, 0)
+        if self.shifted:
+            shift = tuple(w // 2 if w < side else 0 for w, side in zip(window, grid))
+        padded = padded_grid(grid, window)
+
+        # differs: padded cells are no keys; the release lets them take part in the
+        # softmax, as Swin does
         real = grid if self.mask_padding else padded
-        mask = shift_mask(real, window, shift, x.device) if any(shift) or real != padded else None
-        x = pad_to(x, padded)
-        into, back = window_order(padded, window, shift, x.device)
-        windows = Reorder.apply(x.flatten(1, 3), into, back).view(-1, math.prod(window), x.shape[-1])  # (B*nW, n, C)
-        attention = lambda windows, mask: self.attention(windows, window, mask)
-        windows = recomputed(attention, windows, mask) if self.checkpointing else attention(windows, mask)
-        x = Reorder.apply(windows.view(len(x), -1, x.shape[-1]), back, into).unflatten(1, padded)
-        return x[:, :grid[0], :grid[1], :grid[2]]
+        mask = None
+        if any(shift) or real != padded:
+            mask = shift_mask(real, window, shift, x.device)               # (nW, n, n)
+        index = relative_position_index(window, self.window, x.device)     # (n, n)
+
+        x = pad_to(x, padded)                                              # (B, D', H', W', C)
+        if any(shift):
+            x = x.roll([-s for s in shift], dims=(1, 2, 3))
+        windows = partition_windows(x, window)                             # (B*nW, n, C)
+        if self.checkpointing:
+            windows = recompute_attention(self.attention, windows, index, mask)
+        else:
+            windows = self.attention(windows, index, mask)
+        x = reverse_windows(windows, window, padded)                       # (B, D', H', W', C)
+        if any(shift):
+            x = x.roll(shift, dims=(1, 2, 3))
+        return x[:, :D, :H, :W]
 
     def mix(self, x):
-        """The MLP of each normed token by itself: x (B, D, H, W, C) -> the same shape."""
+        """Mix the channels of each token by itself: x (B, D, H, W, C) -> the same shape."""
         if self.checkpointing:
-            return recomputed(lambda tokens, _: self.mlp(self.norm2(tokens)), x.flatten(0, 3)).view(x.shape)
-        # GELU is cheap, and its result as large as any: backward makes it again
-        return checkpoint(self.mlp[1:], self.mlp[0](self.norm2(x)), use_reentrant=False, preserve_rng_state=False)
+            return recompute(self.norm_and_mlp, x.flatten(0, 3)).view(x.shape)
+        return self.norm_and_mlp(x)
+
+    def norm_and_mlp(self, tokens):
+        return self.mlp(self.norm2(tokens))                                # (..., C)
 
     def forward(self, x, noise=None):
-        """x (B, D, H, W, C); noise (B, 2) uniform, one draw per branch, or None to drop nothing."""
+        """x (B, D, H, W, C); noise (B, 2) uniform, a draw for each branch, or None to drop nothing."""
         attended = self.attend(self.norm1(x))
-        x = x + (attended if noise is None else drop_path(attended, self.drop_rate, noise[:, 0]))
+        if noise is not None:
+            attended = drop_path(attended, self.drop_rate, noise[:, 0])
+        x = x + attended
+
         mixed = self.mix(x)
-        return x + (mixed if noise is None else drop_path(mixed, self.drop_rate, noise[:, 1]))
+        if noise is not None:
+            mixed = drop_path(mixed, self.drop_rate, noise[:, 1])
+        return x + mixed
 
 
-# ------------------------------------------------------------------------------------------------ merging and stages
+# ----------------------------------------------------------- merging and stages
 class PatchMerging(nn.Module):
-    """Join each 2 x 2 x 2 neighbourhood: concatenate, LayerNorm, Linear(8C -> 2C) [Swin 3.1]. Odd ends are padded."""
+    """Join each 2 x 2 x 2 neighbourhood into one token of twice the width [Swin 3.1].
 
-    # [release]: neighbours are concatenated in this order of their (D, H, W) offsets; weights made elsewhere may need
-    # the input of `reduction` (and of the norm) permuted
-    ORDER = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1), (1, 1, 1))
-    ROW_MAJOR = sorted(range(8), key=ORDER.__getitem__)
+    The eight neighbours are concatenated in row-major order of their offsets,
+    000, 001, 010, ..., 111; then LayerNorm and Linear(8C -> 2C). Odd ends are padded.
+    """
 
     def __init__(self, dim):
         super().__init__()
@@ -215,106 +250,248 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(8 * dim, 2 * dim, bias=False)
 
     def forward(self, x):
-        x = pad_to(x, [g + g % 2 for g in x.shape[1:4]])
+        """x (B, D, H, W, C) -> (B, D/2, H/2, W/2, 2C)."""
+        x = pad_to(x, padded_grid(x.shape[1:4], (2, 2, 2)))
         B, D, H, W, C = x.shape
-        x = x.view(B, D // 2, 2, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)  # (..., 8C)
-        # these neighbours are in row-major order: it is quicker to bring the weights to it than the tokens out of it
-        weight, bias, reduction = (parameter.unflatten(-1, (8, C))[..., self.ROW_MAJOR, :].flatten(-2)
-                                   for parameter in (self.norm.weight, self.norm.bias, self.reduction.weight))
-        return F.linear(F.layer_norm(x, (8 * C,), weight, bias), reduction)              # (B, D/2, H/2, W/2, 2C)
+        x = x.view(B, D // 2, 2, H // 2, 2, W // 2, 2, C)
+        x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)                   # (B, D/2, H/2, W/2, 8C)
+        return self.reduction(self.norm(x))
 
 
 class SwinStage(nn.Module):
-    """The blocks of one resolution, and the merge that leaves it."""
+    """Hold the blocks of one resolution, and the merge that leaves it."""
 
     def __init__(self, dim, drop_rates, **settings):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            SwinBlock(dim, shifted=bool(i % 2), drop_rate=rate, **settings) for i, rate in enumerate(drop_rates))
+        self.blocks = nn.ModuleList()
+        for number, rate in enumerate(drop_rates):
+            shifted = number % 2 == 1
+            self.blocks.append(SwinBlock(dim, shifted=shifted, drop_rate=rate, **settings))
         self.merge = PatchMerging(dim)
 
 
+# ---------------------------------------------------------------------- encoder
 class SwinTransformer3D(nn.Module):
-    """The visual tokenizer f(theta): patch embedding, four Swin stages, a merge after each [SMIT 2; Swin Fig. 3].
+    """Tokenize a volume: patch embedding, four Swin stages, a merge after each [SMIT 2; Swin Fig. 3].
 
-    window: tokens per axis, one number or one per axis.    patch: voxels per axis of a token.
-    drop_path: rate of the last block; earlier blocks rise to it linearly from 0.
-    mask_token: own the learned vector e_[MASK] that replaces hidden tokens; fine-tuning does without.
-    mask_padding: keep padded cells out of the softmax; False is Swin's habit, for weights trained that way.
-    checkpointing: recompute attention and MLP in backward instead of keeping their activations.
+    window: tokens per axis, one number or one per axis.
+    patch: voxels per axis of a token.
+    drop_path: rate of the last block; it rises to this linearly, from 0 in the first.
+    mask_token: own the learned vector e_[MASK] that replaces hidden tokens;
+        fine-tuning does without.
+    mask_padding: keep padded cells out of the softmax. False is Swin's habit, for
+        weights trained that way.
+    checkpointing: recompute attention and MLP in backward, instead of keeping
+        their activations.
     """
 
-    def __init__(self, in_channels=1, embed_dim=48, depths=(2, 2, 4, 2), heads=(4, 4, 4, 4), window=(4, 4, 4), patch=2,
-                 mlp_ratio=4, qkv_bias=False, drop_path=0.0, mask_token=True, mask_padding=True, checkpointing=False):
+    def __init__(self, in_channels=1, embed_dim=48, depths=(2, 2, 4, 2), heads=(4, 4, 4, 4),
+                 window=(4, 4, 4), patch=2, mlp_ratio=4, qkv_bias=False, drop_path=0.0,
+                 mask_token=True, mask_padding=True, checkpointing=False):
         super().__init__()
         if len(heads) != len(depths):
             raise ValueError(f"{len(depths)} depths need as many heads, not {len(heads)}")
-        window = (window,) * 3 if isinstance(window, int) else tuple(window)
+        if isinstance(window, int):
+            window = (window, window, window)
         self.patch = patch
-        self.channels = [embed_dim * 2 ** i for i in range(len(depths) + 1)]  # of the tensors that forward returns
         self.patch_embed = nn.Conv3d(in_channels, embed_dim, patch, patch)
         self.patch_norm = nn.LayerNorm(embed_dim)
         self.mask_token = nn.Parameter(torch.empty(embed_dim)) if mask_token else None
+
+        # channels of the tensors that forward returns; the last merge has no norm
+        self.channels = [embed_dim * 2 ** level for level in range(len(depths) + 1)]
         rates = torch.linspace(0, drop_path, sum(depths)).split(depths)
-        self.stages = nn.ModuleList(
-            SwinStage(C, stage_rates.tolist(), heads=h, window=window, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
-                      mask_padding=mask_padding, checkpointing=checkpointing)
-            for C, stage_rates, h in zip(self.channels, rates, heads))
-        self.norms = nn.ModuleList(nn.LayerNorm(C) for C in self.channels[:-1])
-        self.drops = 2 * sum(depths) if drop_path else 0  # uniform draws that one sample's drop path needs
+        self.stages = nn.ModuleList()
+        for dim, stage_heads, stage_rates in zip(self.channels, heads, rates):
+            self.stages.append(SwinStage(
+                dim, stage_rates.tolist(), heads=stage_heads, window=window, mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias, mask_padding=mask_padding, checkpointing=checkpointing))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in self.channels[:-1])
+
+        # uniform numbers that one sample's drop path needs, two for each block
+        self.drops = 2 * sum(depths) if drop_path else 0
         self.apply(initialise)
         if mask_token:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def embed(self, x, hidden=None):
-        """Patches to tokens, hidden ones replaced by the mask token [SMIT 2]: (B, c, D, H, W) -> (B, D/2, ..., C)."""
-        short = [-size % self.patch for size in x.shape[2:]]
-        x = F.pad(x, (0, short[2], 0, short[1], 0, short[0])) if any(short) else x
-        x = self.patch_norm(self.patch_embed(x).permute(0, 2, 3, 4, 1).contiguous())
+        """Turn patches into tokens and replace the hidden ones by the mask token [SMIT 2].
+
+        x (B, in_channels, D, H, W). Returns (B, D/patch, H/patch, W/patch, C).
+        """
+        d, h, w = (-side % self.patch for side in x.shape[2:])             # missing voxels
+        if d or h or w:
+            x = F.pad(x, (0, w, 0, h, 0, d))
+        x = self.patch_embed(x).permute(0, 2, 3, 4, 1).contiguous()
+        x = self.patch_norm(x)
         if hidden is None:
             return x
+
         if self.mask_token is None:
-            raise ValueError("this encoder has no mask token; build it with mask_token=True to hide tokens")
+            raise ValueError("this encoder has no mask token; build it with mask_token=True "
+                             "to hide tokens")
         if hidden.shape != x.shape[:4]:
-            raise ValueError(f"hidden is {tuple(hidden.shape)}, the token grid {tuple(x.shape[:4])}; "
-                             "expand the mask to token resolution")
+            raise ValueError(f"hidden is {tuple(hidden.shape)}, the token grid "
+                             f"{tuple(x.shape[:4])}; expand the mask to token resolution")
         return torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
 
     def forward(self, x, hidden=None, noise=None, wanted=None):
         """Encode a volume into tokens of five resolutions.
 
-        x (B, in_channels, D, H, W); hidden (B, D/patch, H/patch, W/patch) bool, True = replaced by the mask token;
-        noise (B, drops) uniform in [0, 1), the draws of drop path: given, a run is repeatable whatever the batch;
-        absent, they are drawn here in training mode. Returns a list of (B, C_i, D_i, H_i, W_i): each stage's output,
-        normed, and the last merge's; at 96^3: 48@48^3, 96@24^3, 192@12^3, 384@6^3, 768@3^3. `wanted` names the indices
-        that are used; the others come as None and cost nothing. All are stored channels-last.
+        x (B, in_channels, D, H, W).
+        hidden (B, D/patch, H/patch, W/patch) bool: True = replaced by the mask token.
+        noise (B, drops) uniform in [0, 1): the draws of drop path. Given, a run is
+            repeatable whatever the batch; absent, they are drawn here in training mode.
+        wanted: indices of the outputs that are used; the others come as None and
+            cost nothing. By default all.
+
+        Returns a list of (B, C_i, D_i, H_i, W_i), each stored channels-last: every
+        stage's output, normed, and the last merge's. At 96^3 they are 48@48^3,
+        96@24^3, 192@12^3, 384@6^3 and 768@3^3.
         """
         x = self.embed(x, hidden)
-        if self.drops and self.training and noise is None:
-            noise = torch.rand(len(x), self.drops, device=x.device)
-        pairs = iter(noise.split(2, dim=1)) if self.drops and self.training else iter(())
-        wanted = range(len(self.channels)) if wanted is None else wanted
+        draws = self.drop_path_draws(noise, x)
+        if wanted is None:
+            wanted = range(len(self.channels))
         outputs = [None] * len(self.channels)
-        for level, (stage, norm) in enumerate(zip(self.stages[:max(wanted) + 1], self.norms)):
+
+        number = 0
+        for level, stage in enumerate(self.stages):
+            if level > max(wanted):
+                break
             for block in stage.blocks:
-                x = block(x, next(pairs, None))
+                x = block(x, draws[number])
+                number += 1
             if level in wanted:
-                outputs[level] = norm(x)
+                outputs[level] = self.norms[level](x)
             if level < max(wanted):
                 x = stage.merge(x)
         if len(self.stages) in wanted:
             outputs[-1] = x
-        return [y if y is None else y.permute(0, 4, 1, 2, 3) for y in outputs]
+        return [None if y is None else y.permute(0, 4, 1, 2, 3) for y in outputs]
+
+    def drop_path_draws(self, noise, x):
+        """Split drop path's noise (B, drops) into each block's (B, 2); all None where nothing drops."""
+        if not (self.drops and self.training):
+            return [None for stage in self.stages for _ in stage.blocks]
+        if noise is None:
+            noise = torch.rand(len(x), self.drops, device=x.device)
+        return noise.split(2, dim=1)
+
+    def layers(self):
+        """List the encoder's layers bottom-up, for layer-wise learning rates [BEiT].
+
+        First the embedding, then one entry a block. A stage's norm and merge go with
+        its last block. Each entry is a module, and each parameter stands in one entry.
+        """
+        embedding = nn.ModuleList([self.patch_embed, self.patch_norm])
+        if self.mask_token is not None:
+            embedding.append(nn.ParameterList([self.mask_token]))
+        layers = [embedding]
+        for stage, norm in zip(self.stages, self.norms):
+            layers += [nn.ModuleList([block]) for block in stage.blocks]
+            layers[-1].extend([norm, stage.merge])
+        return layers
+
+    def compile_blocks(self, **settings):
+        """Compile each block's attention and MLP by themselves; settings go to torch.compile.
+
+        Not the whole encoder: it would build index tables and shift masks again in
+        every forward, where the caches above are not looked into.
+        """
+        for stage in self.stages:
+            for block in stage.blocks:
+                block.attention.compile(**settings)
+                block.mlp.compile(**settings)
 
 
 def initialise(module):
-    """Truncated normal of .02 and zero bias for linear layers [Swin].
+    """Draw linear layers from a truncated normal of .02, with zero bias [Swin].
 
-    The patch embedding keeps torch's own initialisation, whose bias is not zero: a patch of air, all zeros, would
-    otherwise enter the LayerNorms as a zero vector, where their gradient is 1 / sqrt(eps) = 316 each.
+    The patch embedding keeps torch's own initialisation, whose bias is not zero. A
+    patch of air is all zeros, and would otherwise enter the LayerNorms as a zero
+    vector, where their gradient is 1 / sqrt(eps) = 316 each.
     """
     # differs: the release writes this initialisation but never calls it
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+# ------------------------------------------------------------------------ speed
+# Everything below computes what a plain line above or torch itself would compute.
+# A test holds each against that plain form.
+
+# tokens x channels recomputed at once on a CPU, so that attention's buffers stay in cache [ours]
+PIECE = 2 ** 18
+
+
+def fused_attention(q, k, v, bias, mask=None, multiple=None):
+    """Attend in one fused kernel: equals softmax(q k^T / sqrt(d) + bias + mask) v, to rounding.
+
+    Saves the scores, the largest tensor of a forward. It is used without gradient
+    alone, for with one in `bias` torch falls back to a kernel slower than the
+    plain form.
+
+    q, k, v (B, nW, h, n, d), bias (h, n, n), mask (nW, n, n) or None -> (B, nW, h, n, d).
+    multiple: zero-pad heads to a multiple of so many channels, which changes no
+        product. By default 8 on a GPU, whose fast kernels ask for it, else 1.
+    """
+    B, nW, h, n, d = q.shape
+    if mask is not None:
+        bias = bias + mask[:, None]                                        # (nW, h, n, n)
+
+    # windows and heads share an axis, so that all volumes share one mask
+    bias = bias.expand(nW, h, n, n).flatten(0, 1).to(q.dtype)              # (nW*h, n, n)
+    q, k, v = (x.flatten(1, 2) for x in (q, k, v))                         # (B, nW*h, n, d)
+    if multiple is None:
+        multiple = 8 if q.is_cuda else 1
+    if d % multiple:
+        q, k, v = (F.pad(x, (0, -d % multiple)) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, bias[None], scale=d ** -0.5)
+    return y[..., :d].unflatten(1, (nW, h))
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU, Linear: equals nn.Sequential, and computes GELU again in backward.
+
+    GELU is cheap, and its result as large as any tensor kept: a fifth of what a
+    block keeps is saved. A compiler finds that by itself.
+    """
+
+    def forward(self, x):
+        widen, gelu, narrow = self
+        if torch.compiler.is_compiling():
+            return narrow(gelu(widen(x)))
+        return checkpoint(nn.Sequential(gelu, narrow), widen(x), **CHECKPOINT)
+
+
+# nothing inside draws random numbers, so their state need not be kept
+CHECKPOINT = dict(use_reentrant=False, preserve_rng_state=False)
+
+
+def recompute(function, *tensors):
+    """Call function(*tensors): equals that, costs a second forward, keeps the arguments alone.
+
+    A GPU takes all at once. A CPU takes pieces along the first axis of the tensors,
+    which must be as long in all of them.
+    """
+    if tensors[0].is_cuda:
+        return checkpoint(function, *tensors, **CHECKPOINT)
+    rows = max(1, PIECE // tensors[0][0].numel())
+    pieces = zip(*(tensor.split(rows) for tensor in tensors))
+    return torch.cat([checkpoint(function, *piece, **CHECKPOINT) for piece in pieces])
+
+
+def recompute_attention(attention, windows, index, mask):
+    """Call attention(windows, index, mask) by `recompute`: volume by volume where a mask is shared."""
+    def attend(windows, mask=None):
+        return attention(windows, index, mask)
+
+    if mask is None:
+        return recompute(attend, windows)
+    if windows.is_cuda:
+        return checkpoint(attend, windows, mask, **CHECKPOINT)
+    volumes = windows.split(len(mask))
+    return torch.cat([recompute(attend, volume, mask) for volume in volumes])
