@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from smit import allocator, curves, data, flags, runtime, scoring, segment
-from smit.scoring import case_key, case_name
+from smit import data, figures, flags, runtime, scoring, segment
+from smit.data.organs import CODES, case_key, case_name, numbered, organ_ids
 
 
 CONFIG = {"num_classes", "labels", "train", "held_back", "spacing", "modality", "hu_window", "crop", *segment.SIZES}
@@ -128,13 +128,13 @@ def predict_case(net, case, settings, window, autocast, turns, **sliding):
 
 def predict_all(args, device):
     """Predict and write every case: (cases with their "prediction", organs' names, what failed, facts to record)."""
-    allocator.keep_freed_memory(device)
+    runtime.keep_freed_memory(device)
     net, config = load_network(args.weights, device)
     digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()          # now: a run may replace its best.pt
     settings, precision = preparation(config), runtime.pick_precision(args.precision, device)
     autocast = functools.partial(torch.autocast, device.type, precision, precision != torch.float32)
     cases, seen = select_cases(args, config)
-    out, failed, names = Path(args.out), {}, config["labels"] or scoring.numbered(config["num_classes"])
+    out, failed, names = Path(args.out), {}, config["labels"] or numbered(config["num_classes"])
     targets = [out / f"{name}.nii.gz" for name in by_case([case["image"] for case in cases], case_name, "--data")]
     written = [*targets]
     if args.export_test:
@@ -173,12 +173,12 @@ def predict_all(args, device):
 
 def btcv_numbers(names, images):
     """(256,) uint8: BTCV's number of each of ours, for a submission; ValueError where one or an image has no place."""
-    ids = scoring.organ_ids(names, "--weights")
+    ids = organ_ids(names, "--weights")
     odd = [image for image in images if not re.fullmatch(r"img\d+", case_name(image))]
-    if odd or not ids.keys() <= scoring.CODES.keys():
+    if odd or not ids.keys() <= CODES.keys():
         raise ValueError(f"--export_test takes images named as img0061.nii.gz, and BTCV's organs: {odd[:1]}, {[*ids]}")
     table = np.zeros(256, np.uint8)
-    table[list(ids.values())] = [list(scoring.CODES).index(name) + 1 for name in ids]
+    table[list(ids.values())] = [list(CODES).index(name) + 1 for name in ids]
     return table
 
 
@@ -227,7 +227,7 @@ def evaluate(args, out, device):
         except ValueError as error:
             failed[case_name(case["prediction"])] = str(error)
     text = scoring.write_results(out, rows, names, failed, facts, args.tolerance_mm)
-    curves.evaluation_report(out, cases, rows, names, facts)
+    figures.evaluation_report(out, cases, rows, names, facts)
     print(f"{text}\n{len(cases)} predictions, {len(labelled)} with a label; results in {out}")
     for reason in failed.values():
         print(f"not done: {reason}")

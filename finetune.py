@@ -23,7 +23,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from smit import allocator, curves, data, ema, flags, losses, metrics, phantom, runtime, sampling, segment
+from smit import data, ema, figures, flags, losses, metrics, phantom, runtime, segment
+from smit.data import samples as sampling
 
 MAX_STRIKES = 20  # steps in a row without a finite gradient; fp16's loss scaling alone takes a few at the start [ours]
 COLUMNS = "step epoch lr loss grad_norm skipped val_dice best_dice".split()
@@ -253,7 +254,7 @@ def main(args):
         return check(args) if runtime.FIRST else None
     ranks = runtime.start(args.device)
     device = ranks.device
-    allocator.keep_freed_memory(device)
+    runtime.keep_freed_memory(device)
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
         weights = read_init(args, ranks)
@@ -358,7 +359,7 @@ def main(args):
             if ranks.is_main and ("val_dice" in row or step == total):
                 image, label = data.cached((held_back or train)[0], settings, args.cache, True, args.num_classes)
                 logits = segment.predict(net.eval(), image, tuple(args.crop), batch=args.batch * args.crops_per_volume)
-                curves.finetuning_report(out, config, image, label, logits.argmax(0).cpu())
+                figures.finetuning_report(out, config, image, label, logits.argmax(0).cpu())
             (leaving,) = ranks.agree(stop.asked)
             due = args.save_steps and step % args.save_steps == 0 or time.monotonic() - saved > 60 * args.save_minutes
             if ranks.is_main and improved:

@@ -22,7 +22,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from smit import allocator, curves, data, ema, flags, losses, phantom, pretrain, runtime, sampling
+from smit import data, ema, figures, flags, losses, phantom, pretrain, runtime
+from smit.data import samples as sampling
 from smit.masking import expand_mask
 
 MAX_STRIKES = 20  # steps in a row without a finite gradient; fp16's loss scaling alone takes a few at the start [ours]
@@ -279,7 +280,7 @@ def main(args):
         return check(args) if runtime.FIRST else None
     ranks = runtime.start(args.device)
     device = ranks.device
-    allocator.keep_freed_memory(device)
+    runtime.keep_freed_memory(device)
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         # ------------------------------------------------------------------------------------------------------ data
         student, teacher, centers = build_networks(args)
@@ -403,7 +404,7 @@ def main(args):
                     print(f"step {step} of {total}, epoch {epoch:.1f}: loss {row['loss']:.3f}, "
                           f"{crops_per_s:.2f} crops/s, {left} left", flush=True)
             if ranks.is_main and (step % args.val_every == 0 or step == total):
-                curves.pretraining_report(out, config, student, pairs(held_back or cases, split="val")[0])
+                figures.pretraining_report(out, config, student, pairs(held_back or cases, split="val")[0])
             leaving, worst = ranks.agree(stop.asked, len(bad))
             if worst:
                 check_bad(bad, cases, args.max_bad, ranks)

@@ -8,15 +8,15 @@ Read in the paper's order:
     [SMIT Eq. 1-4] MIP, MPD, ITD                  losses.py
     [SMIT 2] teacher update, schedules            ema.py
     [SMIT 2, Fig. 1] student and teacher          pretrain.py, then ../train_ssl.py
-    [SMIT 3] voxels, crops, views                 transforms.py, lists.py, data.py, sampling.py
+    [SMIT 3] voxels, crops, views                 transforms.py, data/
     [SMIT 3] fine-tuning network, inference       segment.py, sliding.py, then ../finetune.py, ../evaluate.py
     [SMIT 3] DSC, tests, tables                   metrics.py, scoring.py
-    [SMIT Fig. 2, 3, 5] panels, curves, page      figures.py, curves.py
-    [SMIT Table 2, Fig. 3-5] the comparisons      study.py, tables.py, probe.py
+    [SMIT Fig. 2, 3, 5] panels, curves, page      figures/
+    [SMIT Table 2, Fig. 3-5] the comparisons      study/
     data made here                                phantom.py
-    ranks, checkpoints, signals                   runtime.py
-    what --help shows; memory that stays, on CPU  flags.py, allocator.py
-    speed and memory beside peers                 benchmark.py, workloads.py
+    ranks, checkpoints, signals                   runtime/
+    what --help shows                             flags.py
+    speed and memory beside peers                 benchmark/
 """
 
 # MIT License. Copyright (c) 2026 the developers of this implementation.

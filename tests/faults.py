@@ -44,7 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import SMALL  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
-from smit import data, losses, phantom, runtime, sampling  # noqa: E402
+from smit import data, losses, phantom, runtime  # noqa: E402
+from smit.data import samples as sampling  # noqa: E402
 
 STEPS, EVERY = 13, 4
 COMMON = f"--steps {STEPS} --save_steps {EVERY} --val_fraction .2 --workers 0 --log_every 1 --drop_path .3".split()
@@ -76,8 +77,8 @@ def arm(at, do, nth=1, times=1, rank=0, life=0, file="last.pt", **how):
     onto = lambda name: lambda source, target: Path(target).name == name
     owner, names, concerns, late = {                          # functions to wrap, which of their calls, act afterwards?
         "loss": (losses, ["mip_loss", "dice_ce_loss"], lambda *_: True, True),
-        "load": (data, ["cached"], lambda *_: torch.utils.data.get_worker_info(), False),
-        "write": (runtime, ["atomic_write"], lambda path, write: Path(path).name == file, False),
+        "load": (data.cases, ["cached"], lambda *_: torch.utils.data.get_worker_info(), False),
+        "write": (runtime.files, ["atomic_write"], lambda path, write: Path(path).name == file, False),
         "label": (data, ["write_label"], lambda path, *_: Path(path).name == file, False),
         "prev": (os, ["replace"], onto("last.prev.pt"), False), "rename": (os, ["replace"], onto(file), False),
         "renamed": (os, ["replace"], onto(file), True), "disk": (os, ["fsync", "replace"], lambda *_: True, False),
@@ -99,7 +100,7 @@ def arm(at, do, nth=1, times=1, rank=0, life=0, file="last.pt", **how):
     if at == "start":
         runtime.start = functools.partial(runtime.start, timeout_minutes=.5)       # for a hung rank, not 10
         sampling.batches = functools.partial(sampling.batches, timeout=5)          # seconds for a hung worker
-    elif rank in (None, int(os.environ.get("RANK", 0))) and life in (None, runtime.RESTARTS):
+    elif rank in (None, int(os.environ.get("RANK", 0))) and life in (None, runtime.ranks.RESTARTS):
         if at == "step":
             register_optimizer_step_post_hook(lambda *_: due() and act(do, **how))
         for name in names:

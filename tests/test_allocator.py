@@ -3,7 +3,7 @@ import sys
 
 COUNT = """
 import resource, torch
-from smit.allocator import keep_freed_memory
+from smit.runtime import keep_freed_memory
 keep_freed_memory(torch.device({device!r}))
 for _ in range(20):
     x = [torch.ones(n * 2 ** 20) for n in (9, 16, 25)]                # 36 to 100 MiB

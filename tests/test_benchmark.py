@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from smit.transforms import spacing_of
-from smit import benchmark, data, workloads
+from smit import data
+from smit.benchmark import measure as benchmark, workloads
 
 ROOT = Path(__file__).resolve().parent.parent
 

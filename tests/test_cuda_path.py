@@ -8,7 +8,8 @@ from on_gpu import on_gpu
 import evaluate
 import finetune
 import train_ssl
-from smit import figures, metrics, pretrain, runtime, segment, swin, tables
+from smit import figures, metrics, pretrain, segment, swin
+from smit.study import tables
 
 FINETUNE = ("--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --workers 0 --log_every 1 --device cpu "
             "--crops_per_volume 2 --steps 2").split()
@@ -74,7 +75,7 @@ def test_evaluation_writes_what_a_gpu_predicted(best, phantoms, tmp_path, monkey
 def test_pre_training_draws_what_a_student_on_a_gpu_predicts(phantoms, tmp_path, monkeypatch):
     flags = train_ssl.parse_arguments([*SMALL, "--data", str(phantoms), "--out", str(tmp_path / "run"), "--cache",
                                        str(tmp_path / "cache"), "--steps", "2"])
-    report = train_ssl.curves.pretraining_report
+    report = train_ssl.figures.pretraining_report
 
     def on_card(out, config, student, sample):
         with monkeypatch.context() as patch:
@@ -83,7 +84,7 @@ def test_pre_training_draws_what_a_student_on_a_gpu_predicts(phantoms, tmp_path,
             send_to_gpu(patch, swin.SwinTransformer3D, "forward")
             student.voxel_head = None                                # the token panel takes the encoder alone
             report(out, config, student, sample)
-    monkeypatch.setattr(train_ssl.curves, "pretraining_report", on_card)
+    monkeypatch.setattr(train_ssl.figures, "pretraining_report", on_card)
     train_ssl.main(flags)
     assert (tmp_path / "run/index.html").is_file()
 

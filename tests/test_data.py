@@ -18,6 +18,7 @@ import finetune
 import train_ssl
 from smit import data
 from smit import transforms as T
+from smit.data import cases
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no real volumes in ../shared/data")
@@ -286,13 +287,13 @@ def test_a_changed_source_makes_a_new_entry_and_a_removed_one_is_named(tmp_path)
 
 
 def test_a_source_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
-    path, prepare = tmp_path / "case.nii", data.prepare
+    path, prepare = tmp_path / "case.nii", cases.prepare
     path.write_bytes(hostile.plain())
 
     def slowly(*args):
         os.utime(path, (0, 0))                                       # as a copy that is still running would
         return prepare(*args)
-    monkeypatch.setattr(data, "prepare", slowly)
+    monkeypatch.setattr(cases, "prepare", slowly)
     with pytest.raises(data.BadVolume, match="case.nii: changed while it was read"):
         data.cached({"image": str(path), "label": None}, T.Preparation(), tmp_path / "cache")
     assert not list(tmp_path.rglob("*.npy"))

@@ -13,6 +13,7 @@ import torch
 import evaluate
 import finetune
 from smit import data, metrics, phantom, runtime, scoring, segment, transforms
+from smit.data import organs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SMALL = ("--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 --workers 0 --log_every 1 "
@@ -116,7 +117,7 @@ def test_scores_are_those_of_the_metrics_on_the_original_grid(weights, phantoms,
 
 
 def test_the_table_has_the_papers_columns_and_averages():
-    scores = {name: (i + 1) / 20 for i, name in enumerate(scoring.CODES)}
+    scores = {name: (i + 1) / 20 for i, name in enumerate(organs.CODES)}
     made = [{"case": case, "organ": name, "dice": score + more}
             for case, more in (("a", 0), ("b", .1)) for name, score in scores.items()]
     summary = scoring.summary(made, "dice")
@@ -138,7 +139,7 @@ def test_misses_are_counted_and_left_out_of_the_mean_distance():
     ("postcava", "inferior vena cava"), ("gall bladder", "gallbladder"), ("lad", "left adrenal gland"),
     ("portal_vein_and_splenic_vein", "portal and splenic veins")])
 def test_organs_are_known_by_their_other_names(name, known):
-    assert scoring.organ(name) == known
+    assert organs.organ(name) == known
 
 
 @pytest.fixture

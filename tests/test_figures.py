@@ -10,7 +10,8 @@ import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from smit import curves, data, figures, phantom, pretrain, scoring
+from smit import data, phantom, pretrain, scoring
+from smit.figures import charts as curves, panels as figures, report
 
 
 def decoded(path):
@@ -323,7 +324,7 @@ def test_the_page_shows_every_picture_and_escapes_what_it_is_told(tmp_path):
     figures.write_png(tmp_path / "worst.png", np.zeros((2, 2), np.uint8))
     figures.write_png(tmp_path / "my <i> 100%.png", np.zeros((2, 2), np.uint8))
     curves.curves_svg(tmp_path / "loss.svg", {"a": ([1, 2], [1, 2])}, "x", "y", "t")
-    curves.index_html(tmp_path, "<script>alert(1)</script>", {"data": ["<b>"] * 500, "lr": 2e-4}, {"mip": .123456})
+    report.index_html(tmp_path, "<script>alert(1)</script>", {"data": ["<b>"] * 500, "lr": 2e-4}, {"mip": .123456})
     root = parsed(tmp_path / "index.html")
     images = [element.get("src") for element in all_of(root, "img")]
     assert images == ["worst.png", "my%20%3Ci%3E%20100%25.png", "loss.svg"]
@@ -342,7 +343,7 @@ def test_the_pretraining_report_changes_nothing_in_the_run(head, tmp_path):
     before, random = {k: v.clone() for k, v in student.state_dict().items()}, torch.get_rng_state()
     config = dict(prototypes=16, mask_cell=4, spacing=[2.0, 2.0, 3.0], method="smit")
     log_file(tmp_path, ["10,.1,.2,.3,.4,,,\n"])
-    curves.pretraining_report(tmp_path, config, student, sample)
+    report.pretraining_report(tmp_path, config, student, sample)
     assert student.training and torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
     assert {path.stem for path in tmp_path.glob("*.png")} == ({"tokens", "reconstruction"} if head else {"tokens"})
@@ -353,7 +354,7 @@ def test_the_fine_tuning_report_shows_charts_and_an_overlay(tmp_path):
     (tmp_path / "log.csv").write_text("step,lr,loss,val_dice,best_dice\n10,.1,2.5,,-1\n20,.1,1.5,.25,.25\n")
     image, label, _ = phantom.make_patient(0, 0, spacing_mm=(10.0, 10.0, 10.0))
     config = {"spacing": [10.0] * 3, "labels": {6: "liver"}}
-    curves.finetuning_report(tmp_path, config, np.uint8(image > 0) * 200, label, torch.tensor(label))
+    report.finetuning_report(tmp_path, config, np.uint8(image > 0) * 200, label, torch.tensor(label))
     assert {path.stem for path in tmp_path.iterdir()} == {"log", "loss", "dice", "rate", "overlay", "index"}
     pixels = decoded(tmp_path / "overlay.png")
     assert places(pixels, figures.text("liver 1.00")) and (pixels == 200).all(-1).any()
@@ -368,7 +369,7 @@ def test_evaluation_shows_the_worst_median_and_best_case_with_organs_matched_by_
         case |= {"names": names, "prediction": tmp_path / f"p{shift}.nii.gz"}
         data.write_label(case["prediction"], moved, case["image"])
         rows += scoring.score_case(case, theirs, 2.0)
-    curves.evaluation_report(tmp_path, cases, rows, theirs, {"modality": "ct", "hu_window": (-175.0, 250.0)})
+    report.evaluation_report(tmp_path, cases, rows, theirs, {"modality": "ct", "hu_window": (-175.0, 250.0)})
     for rank, case in (("worst", "p2"), ("median", "p1"), ("best", "p0")):
         mean = np.mean([row["dice"] for row in rows if row["case"] == case])
         title = f"{case}, {rank} of 3, mean Dice {mean:.3f}"

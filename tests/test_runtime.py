@@ -429,9 +429,9 @@ def test_devices_that_are_not_there_are_refused():
 
 
 def test_every_stop_signal_sets_the_flag(capfd):
-    before = {number: signal.getsignal(number) for number in runtime.STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in runtime.ranks.STOP_SIGNALS}
     try:
-        for number in runtime.STOP_SIGNALS:
+        for number in runtime.ranks.STOP_SIGNALS:
             stop = runtime.StopSignals(ALONE)
             assert not stop.asked
             os.kill(os.getpid(), number)
@@ -469,7 +469,7 @@ def test_two_ranks_agree_and_recover_from_a_killed_one(tmp_path):
             if ranks.rank == 1 and not state:
                 os.kill(os.getpid(), signal.SIGKILL)
             ranks.agree()
-            (out / f"done{ranks.rank}").write_text(f"{state['step']} {runtime.RESTARTS}")
+            (out / f"done{ranks.rank}").write_text(f"{state['step']} {runtime.ranks.RESTARTS}")
         """, "--max-restarts=1")
     assert job.wait(60) == 0, (tmp_path / "console.txt").read_text()
     assert [(tmp_path / f"done{rank}").read_text() for rank in (0, 1)] == ["7 1", "7 1"]
@@ -492,7 +492,7 @@ def test_the_first_error_is_shown_once_and_last_and_nobody_hangs(tmp_path):
 
 def test_workers_leave_when_their_agent_dies_even_in_a_collective(tmp_path):
     job = torchrun(tmp_path, """
-        runtime.ORPHAN_GRACE_S = 2
+        runtime.ranks.ORPHAN_GRACE_S = 2
         stop = runtime.StopSignals(ranks)
         (out / f"pid{ranks.rank}").write_text(str(os.getpid()))
         if ranks.rank == 1:

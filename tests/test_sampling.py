@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from smit import data, sampling
+from smit import data
+from smit.data import samples as sampling
 
 SETTINGS = data.Preparation((10., 10., 10.))
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from smit import data, ema, losses, phantom, pretrain, runtime, sampling, segment
+from smit import data, ema, losses, phantom, pretrain, runtime, segment
+from smit.data import samples as sampling
 from smit.heads import LinearVoxelHead
 from smit.masking import expand_mask, random_block_mask
 from smit.sliding import sliding_window

@@ -1,27 +1,17 @@
 """From what a user names to cases: folders, NIfTI files, MSD's, MONAI's and nnU-Net's dataset.json, text lists. [ours]
 
 No list is trusted, and nothing is lost silently: a key or a case that is there twice, a path that leaves the folder, a
-name that cannot be printed are told. The files themselves are checked in data.py.
+name that cannot be printed are told. The files themselves are checked in nifti.py.
 """
 import collections
-import gzip
 import json
 import os
 import re
-import stat
 import zlib
 
+from smit.data.nifti import SUFFIXES, open_unpacked
+
 MAX_LIST = 2 ** 26                     # bytes of a list, unpacked
-NIFTI = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
-
-
-def open_unpacked(path):
-    """Open to read bytes, unpacked if it is gzip. OSError unless it is a file: opening a pipe waits for its writer."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(0, "is a folder, pipe or device, no file")
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if packed else open(path, "rb")
 
 
 def read_list(path, key="training"):
@@ -58,9 +48,9 @@ def read_lists(paths, key="training"):
 
 def _rows(path, key):
     """[image] or [image, label] for each case of one list; as written, so not yet trusted."""
-    if os.path.isdir(path) or path.lower().endswith(NIFTI):
+    if os.path.isdir(path) or path.lower().endswith(SUFFIXES):
         found = [os.path.join(where, name) for where, folders, files in os.walk(path) for name in folders + files]
-        rows = [[name] for name in found or [path] if name.lower().endswith(NIFTI)]
+        rows = [[name] for name in found or [path] if name.lower().endswith(SUFFIXES)]
         rows.sort(key=lambda row: _natural(row[0]))
     elif path.lower().endswith(".json"):
         rows = _json_rows(path, _read_json(path), key)

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import curves, data, figures, metrics, pretrain, runtime, sampling, scoring
-from smit import probe as probes
+from smit import data, figures, metrics, pretrain, runtime, scoring
+from smit.data import organs, samples as sampling
 from smit.masking import expand_mask
+from smit.study import probe as probes
 
 TABLE2 = ["rand", "dino", "ibot", "simmim", "smit"]
 PAPER = {  # DSC of Table 2's Swin columns, in the order of TABLE2
@@ -123,7 +124,7 @@ def mean_and_interval(values):
 def printed_scores(modality, organs):
     """Table 2's values under the names of these organs; its AVG only where they are all that it averages."""
     paper = PAPER[modality]
-    found = {organ: paper[code] for organ in organs if (code := scoring.CODES.get(organ, organ)) in paper}
+    found = {organ: paper[code] for organ in organs if (code := organs.CODES.get(organ, organ)) in paper}
     if not len(found) == len(organs) == len(paper):
         del found["AVG"]
     return found
@@ -171,7 +172,7 @@ def fig3a(out, found):
         body += [[name, labels, f"{mean:.3f}", f"{low:.3f}-{high:.3f}", len(by(more, "seed"))]
                  for (labels, mean, low, high), (_, more) in zip(points, sorted(by(some, "labels").items()))]
     out.mkdir(parents=True, exist_ok=True)
-    curves.curves_svg(out / "fig3a.svg", series, "labelled volumes", "mean DSC", "Fig. 3a: fine-tuning size")
+    figures.curves_svg(out / "fig3a.svg", series, "labelled volumes", "mean DSC", "Fig. 3a: fine-tuning size")
     save(out, "fig3a", [scoring.markdown(["row", "labelled volumes", "DSC", "95 % interval", "seeds"], body)], rows)
 
 
@@ -188,7 +189,7 @@ def fig3b(out, found):
         body.append([f"{ratio:g}", f"{np.mean(ends):.4f}", f"{dice:.3f}", f"{low:.3f}-{high:.3f}", len(ends)])
     out.mkdir(parents=True, exist_ok=True)
     for name, some in points.items():
-        curves.curves_svg(out / f"fig3b-{name.lower()}.svg", {"smit": list(zip(*some))}, "mask ratio", name,
+        figures.curves_svg(out / f"fig3b-{name.lower()}.svg", {"smit": list(zip(*some))}, "mask ratio", name,
                           f"Fig. 3b: mask ratio and {name}")
     save(out, "fig3b", [scoring.markdown(["mask ratio", "MSE", "DSC", "95 % interval", "runs"], body)], rows)
 
@@ -204,7 +205,7 @@ def fig3c(out, found):
         series[f"{name}, {labels}"] = (epochs, dice)
         body += [[name, labels, f"{epoch:.0f}", f"{value:.3f}"] for epoch, value in zip(epochs, dice)]
     out.mkdir(parents=True, exist_ok=True)
-    curves.curves_svg(out / "fig3c.svg", series, "epoch", "mean Dice, held back", "Fig. 3c: convergence")
+    figures.curves_svg(out / "fig3c.svg", series, "epoch", "mean Dice, held back", "Fig. 3c: convergence")
     save(out, "fig3c", [scoring.markdown(["row", "labelled volumes", "epoch", "Dice"], body)], rows)
 
 
@@ -257,7 +258,7 @@ def fig5(out, checkpoints, lists, cache):
                 voxels = student(views, expand_mask(cells, config["mask_cell"] // student.encoder.patch)).voxels.cpu()
                 visible, best = (torch.stack([v[h].mean() for v, h in zip(views, where)]).view(2, 1, 1, 1, 1)
                                  for where in (~hidden, hidden))
-                rows.append({"row": name, "seed": seed, "modality": modality, "case": scoring.case_name(case["image"]),
+                rows.append({"row": name, "seed": seed, "modality": modality, "case": organs.case_name(case["image"]),
                              "mse": metrics.mse(voxels, views, hidden),
                              "mse_visible_mean": metrics.mse(visible.expand_as(views), views, hidden),
                              "mse_hidden_mean": metrics.mse(best.expand_as(views), views, hidden),

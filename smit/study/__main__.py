@@ -28,7 +28,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from smit import data, flags, runtime, tables
+from smit import data, flags, runtime
+from smit.study import tables
 
 ROWS = {  # name: flags of train_ssl.py; "rand" is not pre-trained. Table 2's Swin columns, then what Fig. 4 adds
     "rand": None, "smit": "--method smit", "simmim": "--method simmim", "ibot": "--method ibot",
@@ -49,7 +50,7 @@ EXPERIMENTS = {  # rows, numbers of labelled volumes
     "table2": (TABLE2, [21]), "fig3a": (TABLE2, [3, 7, 14, 21]), "fig3b": (["smit"], [21]), "fig3c": (TABLE2, [21]),
     "fig4": (["full", "mpd", "itd", "ibot", "simmim", "ml-mip", "ml-smit", "moco", "smit"], [21]),
     "fig5": (["smit", "ml-smit"], []), "probe": (TABLE2, [])}   # these two need no fine-tuning
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Step(NamedTuple):

@@ -33,8 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from smit import allocator
-from smit.workloads import (DTYPES, complete, encoder, finetune, headers, loader, monai_encoder, monai_step, prepare,
+from smit.runtime import keep_freed_memory
+from smit.benchmark.workloads import (DTYPES, complete, encoder, finetune, headers, loader, monai_encoder, monai_step, prepare,
                             ranks, sliding, step, write_ct)
 
 PAPER = dict(view=96, dim=48, prototypes=8192, width=2048, volume=(256, 256, 140), ct=(512, 512, 300))
@@ -109,7 +109,7 @@ def serve(pipe, work, options, settings, peer, can_count):
     torch.manual_seed(0)
     torch.set_num_threads(settings["threads"])
     if settings["keep"]:
-        allocator.keep_freed_memory(torch.device(settings["device"]))
+        keep_freed_memory(torch.device(settings["device"]))
     for name in ("networks.nets", "inferers", "transforms") if peer else ():
         importlib.import_module(f"monai.{name}")
     Path("/proc/self/clear_refs").write_text("5")                       # the peak counts from here
@@ -281,7 +281,3 @@ def main(args):
     if args.json:
         figures = dict(machine=machine, ceiling=rates, rows=found, marks=reached)
         Path(args.json).write_text(json.dumps(figures, indent=1))
-
-
-if __name__ == "__main__":
-    main(parse_arguments())

@@ -1,40 +1,44 @@
-"""From files to prepared volumes: NIfTI, cases, pre-flight, the cache. [SMIT 3]
+"""NIfTI files, none of which is trusted. [SMIT 3]
 
 The only room that opens NIfTI files, so the boundary where no file is trusted: a header is held against its
 file's size before memory is taken, gzip is read to its end so that its CRC counts, and what is bad leaves as BadVolume.
 """
-import functools
 import gzip
-import hashlib
-import io
 import os
 import re
+import stat
 import zlib
 from collections import namedtuple
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
 
-from smit.lists import has_split, label_names, open_unpacked, read_list, read_lists  # noqa: F401: of this room, too
-from smit.runtime import atomic_write, ignore_stop_signals
-from smit.transforms import MAX_SIDE, MAX_VOXELS, Preparation, prepare, regrid, spacing_of, to_ras
+from smit.runtime.files import atomic_write
+from smit.transforms import MAX_SIDE, MAX_VOXELS, spacing_of
 
+SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
 MAX_TAIL = 2 ** 20                     # bytes that may follow the voxels: some writers pad
 DEFLATE_RATIO = 1032                   # no gzip stream holds more than this many times its size
 MAX_OFFSET = 2 ** 26                   # bytes before them: extensions
 CHUNK = 2 ** 16                        # voxels converted at a time
-CACHE_FORMAT = 3                       # raise it when `prepare` changes
 TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 Header = namedtuple("Header", "path body shape affine dtype slope inter offset nifti")  # body: the file with the voxels
+
+
+def open_unpacked(path):
+    """Open to read bytes, unpacked if it is gzip. OSError unless it is a file: opening a pipe waits for its writer."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(0, "is a folder, pipe or device, no file")
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else open(path, "rb")
 
 
 class BadVolume(ValueError):
     """A file that cannot be used: "path: what is wrong; what to do"."""
 
 
-# ----------------------------------------------------------------------------------------------------------- NIfTI
 def pair(path):
     """The file with the header and the one with the voxels: the same, but for .hdr/.img and .HDR/.IMG."""
     head = body = str(path)
@@ -154,93 +158,3 @@ def write_label(path, label, like):
     kind = nib.Nifti2Image if isinstance(nifti, nib.Nifti2Header) else nib.Nifti1Image
     image = kind(np.asarray(label, np.uint8).reshape(nifti.get_data_shape()), None, nifti)
     atomic_write(path, gzip.compress(image.to_bytes(), 6, mtime=0))
-
-
-# -------------------------------------------------------------------------------- cases, pre-flight, cache
-def load_case(case, settings=Preparation(), with_label=False, num_classes=None):
-    """Prepare a case: dict of image and label (uint8 (D, H, W); label None unless asked for), affine of their grid,
-    original_affine and original_shape of the file. BadVolume for whatever is wrong with one of its files."""
-    *volume, original = read_volume(case["image"])
-    made = {"label": None, "original_affine": original, "original_shape": tuple(volume[0].shape)}
-    try:                                                             # popped: `prepare` lets it go once it is turned
-        made["image"], made["affine"] = prepare(volume.pop(), original, settings, case["image"])
-    except ValueError as error:
-        raise BadVolume(f"{case['image']}: {error}") from None
-    if with_label:
-        check_case(case, labels=True)
-        label, ras = to_ras(read_label(case["label"], num_classes)[0], original)
-        made["label"] = regrid(label, ras, made["affine"], made["image"].shape, "nearest").contiguous()
-    return made
-
-
-def check_case(case, labels):
-    """BadVolume unless the headers of a case's image and, with `labels`, of its label are good and of one grid."""
-    image = _header(case["image"])
-    if labels and not case["label"]:
-        raise BadVolume(f"{image.path}: has no label; name it in the list, or leave the case out")
-    label = _header(case["label"]) if labels else image
-    far = np.abs((image.affine - label.affine)[:3]) @ [*image.shape, 1]        # mm apart in the farthest corner
-    if label.shape != image.shape or far.max() > .1 * spacing_of(image.affine).min():
-        raise BadVolume(f"{label.path}: {label.shape} or affine is not its image's, {image.shape}; resample the label")
-
-
-def find_problems(cases, check, workers=0):
-    """What check(case) finds wrong, in the order of the cases; `workers` processes with one case each at a time."""
-    def problem(case):
-        try:
-            check(case)
-        except ValueError as error:
-            return str(error)
-    loader = torch.utils.data.DataLoader(cases, batch_size=None, collate_fn=problem, num_workers=workers,
-                                         multiprocessing_context="fork" if workers else None,
-                                         timeout=300 if workers else 0, worker_init_fn=ignore_stop_signals)
-    return [text for text in loader if text]
-
-
-def check_cases(cases, labels=False, load=None, problems=(), workers=0):
-    """Pre-flight: every header, with `labels` each label against its image; or what `load` finds in a case. ValueError
-    with all that is wrong, after the `problems` of their lists; a line each."""
-    found = [*problems, *find_problems(cases, load or functools.partial(check_case, labels=labels), workers)]
-    if found:                                                        # a bad image may have been met twice
-        raise ValueError("\n".join([f"{len(set(found))} problems:", *dict.fromkeys(found)]))
-
-
-def check_voxels(cases, settings, labels=False, num_classes=None, problems=(), workers=0):
-    """The full pass: CRC, finite voxels, preparation; values and grid of every label, with labels=None of those that
-    are listed. ValueError as in `check_cases`."""
-    def check_label(case):
-        if case["label"]:
-            read_label(case["label"], num_classes)
-        check_case(case, True)
-    labelled = [case for case in cases if labels or labels is None and case["label"]]
-    found = [*problems, *find_problems(cases, lambda case: load_case(case, settings), workers)]
-    check_cases(labelled, load=check_label, problems=found, workers=workers)
-
-
-@functools.lru_cache(maxsize=None)
-def _checksum(path, time_ns):                                        # once a process; the time notices a replaced file
-    return f"{zlib.crc32(path.read_bytes()):08x}"
-
-
-def cached(case, settings, folder, with_label=False, num_classes=None):
-    """(image, label or None) of `load_case` as read-only memory maps of a file: only what is touched costs memory.
-    The file is folder/KEY/CHECKSUM.npy, KEY from path, size and time of the case's files and from the settings. It is
-    renamed into place, so processes may race or die at any byte; one whose checksum is not its name is made again.
-    """
-    names = ("image", "label") if with_label else ("image",)
-    check_case(case, with_label)
-    files = [Path(file).absolute() for name in names for file in pair(case[name])]
-    stamps = lambda: [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    state = stamps()
-    entry = Path(folder, hashlib.sha256(repr((CACHE_FORMAT, state, settings, num_classes)).encode()).hexdigest()[:32])
-    whole = [path for path in entry.glob("*.npy") if _checksum(path, path.stat().st_mtime_ns) == path.stem]
-    if not whole:
-        made, data = load_case(case, settings, with_label, num_classes), io.BytesIO()
-        if stamps() != state:
-            raise BadVolume(f"{case['image']}: changed while it was read; begin again when its files are complete")
-        np.save(data, np.stack([made[name].numpy() for name in names]))
-        entry.mkdir(parents=True, exist_ok=True)
-        whole = [entry / f"{zlib.crc32(data.getbuffer()):08x}.npy"]
-        atomic_write(whole[0], data.getbuffer())
-    voxels = np.load(whole[0], mmap_mode="r", allow_pickle=False)
-    return voxels[0], voxels[1] if with_label else None

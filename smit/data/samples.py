@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from smit import data
+from smit.data import cases as case_files
+from smit.data.nifti import BadVolume, pair
 from smit.masking import random_block_mask
-from smit.runtime import ignore_stop_signals
+from smit.runtime.ranks import ignore_stop_signals
 from smit.transforms import crop, rotate90
 
 SPLITS = {  # numbers of the BTCV cases held back
@@ -70,14 +71,14 @@ def list_digest(cases):
 
 def written(case):
     """When a case's files were written last, 0 for what is not there."""
-    files = [file for named in (case["image"], case["label"]) if named for file in data.pair(named)]
+    files = [file for named in (case["image"], case["label"]) if named for file in pair(named)]
     return [os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files]
 
 
 def unchanged(case, before):
     """The case; BadVolume if its files are not those of before: epochs of one run are over the same volumes."""
     if written(case) != before:
-        raise data.BadVolume(f"{case['image']}: changed or removed since the run began; put the old one back")
+        raise BadVolume(f"{case['image']}: changed or removed since the run began; put the old one back")
     return case
 
 
@@ -102,9 +103,9 @@ class ViewPairs(torch.utils.data.Dataset):
             index = (first + passed_over) % n
             try:
                 case = unchanged(self.cases[index], self.written[index])
-                volume, _ = data.cached(case, self.settings, self.cache)
+                volume, _ = case_files.cached(case, self.settings, self.cache)
                 break
-            except data.BadVolume as error:
+            except BadVolume as error:
                 warnings.warn(f"skipped: {error}")
                 found = error
             except OSError as error:                                 # the cache's disk
@@ -200,8 +201,8 @@ class LabelledCrops(torch.utils.data.Dataset):
         index = epoch_order(n, self.seed, sample // n)[sample % n]
         try:
             case = unchanged(self.cases[index], self.written[index])
-            image, label = data.cached(case, self.settings, self.cache, True, self.num_classes)
-        except (data.BadVolume, OSError) as error:                   # a bad file, or the cache's disk
+            image, label = case_files.cached(case, self.settings, self.cache, True, self.num_classes)
+        except (BadVolume, OSError) as error:                   # a bad file, or the cache's disk
             return error
         rng = generator(self.seed, "labelled", sample)
         images, labels = zip(*(augmented_crop(image, label, self.size, rng) for _ in range(self.crops)))

@@ -2,7 +2,7 @@
 
 Planes are shown as radiologists read them: anterior up, the patient's right on the viewer's left, superior up; the
 sagittal one with anterior on the left. All planes of a picture have one scale, whatever the spacing. A picture is a
-numpy array (H, W, 3) of uint8, built from others by `below` and `beside`; curves and the page of all are in curves.py.
+numpy array (H, W, 3) of uint8, built from others by `below` and `beside`; curves are in charts.py, the page of all in report.py.
 
 Reading order: PNG, letters and layout, planes, the three panels, what the scripts call.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import scoring
+from smit.data import organs
 from smit.metrics import dice, to_numpy
 from smit.runtime import atomic_write
 
@@ -202,8 +202,8 @@ def reconstruction_panel(path, image, hidden, reconstruction, spacing_mm, title=
 
 def label_colors(names):
     """(256, 3) uint8: a colour for each label of {number: organ}: 13 for BTCV's organs, darker ones for the rest."""
-    known = {organ: place for place, organ in enumerate(scoring.CODES)}
-    own = {number: known[scoring.organ(name)] for number, name in names.items() if scoring.organ(name) in known}
+    known = {organ: place for place, organ in enumerate(organs.CODES)}
+    own = {number: known[organs.organ(name)] for number, name in names.items() if organs.organ(name) in known}
     others = iter(range(13 * bool(own), 300))
     places = [own[number] if number in own else next(others) for number in range(1, 256)]
     return np.uint8([(0, 0, 0), *([part >> place // 13 for part in COLORS[place % 13]] for place in places)])

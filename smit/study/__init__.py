@@ -1,0 +1,1 @@
+"""The paper's comparisons: `python -m smit.study` [SMIT 3]."""
