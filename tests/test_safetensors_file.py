@@ -1,11 +1,11 @@
-"""smit.safetensors_file: what it writes others read, and no lie in a header is believed."""
+"""weights.safetensors_file: what it writes others read, and no lie in a header is believed."""
 import json
 import struct
 
 import pytest
 import torch
 
-from smit import safetensors_file
+from smit.weights import safetensors_file
 
 TENSORS = {
     "scalar": torch.tensor(2.5),

@@ -1,23 +1,24 @@
-"""smit.imported: each habit of imported weights against a second implementation, written from its description."""
+"""weights.habits: each habit of imported weights against a second implementation, written from its description."""
 import copy
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from smit import imported, swin
+from smit import swin
+from smit.weights import habits
 
 SIZES = dict(embed_dim=8, depths=(2, 2), heads=(2, 4), window=4, mask_token=False)
 
 
-def encoder(*habits, seed=0, **changes):
+def encoder(*names, seed=0, **changes):
     """A small encoder with weights of order 1 and these habits."""
     torch.manual_seed(seed)
     net = swin.SwinTransformer3D(**{**SIZES, **changes})
     for parameter in net.parameters():
         scale = parameter[0].numel() ** .5 if parameter.ndim > 1 else 1
         parameter.data += torch.randn_like(parameter) / scale
-    return imported.adopt(net, habits)
+    return habits.adopt(net, names)
 
 
 def relative_error(a, b):
@@ -26,10 +27,10 @@ def relative_error(a, b):
 
 def test_without_habits_an_encoder_stays_as_it_is():
     x, plain = torch.rand(1, 1, 24, 20, 16), encoder()
-    with_none = imported.adopt(copy.deepcopy(plain), [])
+    with_none = habits.adopt(copy.deepcopy(plain), [])
     assert all(torch.equal(a, b) for a, b in zip(plain(x), with_none(x)))
     with pytest.raises(ValueError, match="'telepathy' is none of no_patch_norm"):
-        imported.adopt(plain, ["telepathy"])
+        habits.adopt(plain, ["telepathy"])
 
 
 def test_no_patch_norm_leaves_the_patch_embedding_alone():
@@ -74,7 +75,7 @@ def test_a_cut_bias_index_numbers_a_small_windows_cells_as_the_full_ones_first()
 def test_the_scattered_reverse_is_the_releases_permutation(side, order, share):
     grid, window = (side,) * 3, (4, 4, 4)
     token = torch.arange(side ** 3)
-    scatter = imported.scatter_windows(swin.partition_windows(token.view(1, *grid, 1), window), window, grid).flatten()
+    scatter = habits.scatter_windows(swin.partition_windows(token.view(1, *grid, 1), window), window, grid).flatten()
     assert (scatter == token).float().mean().item() == pytest.approx(share)
     power = scatter
     for _ in range(order - 1):
@@ -159,11 +160,11 @@ def test_the_true_reverse_does_not_compute_the_authors_network():
     assert relative_error(true(x)[0], scattered(x)[0]) > .05
 
 
-@pytest.mark.parametrize("habits", [[habit] for habit in imported.HABITS] + [list(imported.HABITS)])
-def test_copies_checkpointing_and_inference_keep_the_habits(habits):
-    net, x = encoder(*habits), torch.rand(2, 1, 20, 16, 24)
+@pytest.mark.parametrize("names", [[habit] for habit in habits.HABITS] + [list(habits.HABITS)])
+def test_copies_checkpointing_and_inference_keep_the_habits(names):
+    net, x = encoder(*names), torch.rand(2, 1, 20, 16, 24)
     expected = net(x)
-    again = imported.adopt(swin.SwinTransformer3D(**SIZES, checkpointing=True), habits)
+    again = habits.adopt(swin.SwinTransformer3D(**SIZES, checkpointing=True), names)
     again.load_state_dict(net.state_dict())
     with torch.no_grad():
         fused = net(x)

@@ -1,36 +1,41 @@
-"""Habits of other people's Swin transformers, for imported weights alone.
+"""Give an encoder habits of other people's Swin transformers, for imported weights alone [ours].
 
-Nothing of the paper is here. An encoder trained elsewhere may compute a little differently; its weights are worth what
-they were trained to be worth only where the same is computed again. `adopt` gives an encoder such habits. Each one
-stands against a second implementation in tests/test_imported.py.
+Nothing of the paper is here. An encoder trained elsewhere may compute a little otherwise, and
+its weights are worth what they were trained to be worth only where the same is computed again.
+Each habit stands against a second implementation in tests/test_habits.py.
 """
 import torch
 from torch import nn
 
-from smit.swin import (PatchMerging, SwinBlock, WindowAttention, pad_to, padded_grid, partition_windows,
-                       recompute_attention, relative_position_index, shift_mask)
+from smit.swin import (
+    PatchMerging, SwinBlock, WindowAttention, pad_to, padded_grid, partition_windows,
+    recompute_attention, relative_position_index, shift_mask)
+from smit.weights.orders import MONAI_BEFORE
 
 HABITS = {
-    "no_patch_norm": "no LayerNorm follows the patch embedding",                                    # [MONAI]
-    "attended_padding": "padded cells take part in the softmax",                                    # [Swin; release]
-    "cut_bias_index": "a window clamped to a small grid reads biases of wrong offsets",             # [MONAI]
-    "duplicated_merge": "a merge reads neighbours 010 and 001 twice, 110 and 011 never",            # [MONAI to 1.4]
-    "scattered_reverse": "windows are put back in a wrong order, so tokens are scattered",          # [release]
+    # [MONAI]
+    "no_patch_norm": "no LayerNorm follows the patch embedding",
+    # [Swin; MONAI; release]
+    "attended_padding": "padded cells take part in the softmax",
+    # [MONAI]
+    "cut_bias_index": "a window clamped to a small grid reads biases of wrong offsets",
+    # [MONAI 0.9.0 to 1.4]
+    "duplicated_merge": "a merge reads neighbours 010 and 001 twice, 110 and 011 never",
+    # [release]
+    "scattered_reverse": "windows are put back in a wrong order, which scatters their tokens",
 }
-
-# the offsets, along (D, H, W), of the eight neighbours that MONAI's merging read from version 0.9 to 1.4
-DUPLICATED_OFFSETS = ("000", "100", "010", "001", "101", "010", "001", "111")
 
 
 def adopt(encoder, habits):
     """Give an encoder habits, names of HABITS, in place; returns it.
 
-    Its weights stay as they are, but for those of a patch norm that goes. Copies of the encoder keep its habits.
-    ValueError for a habit that is not known.
+    Its weights stay as they are, but for those of a patch norm that goes. Copies of the encoder
+    keep its habits. ValueError for a habit that is not known.
     """
     for habit in habits:
         if habit not in HABITS:
-            raise ValueError(f"habit {habit!r} is none of {', '.join(HABITS)}; these weights need a newer version")
+            raise ValueError(f"habit {habit!r} is none of {', '.join(HABITS)}; "
+                             "these weights need a newer version")
 
     if "no_patch_norm" in habits:
         encoder.patch_norm = nn.Identity()
@@ -54,16 +59,16 @@ class DuplicatedMerging(PatchMerging):
         """x (B, D, H, W, C) -> (B, D/2, H/2, W/2, 2C)."""
         x = pad_to(x, padded_grid(x.shape[1:4], (2, 2, 2)))
         neighbours = []
-        for d, h, w in DUPLICATED_OFFSETS:
-            neighbours.append(x[:, int(d)::2, int(h)::2, int(w)::2])        # (B, D/2, H/2, W/2, C)
+        for d, h, w in MONAI_BEFORE:
+            neighbours.append(x[:, d::2, h::2, w::2])                       # (B, D/2, H/2, W/2, C)
         return self.reduction(self.norm(torch.cat(neighbours, -1)))
 
 
 class CutBiasAttention(WindowAttention):
-    """Attend with MONAI's biases: for a clamped window of n cells, the first n rows and columns of the full index.
+    """Attend with MONAI's biases: n cells of a clamped window take the full window's first n.
 
-    Cells are numbered otherwise in the full window, so most pairs meet the bias of another offset. Where the window
-    is not clamped this changes nothing.
+    Cells are numbered otherwise in the full window, so most pairs meet the bias of another
+    offset. Where the window is not clamped this changes nothing.
     """
 
     def position_bias(self, index):
@@ -73,10 +78,11 @@ class CutBiasAttention(WindowAttention):
 
 
 class ScatteredBlock(SwinBlock):
-    """Attend as the authors' release does: with its reverse of windows, which is no inverse of the partition.
+    """Attend as the authors' release does, whose reverse of windows does not undo their partition.
 
-    The result for each token lands elsewhere, at a place that depends on the grid alone. The release also clamps no
-    window to a small grid, pads it instead, and shifts the windows of odd blocks whatever the grid.
+    The result for each token lands elsewhere, at a place that depends on the grid alone. The
+    release also clamps no window to a small grid, which it pads, and shifts the windows of odd
+    blocks whatever the grid.
     """
 
     def attend(self, x):
@@ -100,7 +106,7 @@ class ScatteredBlock(SwinBlock):
 
 
 def scatter_windows(windows, window, grid):
-    """Put windows into their grid in the release's order of axes, where partition_windows' inverse is another.
+    """Put windows into their grid in the release's order of axes, which is a wrong one.
 
     windows (B*nW, n, C), grid (D, H, W). Returns (B, D, H, W, C).
     """
@@ -108,5 +114,5 @@ def scatter_windows(windows, window, grid):
     d, h, w = window
     C = windows.shape[-1]
     x = windows.view(-1, D // d, H // h, W // w, d, h, w, C)
-    x = x.permute(0, 1, 3, 5, 2, 4, 6, 7)                                   # the inverse has 0, 1, 4, 2, 5, 3, 6, 7
+    x = x.permute(0, 1, 3, 5, 2, 4, 6, 7)                               # the inverse: 0 1 4 2 5 3 6 7
     return x.reshape(-1, D, H, W, C)
