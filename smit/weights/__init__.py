@@ -10,6 +10,7 @@
     export.py             and back
 """
 from smit.weights.orders import RELEASE, ROW_MAJOR, FORMAT, reorder_neighbours, upgrade  # noqa: F401
+from smit.weights import habits, safetensors_file  # noqa: F401
 from smit.weights.habits import HABITS, adopt  # noqa: F401
 from smit.weights.reading import (  # noqa: F401
     SIZES, Encoder, adapt_channels, count, fill, listed, read_encoder, read_file)
