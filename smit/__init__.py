@@ -13,7 +13,7 @@ Read in the paper's order:
     [SMIT 3] DSC, tests, tables                   metrics.py, scoring.py
     [SMIT Fig. 2, 3, 5] panels, curves, page      figures/
     [SMIT Table 2, Fig. 3-5] the comparisons      study/
-    data made here                                phantom.py
+    data made here                                phantom/
     ranks, checkpoints, signals                   runtime/
     what --help shows                             flags.py
     speed and memory beside peers                 benchmark/

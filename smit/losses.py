@@ -1,66 +1,112 @@
-"""Equations 1 to 4, centring, and the losses of the comparisons [SMIT 2]. Needs torch alone.
+"""Equations 1 to 4, centring, and the loss of fine-tuning [SMIT 2]. Needs torch alone.
 
-All losses are computed in float32, whatever the network ran in, and are means, so that their size depends neither on
-the batch nor on the mask ratio: the paper prints sums, the release averages.
+All losses are computed in float32, whatever the network ran in. All are means, so
+that their size depends neither on the batch nor on the mask ratio: the paper prints
+sums, the release averages.
 
-    B samples   N patch tokens   M hidden ones of the batch   K prototypes   hidden = masked = m_i of the paper
+A GPU runs behind the program that feeds it, and a look at one of its values waits
+until it has caught up. So no loss looks at a mask that lies on a GPU: an empty mask
+is refused on the CPU, and `hidden_index` finds the hidden tokens there.
+
+    B samples   N patch tokens   M hidden ones of the batch   K prototypes
+    hidden = masked = m_i of the paper
 """
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
 
+# --------------------------------------------------------- masked image prediction
 def mip_loss(pred, target, hidden):
-    """Masked image prediction: the mean of |pred - target| over the hidden voxels [SMIT Eq. 1].
+    """Average |pred - target| over the hidden voxels: masked image prediction [SMIT Eq. 1].
 
-    pred, target (B, C, D, H, W), target in [0, 1]; hidden (B, D, H, W) or (B, 1, D, H, W) bool, at voxel resolution.
+    pred, target (B, C, D, H, W), target in [0, 1].
+    hidden (B, D, H, W) or (B, 1, D, H, W) bool, at voxel resolution.
+    Raises ValueError for a mask on the CPU that hides nothing; on a GPU it gives NaN.
     """
     # differs: Eq. 1 as printed subtracts u outside the mask; m * (pred - u) is meant
-    hidden = hidden if hidden.dim() == pred.dim() else hidden[:, None]
+    if hidden.dim() < pred.dim():
+        hidden = hidden[:, None]
+    if not hidden.is_cuda and not hidden.any():
+        raise ValueError("no voxel is hidden, so masked image prediction has nothing to predict; "
+                         "raise the mask ratio")
     count = hidden.expand_as(pred).sum()
-    if count == 0:
-        raise ValueError("no voxel is hidden, so masked image prediction has nothing to predict; raise the mask ratio")
-    return ((pred.float() - target.float()).abs() * hidden).sum() / count
+    error = (pred.float() - target.float()).abs()                          # (B, C, D, H, W)
+    return (error * hidden).sum() / count
 
 
+# --------------------------------------------------------------- self-distillation
 def sharpen(logits, temperature, center=0.0):
-    """P = softmax((h(f(u)) - center) / temperature); only the teacher is centred [SMIT Eq. 3; DINO 3.1]."""
+    """Turn logits into probabilities [SMIT Eq. 3; DINO 3.1].
+
+    P = softmax((h(f(u)) - center) / temperature); only the teacher is centred.
+    """
     return F.softmax((logits.float() - center) / temperature, dim=-1)
 
 
 def cross_entropy(student_logits, teacher_logits, center, student_temp, teacher_temp):
-    """- sum_K P_t log P_s for each token: (..., K) twice -> (...). No gradient reaches the teacher [DINO Eq. 2]."""
-    target = sharpen(teacher_logits.detach(), teacher_temp, center)
-    return -(target * F.log_softmax(student_logits.float() / student_temp, dim=-1)).sum(-1)
+    """Compute -sum_K P_t log P_s for each token: (..., K) twice -> (...) [DINO Eq. 2].
 
-
-def mpd_loss(student_logits, teacher_logits, hidden, center, student_temp, teacher_temp):
-    """Masked patch token distillation: student on the corrupted view, teacher on the same view, whole [SMIT Eq. 2].
-
-    student_logits, teacher_logits (B, N, K); hidden (B, N) bool; center (K,). Mean over each sample's hidden tokens,
-    then over samples. Visible tokens do not count.
+    No gradient reaches the teacher.
     """
-    per_sample = hidden.sum(dim=1)
-    if (per_sample == 0).any():
-        raise ValueError("a sample has no hidden token, so there is nothing to distil; raise the mask ratio")
-    loss = cross_entropy(student_logits[hidden], teacher_logits[hidden], center, student_temp, teacher_temp)  # (M,)
-    weight = (1 / per_sample)[:, None].expand(hidden.shape)[hidden] / len(hidden)                             # (M,)
+    target = sharpen(teacher_logits.detach(), teacher_temp, center)
+    log_p = F.log_softmax(student_logits.float() / student_temp, dim=-1)
+    return -(target * log_p).sum(-1)
+
+
+def hidden_index(hidden):
+    """Find the hidden tokens: (B, N) bool -> (M,) long, their places in the flattened batch.
+
+    Give it the mask before that goes to a GPU. ValueError for a sample without any.
+    """
+    if not hidden.any(dim=1).all():
+        raise ValueError("a sample has no hidden token, so there is nothing to distil; "
+                         "raise the mask ratio")
+    return hidden.flatten().nonzero().squeeze(1)
+
+
+def mpd_loss(student_logits, teacher_logits, hidden, center, student_temp, teacher_temp,
+             index=None):
+    """Distil the hidden patch tokens: masked patch token distillation [SMIT Eq. 2].
+
+    The student saw the corrupted view, the teacher the same view, whole.
+    student_logits, teacher_logits (B, N, K); hidden (B, N) bool; center (K,).
+    index (M,): hidden_index(hidden), made on the CPU. Without it, it is made here,
+        and a GPU is waited for.
+    Returns the mean over each sample's hidden tokens, then over samples. Visible
+    tokens do not count.
+    """
+    if index is None:
+        index = hidden_index(hidden)
+    student = student_logits.flatten(0, 1).index_select(0, index)          # (M, K)
+    teacher = teacher_logits.flatten(0, 1).index_select(0, index)          # (M, K)
+    loss = cross_entropy(student, teacher, center, student_temp, teacher_temp)
+
+    # a hidden token's weight in the mean
+    share = 1 / hidden.sum(dim=1, keepdim=True) / len(hidden)              # (B, 1)
+    weight = share.expand(hidden.shape).flatten().index_select(0, index)   # (M,)
     return (loss * weight).sum()
 
 
 def itd_loss(student_logits, teacher_logits, center, student_temp, teacher_temp):
-    """Image token distillation: student on one corrupted view, teacher on the *other* view, whole [SMIT Eq. 4].
+    """Distil the image tokens: image token distillation [SMIT Eq. 4].
 
-    student_logits, teacher_logits (B, K), row b of both from the two views of one volume; center (K,).
+    The student saw one corrupted view, the teacher the *other* view, whole.
+    student_logits, teacher_logits (B, K), row b of both from the two views of one
+    volume; center (K,). Returns the mean over samples.
     """
-    # differs: the m_i and the sum over N tokens printed in Eq. 4 have no meaning for the one image token
-    return cross_entropy(student_logits, teacher_logits, center, student_temp, teacher_temp).mean()
+    # differs: the m_i and the sum over N tokens printed in Eq. 4 have no meaning for
+    # the one image token
+    loss = cross_entropy(student_logits, teacher_logits, center, student_temp, teacher_temp)
+    return loss.mean()
 
 
 class Center(nn.Module):
-    """Running mean of the teacher's logits, subtracted from them so that no prototype dominates [DINO Eq. 4].
+    """Follow the mean of the teacher's logits [DINO Eq. 4].
 
-    `collect` a batch's logits (or several micro-batches'), then `update` once a step: over all of them, and over ranks.
+    It is subtracted from them so that no prototype dominates.
+    `collect` the logits of one or several micro-batches, then `update` once a step:
+    over all of them, and over all ranks.
     """
 
     def __init__(self, dim, momentum=0.9):
@@ -71,22 +117,29 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def collect(self, teacher_logits):
-        """Keep the sum of logits (..., K) for the next update."""
+        """Keep the sum and the number of logits (..., K) for the next update."""
         logits = teacher_logits.float().flatten(0, -2)
-        self.collected.append(torch.cat([logits.sum(0), logits.new_tensor([len(logits)])]))  # (K + 1,), count last
+        count = logits.new_tensor([len(logits)])
+        self.collected.append(torch.cat([logits.sum(0), count]))           # (K + 1,)
 
     @torch.no_grad()
     def update(self, teacher_logits=None):
-        """value = momentum * value + (1 - momentum) * mean logit of all ranks; returns the new value (K,)."""
+        """Move the value towards the mean logit of all ranks, and return it, (K,).
+
+        value = momentum * value + (1 - momentum) * mean.
+        """
         if teacher_logits is not None:
             self.collect(teacher_logits)
-        total = torch.stack(self.collected).sum(0)
+        total = torch.stack(self.collected).sum(0)                         # (K + 1,)
         self.collected.clear()
-        # differs: the release averages over its own rank only, and leaves the centre out of its checkpoints
+        # differs: the release averages over its own rank only, and leaves the centre
+        # out of its checkpoints
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(total)
         mean = total[:-1] / total[-1]
-        mean = torch.where(mean.isfinite().all(), mean, self.value)   # an overflow must not stay for good
+
+        # an infinite logit must not stay in the centre for good
+        mean = torch.where(mean.isfinite().all(), mean, self.value)
         return self.value.lerp_(mean, 1 - self.momentum)
 
     def discard(self):
@@ -94,29 +147,57 @@ class Center(nn.Module):
         self.collected.clear()
 
 
+# ------------------------------------------------------------- the comparisons' loss
 def info_nce(predictions, keys, temperature=0.2):
-    """Contrast of image tokens: each prediction against the keys of the micro-batch [MoCo v3 Alg. 1].
+    """Contrast image tokens: each prediction against the keys of its micro-batch [MoCo v3 Alg. 1].
 
-    predictions, keys (B, K), row b of both from the two views of one volume, B >= 4; keys carry no gradient.
+    predictions, keys (B, K), row b of both from the two views of one volume, B >= 4;
+    keys carry no gradient.
     """
-    # differs: the keys are this rank's micro-batch, where MoCo v3 gathers all ranks'; and both sides are centred on
-    # their mean, in place of the batch norms inside MoCo v3's heads
-    predictions, keys = (F.normalize(x.float() - x.float().mean(0), dim=-1) for x in (predictions, keys.detach()))
-    scores = predictions @ keys.T / temperature
-    return 2 * temperature * F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
+    # differs: the keys are this rank's micro-batch, where MoCo v3 gathers all ranks';
+    # and both sides are centred on their mean, in place of the batch norms inside
+    # MoCo v3's heads
+    predictions = centred_directions(predictions)                          # (B, K)
+    keys = centred_directions(keys.detach())                               # (B, K)
+    scores = predictions @ keys.T / temperature                            # (B, B)
+    own_key = torch.arange(len(scores), device=scores.device)
+    return 2 * temperature * F.cross_entropy(scores, own_key)
 
 
+def centred_directions(x):
+    """Subtract the mean row and scale each row to length 1: (B, K) -> (B, K) float32."""
+    x = x.float()
+    return F.normalize(x - x.mean(0), dim=-1)
+
+
+# --------------------------------------------------------------------- fine-tuning
 def dice_ce_loss(logits, label, smooth=1e-6):
-    """Dice with squared denominators, background in, plus cross-entropy: the fine-tuning loss [release].
+    """Add Dice with squared denominators, background in, and cross-entropy [release].
 
-    logits (B, K, D, H, W); label (B, D, H, W) long. Dice per sample and class, then the mean.
+    logits (B, K, D, H, W); label (B, D, H, W) long. Dice is taken per sample and
+    class, then averaged.
     """
-    B, K = logits.shape[:2]
-    log_prob = logits.float().flatten(2).log_softmax(1)                                      # (B, K, N)
-    label = label.flatten(1)                                                                 # (B, N)
-    truth = log_prob.gather(1, label[:, None])[:, 0]           # each voxel's own class: no one-hot copy of K volumes
-    # in float64, where a million voxels add up without rounding, on a GPU in whichever order
-    per_class = lambda voxels: torch.zeros(B, K, dtype=torch.float64, device=label.device).scatter_add(
-        1, label, voxels.double()).float()                                                   # (B, N) -> (B, K)
-    total = log_prob.exp().square().sum(2) + per_class(torch.ones_like(truth))
-    return (1 - 2 * per_class(truth.exp()) / (total + smooth)).mean() - truth.mean()
+    classes = logits.shape[1]
+    label = label.flatten(1)                                               # (B, N voxels)
+    log_p = logits.float().flatten(2).log_softmax(dim=1)                   # (B, K, N)
+    # of each voxel's own class
+    log_p_true = log_p.gather(1, label[:, None]).squeeze(1)                # (B, N)
+
+    # sums over the voxels of each class, without a one-hot copy of K volumes
+    overlap = sum_by_class(log_p_true.exp(), label, classes)               # (B, K)
+    label_size = sum_by_class(torch.ones_like(log_p_true), label, classes)
+    pred_size = log_p.exp().square().sum(dim=2)                            # (B, K)
+
+    dice = 2 * overlap / (pred_size + label_size + smooth)
+    cross_entropy = -log_p_true.mean()
+    return (1 - dice).mean() + cross_entropy
+
+
+def sum_by_class(values, label, classes):
+    """Add up the values of each class: values, label (B, N) -> (B, classes) float32.
+
+    In float64, where a million voxels add up without rounding, on a GPU in
+    whichever order.
+    """
+    sums = torch.zeros(len(values), classes, dtype=torch.float64, device=values.device)
+    return sums.scatter_add(1, label, values.double()).float()

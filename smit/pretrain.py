@@ -1,6 +1,6 @@
-"""Student and teacher: one class, the encoder with its heads [SMIT Fig. 1], and what is watched while they train.
+"""Student and teacher: one class, the encoder with its heads [SMIT Fig. 1].
 
-Reading order: SMIT, its teacher, monitors, validation. The losses and the loop are in losses.py and train_ssl.py.
+The losses are in losses.py, the loop in train_ssl.py, what is watched in monitors.py.
 """
 import copy
 import math
@@ -10,137 +10,120 @@ import torch
 from torch import nn
 
 from smit.heads import LinearVoxelHead, MultiLayerVoxelHead, ProjectionHead, mlp
-from smit.losses import sharpen
-from smit.masking import expand_mask
 from smit.swin import SwinTransformer3D
 
 
 class Outputs(NamedTuple):
-    """What a forward gives; heads that were not built give None. B views, N tokens of 16^3 voxels."""
-    tokens: torch.Tensor                # (B, N, C)     the last stage's, before its merge: 6^3 of 384 at 96^3
-    voxels: torch.Tensor = None         # (B, c, D, H, W)  h^Pred
-    patch_logits: torch.Tensor = None   # (B, N, K)     h^Patch, before temperature
-    image_logits: torch.Tensor = None   # (B, K)        h^[CLS]
-    embedding: torch.Tensor = None      # (B, E)        of the contrastive row
+    """Hold the results of one forward; a head that was not built gives None.
+
+    B views, N patch tokens of 16^3 voxels, C channels, K prototypes.
+    """
+    tokens: torch.Tensor               # (B, N, C): the last stage's, before its merge; 6^3 of 384 at 96^3
+    voxels: torch.Tensor = None        # (B, c, D, H, W): h^Pred
+    patch_logits: torch.Tensor = None  # (B, N, K): h^Patch, before temperature
+    image_logits: torch.Tensor = None  # (B, K): h^[CLS]
+    embedding: torch.Tensor = None     # (B, E): of the contrastive row
 
 
 class SMIT(nn.Module):
-    """Encoder plus the heads that the losses need [SMIT 2].
+    """Join the encoder and the heads that the losses need [SMIT 2].
 
-    encoder: keyword arguments of SwinTransformer3D. voxel_head: "linear", "multilayer" or None. patch_head, image_head,
-    contrast_head: whether to build them. shared_head: one projection head for patches and image, iBOT's default.
+    encoder: keyword arguments of SwinTransformer3D.
+    voxel_head: "linear", "multilayer" or None.
+    patch_head, image_head, contrast_head: whether to build them.
+    shared_head: one projection head for patches and image, iBOT's default.
     """
 
-    def __init__(self, encoder, voxel_head="linear", patch_head=True, image_head=True, contrast_head=False,
-                 shared_head=False, head_width=2048, bottleneck=256, prototypes=8192):
+    def __init__(self, encoder, voxel_head="linear", patch_head=True, image_head=True,
+                 contrast_head=False, shared_head=False, head_width=2048, bottleneck=256,
+                 prototypes=8192):
         super().__init__()
         self.encoder = SwinTransformer3D(**encoder)
-        self.cell = self.encoder.patch * 2 ** (len(self.encoder.stages) - 1)  # voxels per axis of a patch token: 16
-        C, last = self.encoder.channels[-2:]
-        self.voxel_head = self.patch_head = self.image_head = self.projector = self.predictor = None
-        if voxel_head:
-            kind = {"linear": LinearVoxelHead, "multilayer": MultiLayerVoxelHead}[voxel_head]
-            layers = {"linear": 2 * self.cell, "multilayer": int(math.log2(2 * self.cell))}[voxel_head]
-            self.voxel_head = kind(last, layers, encoder.get("in_channels", 1))
+        doublings = len(self.encoder.stages) - 1
+        self.cell = self.encoder.patch * 2 ** doublings  # voxels per axis of a patch token: 16
+        channels, last_channels = self.encoder.channels[-2:]               # 384, 768
+
+        self.voxel_head = None
+        cube = 2 * self.cell                             # voxels per axis of a last token: 32
+        image_channels = encoder.get("in_channels", 1)
+        if voxel_head == "linear":
+            self.voxel_head = LinearVoxelHead(last_channels, cube, image_channels)
+        elif voxel_head == "multilayer":
+            layers = int(math.log2(cube))
+            self.voxel_head = MultiLayerVoxelHead(last_channels, layers, image_channels)
+        elif voxel_head:
+            raise ValueError(f"voxel head {voxel_head!r}: use 'linear', 'multilayer' or None")
+
+        self.patch_head = None
         if patch_head:
-            self.patch_head = ProjectionHead(C, head_width, bottleneck, prototypes)
-        if image_head:
-            shared = shared_head and self.patch_head
-            self.image_head = self.patch_head if shared else ProjectionHead(C, head_width, bottleneck, prototypes)
+            self.patch_head = ProjectionHead(channels, head_width, bottleneck, prototypes)
+        self.image_head = None
+        if image_head and shared_head and patch_head:
+            self.image_head = self.patch_head
+        elif image_head:
+            self.image_head = ProjectionHead(channels, head_width, bottleneck, prototypes)
+
+        self.projector = self.predictor = None
         if contrast_head:
-            self.projector = mlp(C, head_width, bottleneck)
+            self.projector = mlp(channels, head_width, bottleneck)
             self.predictor = mlp(bottleneck, head_width, bottleneck)
 
     def forward(self, views, hidden=None, noise=None):
-        """views (B, c, D, H, W); hidden (B, D/2, H/2, W/2) bool, at token resolution, or None; noise: for drop path."""
-        top = len(self.encoder.stages)
-        wanted = (top - 1, top) if self.voxel_head else (top - 1,)
+        """Encode views and apply the heads.
+
+        views (B, c, D, H, W).
+        hidden (B, D/2, H/2, W/2) bool, at token resolution, or None to hide nothing.
+        noise (B, drops): the draws of drop path, or None.
+        """
+        level = len(self.encoder.stages) - 1             # of the last stage; the merge comes after it
+        wanted = [level]
+        if self.voxel_head:
+            wanted.append(level + 1)
         features = self.encoder(views, hidden, noise, wanted)
-        tokens = features[top - 1].flatten(2).transpose(1, 2)                    # (B, N, C)
-        # differs: a Swin transformer has no class token; [CLS] is the mean of the normed tokens, as in iBOT's Swin
-        image = tokens.mean(1)                                                   # (B, C)
-        embedding = self.projector(image) if self.projector else None            # (B, E)
-        return Outputs(
-            tokens=tokens,
-            voxels=self.voxel_head(features[top]) if self.voxel_head else None,
-            # differs: the release takes the tokens before stage 4, and so trains none of it by distillation
-            patch_logits=self.patch_head(tokens) if self.patch_head else None,
-            image_logits=self.image_head(image) if self.image_head else None,
-            embedding=self.predictor(embedding) if self.predictor else embedding)
+        # differs: the release takes the tokens before stage 4, and so trains none of it
+        # by distillation
+        tokens = features[level].flatten(2).transpose(1, 2)                # (B, N, C)
+        # differs: a Swin transformer has no class token; [CLS] is the mean of the normed
+        # tokens, as in iBOT's Swin
+        image = tokens.mean(1)                                             # (B, C)
+
+        voxels = patch_logits = image_logits = embedding = None
+        if self.voxel_head:
+            voxels = self.voxel_head(features[level + 1])                  # (B, c, D, H, W)
+        if self.patch_head:
+            patch_logits = self.patch_head(tokens)                         # (B, N, K)
+        if self.image_head:
+            image_logits = self.image_head(image)                          # (B, K)
+        if self.projector:
+            embedding = self.projector(image)                              # (B, E)
+        if self.predictor:
+            embedding = self.predictor(embedding)                          # (B, E)
+        return Outputs(tokens, voxels, patch_logits, image_logits, embedding)
 
     def make_teacher(self):
-        """f_t: a copy of the student as it is now, in eval mode, without the heads that only a student has.
+        """Copy the student as it is now: f_t, in eval mode, without the heads that only a student has.
 
-        `train()` must never be called on it.
+        Never call `train()` on it: it would drop paths.
         """
-        # differs: the release starts its teacher from other random weights and leaves it in train mode, with drop path
+        # differs: the release starts its teacher from other random weights and leaves it
+        # in train mode, with drop path
         teacher = copy.deepcopy(self).requires_grad_(False).eval()
-        teacher.voxel_head = teacher.predictor = None
+        teacher.voxel_head = None
+        teacher.predictor = None
         return teacher
 
 
 def build_student(config):
-    """The student that a pre-training run's settings describe, freshly drawn from torch's global generator."""
-    sizes = {name: config[name] for name in ("embed_dim", "depths", "heads", "window", "drop_path", "checkpointing")}
-    return SMIT(sizes, config["voxel_head"] if config["mip"] else None, bool(config["mpd"]), bool(config["itd"]),
-                bool(config["contrast"]), config["shared_head"], config["head_width"], config["bottleneck"],
-                config["prototypes"])
-
-
-# --------------------------------------------------------------------------------------------------------- monitors
-@torch.no_grad()
-def entropies(logits, center, temperature, over_ranks=lambda mean: mean):
-    """Two signs of collapse, both as shares of ln K: (per-token entropy, entropy of the mean distribution).
-
-    logits (..., K), n of them; over_ranks averages a tensor over ranks. Uniform outputs give (1, 1); collapse to one
-    prototype (0, 0); one wants the second well above the first, which it can exceed by ln(n) / ln(K) at most.
-    """
-    p = sharpen(logits, temperature, center).flatten(0, -2)                                 # (n, K)
-    entropy = lambda q: -(q * q.clamp_min(1e-30).log()).sum(-1).mean().item() / math.log(q.shape[-1])
-    return entropy(p), entropy(over_ranks(p.mean(0)))
-
-
-@torch.no_grad()
-def effective_rank(tokens):
-    """exp of the entropy of the normed eigenvalues of the tokens' covariance: the dimensions in use [Roy & Vetterli].
-
-    tokens (B, N, C). Between 1 and C; below about 2 the features have collapsed.
-    """
-    x = tokens.float().flatten(0, 1)
-    x = x - x.mean(0)
-    values = torch.linalg.eigvalsh((x.T @ x).cpu().double()).clamp_min(0)
-    p = values / values.sum().clamp_min(1e-30)
-    return torch.exp(-(p * p.clamp_min(1e-30).log()).sum()).item()
-
-
-# ------------------------------------------------------------------------------------------------------- validation
-@torch.no_grad()
-def validate(student, batches, cell, count_all, device, autocast, ranks):
-    """MIP on held-back volumes, beside two predictors that know nothing of anatomy [ours].
-
-    batches: as sampling.batches gives them, this rank's share; cell: voxels per axis of a mask cell; count_all: score
-    visible voxels too, for full image reconstruction. Returns a dict: val_mip (L1 over hidden voxels, as Eq. 1),
-    val_mse (its square), val_constant (L1 of the best single grey value, the median of all voxels scored), val_median
-    (L1 of each view's visible median). Leaves the student in train mode.
-    """
-    sums = torch.zeros(4, dtype=torch.float64)                       # L1, L2, L1 of the visible median, voxels scored
-    counts = torch.zeros(256, dtype=torch.float64)                   # of the scored voxels' grey values
-    student.eval()
-    for batch in batches:
-        grey, cells = batch["views"].flatten(0, 1), batch["hidden"].flatten(0, 1)
-        tokens = expand_mask(cells, cell // student.encoder.patch).to(device) if cells.any() else None
-        with autocast():
-            voxels = student(grey.to(device).float() / 255, tokens).voxels.float().cpu()
-        hidden = expand_mask(cells, cell)[:, None]                                         # (B, 1, D, H, W)
-        scored = torch.ones_like(hidden) if count_all else hidden
-        median = torch.stack([g[~h if not h.all() else h].median() for g, h in zip(grey, hidden)])
-        error = (voxels - grey / 255)[scored]
-        median_error = (median.float().view(-1, 1, 1, 1, 1) - grey)[scored] / 255
-        sums += torch.stack([error.abs().sum(), (error ** 2).sum(), median_error.abs().sum(), scored.sum()])
-        counts += torch.bincount(grey[scored].long(), minlength=256)
-    student.train()
-    sums, counts = ranks.mean(sums.to(device)).cpu(), ranks.mean(counts.to(device)).cpu()
-    best = torch.searchsorted(counts.cumsum(0), counts.sum() / 2)                          # the median grey value
-    constant = (counts * (torch.arange(256) - best).abs()).sum().item() / 255
-    l1, l2, visible_median, n = sums.tolist()
-    return {"val_mip": l1 / n, "val_mse": l2 / n, "val_constant": constant / n, "val_median": visible_median / n}
+    """Build the student of a pre-training run's settings, drawn from torch's global generator."""
+    encoder = {}
+    for name in ("embed_dim", "depths", "heads", "window", "drop_path", "checkpointing"):
+        encoder[name] = config[name]
+    return SMIT(encoder,
+                voxel_head=config["voxel_head"] if config["mip"] else None,
+                patch_head=bool(config["mpd"]),
+                image_head=bool(config["itd"]),
+                contrast_head=bool(config["contrast"]),
+                shared_head=config["shared_head"],
+                head_width=config["head_width"],
+                bottleneck=config["bottleneck"],
+                prototypes=config["prototypes"])

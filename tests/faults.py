@@ -99,8 +99,8 @@ def arm(at, do, nth=1, times=1, rank=0, life=0, file="last.pt", **how):
 
     if at == "start":
         runtime.start = functools.partial(runtime.start, timeout_minutes=.5)       # for a hung rank, not 10
-        sampling.batches = functools.partial(sampling.batches, timeout=5)          # seconds for a hung worker
-    elif rank in (None, int(os.environ.get("RANK", 0))) and life in (None, runtime.ranks.RESTARTS):
+        sampling.WORKER_TIMEOUT_S = 5                                              # for a hung worker
+    elif rank in (None, int(os.environ.get("RANK", 0))) and life in (None, runtime.restarts()):
         if at == "step":
             register_optimizer_step_post_hook(lambda *_: due() and act(do, **how))
         for name in names:

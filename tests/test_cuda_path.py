@@ -107,6 +107,6 @@ def test_panels_take_tensors_of_any_device(panel, tmp_path):
     draw = getattr(figures, f"{panel}_panel")
     there = [[on_gpu(part) for part in a] if isinstance(a, list) else on_gpu(a) if isinstance(a, torch.Tensor) else a
              for a in arguments]
-    draw(tmp_path / "cpu.png", *arguments)
-    draw(tmp_path / "gpu.png", *there)
-    assert (tmp_path / "cpu.png").read_bytes() == (tmp_path / "gpu.png").read_bytes()
+    draw(tmp_path / "cpu.svg", *arguments)
+    draw(tmp_path / "gpu.svg", *there)
+    assert (tmp_path / "cpu.svg").read_bytes() == (tmp_path / "gpu.svg").read_bytes()

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
 from smit import losses
@@ -91,6 +92,32 @@ def test_token_losses_are_float32_whatever_comes_in():
     half, hidden = torch.randn(2, 3, 8).half(), torch.ones(2, 3, dtype=torch.bool)
     assert losses.mpd_loss(half, half, hidden, torch.zeros(8), .1, .04).dtype == torch.float32
     assert losses.itd_loss(half[:, 0], half[:, 0], torch.zeros(8), .1, .04).dtype == torch.float32
+
+
+def test_hidden_tokens_found_before_a_mask_is_moved_give_the_same_loss():
+    torch.manual_seed(0)
+    student, teacher, center = torch.randn(3, 7, 5), torch.randn(3, 7, 5), torch.randn(5)
+    hidden = torch.arange(7) < torch.tensor([[2], [7], [4]])
+    index = losses.hidden_index(hidden)
+    assert index.tolist() == [0, 1, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]
+    given, made = (losses.mpd_loss(student, teacher, hidden, center, .1, .05, i) for i in (index, None))
+    assert torch.equal(given, made)
+    with pytest.raises(ValueError, match="no hidden token"):
+        losses.hidden_index(torch.tensor([[True, False], [False, False]]))
+
+
+def test_no_loss_waits_for_a_gpu():
+    with FakeTensorMode():                                              # has shapes and a device, but no value to read
+        logits, center = torch.empty(2, 4, 5, device="cuda"), torch.empty(5, device="cuda")
+        image_logits = torch.empty(2, 5, device="cuda")
+        views = torch.empty(2, 1, 4, 4, 4, device="cuda")
+        hidden, index = torch.ones(2, 4, dtype=torch.bool, device="cuda"), torch.empty(6, device="cuda").long()
+        terms = [losses.mip_loss(views, views, views > 0),
+                 losses.mpd_loss(logits, logits, hidden, center, .1, .04, index),
+                 losses.itd_loss(image_logits, image_logits, center, .1, .04)]
+        assert all(term.is_cuda and term.shape == () for term in terms)
+        with pytest.raises(DataDependentOutputException):               # without the index it would wait
+            losses.mpd_loss(logits, logits, hidden, center, .1, .04)
 
 
 # ---------------------------------------------------------------------------------------------- centring

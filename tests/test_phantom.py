@@ -1,16 +1,18 @@
 """Phantoms: the right organs at the right place, in every patient, the same bits every time."""
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from smit import phantom
-from smit.phantom import ORGANS, make_patient, write_dataset
+from smit.phantom import ORGANS, default_data, make_patient, shapes, write_dataset
 
 COARSE = (4.0, 4.0, 4.0)
 VOLUMES_ML = {"spleen": (80, 400), "right kidney": (70, 250), "left kidney": (70, 250), "gallbladder": (10, 80),
@@ -175,8 +177,85 @@ def test_bad_settings_are_one_clear_line(call, tmp_path):
 
 def test_the_command_writes_a_dataset_and_explains_refusals(tmp_path):
     command = [sys.executable, "-m", "smit.phantom", str(tmp_path / "out"), "--n", "1", "--spacing", "8", "8", "8"]
-    root = Path(phantom.__file__).parents[1]
+    root = Path(phantom.__file__).parents[2]
     run = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert run.returncode == 0 and run.stdout.strip() == str(tmp_path / "out" / "dataset.json")
     run = subprocess.run([*command, "--seed", "1"], capture_output=True, text=True, cwd=root)
     assert run.returncode == 2 and "not phantoms of" in run.stderr and "Traceback" not in run.stderr
+
+
+class Rank(NamedTuple):
+    """A rank whose barrier notes which images are there when it is reached."""
+
+    rank: int
+    world: int
+    folder: Path
+    seen: list
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def agree(self):
+        self.seen.append(sorted(path.name for path in self.folder.glob("imagesTr/*")))
+
+
+def test_each_rank_makes_its_share_of_the_default_data_and_waits(tmp_path, capsys):
+    folder = tmp_path / "phantoms-mr-3-9x9x9.5mm-seed4"
+    seen = []
+    for rank in (1, 0):
+        paths = default_data(
+            tmp_path / "cache", 3, "mr", 4, (9.0, 9.0, 9.5), Rank(rank, 2, folder, seen))
+        assert paths == [str(folder / "dataset.json")]
+    names = [f"phantom000{index}.nii.gz" for index in range(3)]
+    assert seen == [names[1:2], names]                      # each waits after its own share
+    assert len(json.loads(Path(paths[0]).read_text())["training"]) == 2
+
+    printed = capsys.readouterr().out                       # by rank 0 alone
+    assert printed == f"no --data: training on 3 synthetic patients, made in {folder}\n"
+
+
+def points(*rows):
+    return np.float32(rows).T
+
+
+def test_distances_from_a_sphere_and_a_tube_are_exact():
+    sphere = shapes.Ellipsoid((1, 2, 3), (5, 5, 5))
+    assert np.allclose(sphere(*points((11, 2, 3), (1, -3, 3), (1, 2, 5))), (5, 0, -3))
+    cylinder = shapes.Ellipsoid((0, 0, 7), (4, 4, np.inf))
+    assert np.allclose(cylinder(*points((0, 6, 99), (1, 0, -99))), (2, -3))
+    tube = shapes.Tube([(0, 0, 0), (10, 0, 0)], (1, 3))     # a cone's radius is 2 half-way
+    assert np.allclose(tube(*points((5, 7, 0), (5, 0, 0), (-4, 0, 0), (14, 3, 0))), (5, -2, 3, 2))
+
+
+def test_an_ellipsoid_is_turned_from_x_to_y_and_tilted_from_x_down():
+    turned = shapes.Ellipsoid((0, 0, 0), (9, 2, 4), turn=90)
+    assert np.allclose(turned(*points((0, 9, 0), (2, 0, 0), (0, 0, 4))), 0, atol=1e-4)
+    tilted = shapes.Ellipsoid((0, 0, 0), (9, 2, 4), tilt=30)
+    tip = (9 * np.cos(np.pi / 6), 0, -9 * np.sin(np.pi / 6))
+    assert np.allclose(tilted(*points(tip, (0, 2, 0))), 0, atol=1e-4)
+
+
+def test_shapes_of_shapes_have_the_distances_of_their_definition():
+    left, low = shapes.HalfSpace((1, 0, 0), -3), shapes.HalfSpace((0, 1, 0), 0)    # x < 3; y < 0
+    at = points((1, -7, 0), (8, -9, 0), (5, 1, 0), (3, 0, 0))                       # left: -2 5 2 0
+    assert np.allclose(shapes.Union(left, low, 4)(*at), (-7, -9, 1 - 9 / 16, -1))   # low: -7 -9 1 0
+    assert np.allclose(shapes.Difference(left, low, 4)(*at), (7, 9, 2 + 1 / 16, 1))
+    assert np.allclose(shapes.Intersection(left, low)(*at), (-2, 5, 2, 0))
+    assert np.allclose(shapes.Outside(left)(*at), (2, -5, -2, 0))
+    assert np.allclose(shapes.Grown(left, 3)(*at), (-5, 2, -1, -3))
+
+
+def test_shapes_work_when_their_file_is_copied_alone(tmp_path):
+    shutil.copy(shapes.__file__, tmp_path)
+    lines = """import shapes, sys, numpy as np
+        ball, hole = shapes.Ellipsoid((0, 0, 0), (9, 9, 9)), shapes.Tube([(0, 0, -9), (0, 0, 9)], 3)
+        ring = shapes.Intersection(ball, shapes.Outside(hole))
+        inside = ring(*np.mgrid[-10:10:41j, -10:10:41j, -10:10:41j]) < 0
+        assert abs(inside.sum() / 8 / (4 / 3 * np.pi * (81 - 9) ** 1.5) - 1) < .02
+        assert not {"smit", "nibabel", "torch"} & set(sys.modules)
+        print("used")"""
+    program = "\n".join(line.strip() for line in lines.splitlines())
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "used\n", done.stderr

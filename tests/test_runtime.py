@@ -1,5 +1,8 @@
 """Real faults, no stand-ins: processes are killed, disks filled, bits flipped, agents shot."""
 import contextlib
+import errno
+import fcntl
+import io
 import json
 import os
 import random
@@ -357,7 +360,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path):
     with runtime.OutputFolder(out, ALONE, resume=True, overwrite=True):
         assert runtime.load_latest(out, ALONE)["step"] == 1
     with runtime.OutputFolder(out, ALONE, overwrite=True):
-        assert runtime.load_latest(out, ALONE) is None and names(out) == [".lock", "mine.txt"]
+        assert runtime.load_latest(out, ALONE) is None and names(out) == [".files", ".lock", "mine.txt"]
 
 
 @pytest.mark.parametrize("kind", ["file", "dangling", "loop", "below a file"])
@@ -396,6 +399,7 @@ def test_a_log_takes_its_own_columns_only(tmp_path):
     log = runtime.CsvLog(tmp_path / "log.csv", ("step", "mip"), ALONE)
     with pytest.raises(ValueError, match="log.csv.*mpd"):
         log.row(step=1, mpd=0.5)
+    log.row(step=1, mip=0.5)
     with pytest.raises(ValueError, match="log.csv has the columns step,mip"):
         runtime.CsvLog(tmp_path / "log.csv", ("step", "mpd"), ALONE, resume_step=1)
     runtime.CsvLog(tmp_path / "none.csv", ("step",), runtime.Ranks(1, 2, 1, torch.device("cpu"))).row(step=1)
@@ -411,7 +415,163 @@ def test_settings_that_matter_must_not_change():
     assert runtime.compare_settings(saved, dict(saved), free=set()) == []
 
 
+def test_a_column_that_came_or_went_does_not_end_a_resumed_log(tmp_path):
+    (tmp_path / "log.csv").write_text("step,contrast,mip\n1,,.5\n2,,.25\n3,,.125\n")
+    runtime.CsvLog(tmp_path / "log.csv", ("step", "mip", "itd"), ALONE, 2).row(step=3, itd=0.5)
+    assert (tmp_path / "log.csv").read_text() == "step,mip,itd\n1,.5,\n2,.25,\n3,,0.5\n"
+
+
+# ---------------------------------------------------------------- the state of a run
+def parts_at(seed):
+    """A network and its optimiser after a step."""
+    torch.manual_seed(seed)
+    net = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return {"net": net, "optimizer": optimizer, "teacher": None}
+
+
+def test_a_run_goes_on_with_the_parts_and_facts_that_were_saved(tmp_path, capsys):
+    saved, fresh = parts_at(1), parts_at(2)
+    assert runtime.resume(tmp_path, fresh, {}, set(), ALONE) == {"step": 0, "skipped": 0}
+    runtime.save_state(tmp_path / "last.pt", saved, step=7, skipped=1, config={"lr": 1, "workers": 2})
+    facts = runtime.resume(tmp_path, fresh, {"lr": 1, "workers": 4}, {"workers"}, ALONE)
+    assert (facts["step"], facts["skipped"]) == (7, 1) and not facts.keys() & fresh.keys()
+    assert torch.equal(fresh["net"].weight, saved["net"].weight)
+    moments = [parts["optimizer"].state_dict()["state"][0]["exp_avg"] for parts in (saved, fresh)]
+    assert torch.equal(*moments)
+    assert "resumed with another workers: 2 in the checkpoint, 4 now" in capsys.readouterr().out
+
+
+def test_a_setting_that_came_or_went_is_read_as_its_default(tmp_path):
+    parts, defaults = parts_at(1), {"contrast": 0.0, "offset": 0}
+    runtime.save_state(tmp_path / "last.pt", parts, step=7, config={"lr": 1, "contrast": 0.0})
+    assert runtime.resume(tmp_path, parts, {"lr": 1, "offset": 0}, set(), ALONE, defaults)["step"] == 7
+    with pytest.raises(ValueError, match="offset: 0 in the checkpoint, 1 now"):
+        runtime.resume(tmp_path, parts, {"lr": 1, "offset": 1}, set(), ALONE, defaults)
+    runtime.save_state(tmp_path / "last.pt", parts, step=8, config={"lr": 1, "contrast": 0.5})
+    with pytest.raises(ValueError, match="contrast: 0.5 in the checkpoint, 0.0 now"):
+        runtime.resume(tmp_path, parts, {"lr": 1, "offset": 0}, set(), ALONE, defaults)
+
+
+def test_a_state_of_an_older_format_is_upgraded_before_it_is_loaded(tmp_path):
+    def doubled(state, parts):
+        return {**state, "net": {name: 2 * weight for name, weight in state["net"].items()}}
+
+    saved, fresh = parts_at(1), parts_at(2)
+    runtime.save_state(tmp_path / "last.pt", saved, step=7, config={})
+    runtime.resume(tmp_path, fresh, {}, set(), ALONE, upgrade=doubled)
+    assert torch.equal(fresh["net"].weight, 2 * saved["net"].weight)
+
+
+@pytest.mark.parametrize("state", [{"model": 1}, {"step": "1", "config": {}}, {"step": 1, "config": 2}])
+def test_a_last_pt_that_is_no_state_of_a_run_is_refused_by_name(tmp_path, state):
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt holds no state of a run.*--overwrite"):
+        runtime.load_latest(tmp_path, ALONE)
+
+
+def test_overwrite_deletes_what_the_run_wrote_and_no_file_of_the_users(tmp_path):
+    out, before = tmp_path / "out", tmp_path / "before.png"
+    before.write_text("kept")
+    with runtime.OutputFolder(out, ALONE):
+        (out / "mine.png").write_text("kept")
+        for name in ("last.pt", "panel.svg", "other.png"):
+            runtime.atomic_write(out / name, b"the run's")
+    with open(out / ".files", "a") as listing:
+        listing.write("../before.png\n..\n\n.lock/..\n" + str(before) + "\n")
+    with runtime.OutputFolder(out, ALONE, overwrite=True):
+        assert names(out) == [".files", ".lock", "mine.png"]
+    assert before.read_text() == "kept"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_warned_of_and_used(tmp_path, monkeypatch, capsys, number):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    monkeypatch.setattr(runtime.ranks, "WARNED", set())
+    if number == errno.EIO:
+        with pytest.raises(ValueError, match="cannot be used: Input/output error"):
+            runtime.files.claim(tmp_path, False, False)
+        return
+    for name in ("one", "two"):
+        with runtime.OutputFolder(tmp_path / name, ALONE) as out:
+            runtime.atomic_write(out / "log.csv", b"")
+    assert re.fullmatch("warning: .*one: this file system has no locks.*\n", capsys.readouterr().err)
+
+
+def test_a_file_system_that_cannot_sync_folders_is_warned_of_and_used(tmp_path, monkeypatch, capsys):
+    fsync = os.fsync
+
+    def only_files(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    monkeypatch.setattr(runtime.ranks, "WARNED", set())
+    for step in (1, 2):
+        runtime.save_checkpoint(tmp_path / "last.pt", state_at(step))
+    assert runtime.load_latest(tmp_path, ALONE)["step"] == 2
+    assert capsys.readouterr().err.count("cannot sync folders") == 1
+
+
+# ---------------------------------------------------------------- precision, memory
+def test_each_precision_has_its_dtype_and_fp16_alone_scales_its_loss():
+    x, cpu = torch.ones(2, 2), torch.device("cpu")
+    for name, dtype, scale in (("fp32", torch.float32, 1), ("auto", torch.float32, 1),
+                               ("bf16", torch.bfloat16, 1), ("fp16", torch.float16, 4096)):
+        precision = runtime.Precision(name, cpu)
+        assert precision.name == ("fp32" if name == "auto" else name)
+        with precision.autocast():
+            assert (x @ x).dtype == dtype
+        assert precision.scaler.scale(torch.ones(())).item() == scale
+
+
+@pytest.mark.parametrize("flags, slow", [("avx2 avx512_bf16", False), ("amx_bf16", False), ("", False),
+                                         ("asimd bf16", False), ("avx2 avx512f", True)])
+def test_bf16_is_warned_of_where_the_cpu_only_emulates_it(monkeypatch, capsys, flags, slow):
+    monkeypatch.setattr(runtime.ranks, "read_cpu_flags", lambda: set(flags.split()))
+    monkeypatch.setattr(runtime.ranks, "WARNED", set())
+    for name in ("bf16", "bf16", "fp32"):
+        runtime.Precision(name, torch.device("cpu"))
+    assert capsys.readouterr().err.count("5 to 9 times as long") == slow
+
+
+@pytest.mark.parametrize("version, slow", [(90799, 0), (90800, 1), (91499, 1), (91500, 0), (None, 0)])
+def test_the_versions_of_cudnn_without_half_precision_convolutions_are_warned_of(
+        monkeypatch, capsys, version, slow):
+    monkeypatch.setattr(runtime.ranks, "WARNED", set())
+    runtime.ranks.warn_of_slow_convolutions(version)
+    assert capsys.readouterr().err.count("warning: with cuDNN 9.") == slow
+
+
+def test_memory_before_activations_is_that_of_weights_gradients_moments_and_teacher():
+    net, teacher = torch.nn.Linear(1023, 1024), torch.nn.Linear(1023, 1024)     # 2^20 numbers each
+    assert "network of 1,048,576 parameters; 16 MiB for it, its gradients and AdamW," in (
+        runtime.describe_memory(net))
+    assert "20 MiB for it, its gradients, AdamW and the teacher," in (
+        runtime.describe_memory(net, teacher))
+    assert "; 4 MiB for" in runtime.describe_memory(net.requires_grad_(False))
+
+
 # ---------------------------------------------------------------- ranks, errors, signals
+def test_what_torchrun_says_is_read_when_it_is_asked_for(monkeypatch):
+    assert (runtime.launched_by_torchrun(), runtime.restarts(), runtime.is_first()) == (False, 0, True)
+    for name, value in (("RUN_ID", "x"), ("RESTART_COUNT", "3")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("RANK", "1")
+    assert (runtime.launched_by_torchrun(), runtime.restarts(), runtime.is_first()) == (True, 3, False)
+
+
+def test_the_mean_of_named_numbers_keeps_their_names():
+    assert ALONE.mean_of({"mip": 0.5, "norm": torch.tensor(2.0, requires_grad=True)}) == {"mip": 0.5, "norm": 2}
+    assert ALONE.mean_of({}) == {}
+
+
 def test_one_process_starts_no_group():
     ranks = runtime.start("cpu")
     assert ranks == ALONE and ranks.is_main and not torch.distributed.is_initialized()
@@ -443,6 +603,52 @@ def test_every_stop_signal_sets_the_flag(capfd):
     assert capfd.readouterr().err.count("saving and leaving") == 3
 
 
+def told_by(main, *arguments):
+    """(exit code, console text) of a run of main."""
+    console = io.StringIO()
+    with pytest.raises(SystemExit) as leaving, contextlib.redirect_stderr(console):
+        runtime.run(main, *arguments)
+    return leaving.value.code, console.getvalue()
+
+
+def test_the_place_in_the_code_is_shown_of_errors_that_nobody_foresaw_alone():
+    assert told_by(runtime.start, "tpu") == (
+        2, f"error: device tpu has no place for process 0 ({torch.cuda.device_count()} GPUs): one process each, or cpu\n")
+    assert re.fullmatch(r"error: .*'x' \[.*test_runtime.py:\d+\]\n", told_by(lambda: int("x"))[1])
+    assert told_by(open, "/nowhere")[1] == "error: [Errno 2] No such file or directory: '/nowhere'\n"
+
+
+class Crash(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGBUS)          # as where shared memory is full
+
+
+def test_a_loader_worker_that_dies_ends_in_a_line_that_says_what_to_do():
+    loader = torch.utils.data.DataLoader(Crash(), num_workers=1, multiprocessing_context="fork")
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGCHLD)]
+    code, text = told_by(lambda: next(iter(loader)))
+    for number, handler in zip((signal.SIGTERM, signal.SIGCHLD), before):
+        signal.signal(number, handler)
+    assert code == 2 and re.fullmatch(r"error: DataLoader worker .*--workers 0.*--shm-size.*\n", text)
+
+
+def test_a_terminal_that_lacks_a_letter_does_not_end_a_run(tmp_path):
+    script = "from smit import runtime\nruntime.run(print, 'case M\\u00fcller \\udcff')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert done.returncode == 0 and done.stdout == "case M\\xfcller \\udcff\n", done.stderr
+
+
+@pytest.mark.parametrize("module", ["fcntl", "resource"])
+def test_a_system_that_cannot_run_it_is_told_so_in_a_sentence(module):
+    script = f"import sys\nsys.modules['{module}'] = None\nimport smit.runtime"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.endswith("ImportError: smit runs on Linux and macOS; on Windows, run it inside WSL\n")
+
+
 @pytest.mark.parametrize("error, code, told", [(ValueError("bad.nii: cut"), 2, f"error: bad.nii: cut [{__file__}:"),
                                                (OSError("disk full"), 2, "error: disk full"),
                                                (KeyboardInterrupt(), 130, "interrupted"),
@@ -463,13 +669,14 @@ def test_two_ranks_agree_and_recover_from_a_killed_one(tmp_path):
             state = runtime.load_latest(folder, ranks)
             assert ranks.agree(ranks.rank == 1, False, ranks.rank + 5) == (True, False, 6)
             assert ranks.mean(torch.full((2,), float(ranks.rank))).tolist() == [.5, .5]
+            assert ranks.mean_of({"a": ranks.rank, "b": torch.tensor(3.)}) == {"a": .5, "b": 3}
             if ranks.is_main and not state:
                 runtime.save_checkpoint(folder / "last.pt", {"step": 7})
             ranks.agree()
             if ranks.rank == 1 and not state:
                 os.kill(os.getpid(), signal.SIGKILL)
             ranks.agree()
-            (out / f"done{ranks.rank}").write_text(f"{state['step']} {runtime.ranks.RESTARTS}")
+            (out / f"done{ranks.rank}").write_text(f"{state['step']} {runtime.restarts()}")
         """, "--max-restarts=1")
     assert job.wait(60) == 0, (tmp_path / "console.txt").read_text()
     assert [(tmp_path / f"done{rank}").read_text() for rank in (0, 1)] == ["7 1", "7 1"]

@@ -5,10 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from smit import data
+from smit import data, runtime
 from smit.data import samples as sampling
 
 SETTINGS = data.Preparation((10., 10., 10.))
+
+
+def same(one, two):
+    """Whether two samples or batches are equal in every tensor and text."""
+    return all(np.array_equal(one[name], two[name]) for name in {**one, **two})
 
 
 def dataset(cases, tmp_path, **settings):
@@ -33,7 +38,7 @@ def test_ranks_share_the_samples_that_one_rank_would_see():
 def test_a_sample_depends_on_its_number_and_the_seed_alone(phantoms, tmp_path):
     cases = data.read_list(phantoms)
     one, again = dataset(cases, tmp_path)[5], dataset(cases, tmp_path / "other")[5]
-    assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(again[name])) for name in one)
+    assert same(one, again)
     for other in (dataset(cases, tmp_path)[5 + len(cases)], dataset(cases, tmp_path, seed=4)[5]):
         assert not torch.equal(one["hidden"], other["hidden"])
 
@@ -70,19 +75,44 @@ def test_a_bad_volume_is_passed_over_and_told(phantoms, tmp_path):
     cases = data.read_list(phantoms)
     (tmp_path / "bad.nii.gz").write_bytes(b"no volume")
     broken = [{"image": str(tmp_path / "bad.nii.gz"), "label": None}, *cases]
-    with pytest.warns(UserWarning, match="bad.nii.gz"):
-        samples = [dataset(broken, tmp_path)[s] for s in range(len(broken))]
+    samples = [dataset(broken, tmp_path)[s] for s in range(len(broken))]
     skipping = [s for s in samples if s["passed_over"]]
-    assert len(skipping) == 1 and skipping[0]["volume"] == 1
-    with pytest.warns(UserWarning), pytest.raises(data.BadVolume, match="bad.nii.gz"):
+    assert len(skipping) == 1 and skipping[0]["volume"] == 1 and "bad.nii.gz: not a NIfTI" in skipping[0]["skipped"]
+    with pytest.raises(data.BadVolume, match="bad.nii.gz"):
         list(sampling.batches(dataset(broken[:1], tmp_path), [[0]]))
+
+
+ALONE = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+
+
+def test_a_skipped_volume_is_told_in_one_line_and_counted_against_max_bad(phantoms, tmp_path, capsys):
+    (tmp_path / "bad.nii.gz").write_bytes(b"no volume")
+    broken = [{"image": str(tmp_path / "bad.nii.gz"), "label": None}, *data.read_list(phantoms)]
+    epochs = list(sampling.micro_batches(0, 3 * len(broken), 2))
+    for max_bad in (1, 0):
+        loader = sampling.Batches(dataset(broken, tmp_path), epochs, ALONE, workers=2, max_bad=max_bad)
+        assert len(list(loader)) == len(epochs) and loader.bad == {0}
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1 and told[0].startswith(f"warning: skipped: {tmp_path}/bad.nii.gz: ")
+        if max_bad:
+            assert loader.agree(True) is True and loader.agree(False) is False
+    with pytest.raises(ValueError, match="bad volumes, 1, are more than --max_bad 0: .*bad.nii.gz"):
+        loader.agree(False)
+
+
+def test_a_batch_names_its_volumes(phantoms, tmp_path):
+    cases = data.read_list(phantoms)
+    for samples in (dataset(cases, tmp_path), crops(cases, tmp_path)):
+        batch = next(sampling.Batches(samples, [[3, 1]], ALONE))
+        order = sampling.epoch_order(len(cases), 3, 0)
+        assert samples.images(batch) == [cases[order[3]]["image"], cases[order[1]]["image"]]
 
 
 def test_workers_change_nothing(phantoms, tmp_path):
     pairs = dataset(data.read_list(phantoms), tmp_path)
     numbers = list(sampling.micro_batches(0, 8, 2))
     for one, two in zip(sampling.batches(pairs, numbers), sampling.batches(pairs, numbers, workers=2)):
-        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert same(one, two)
 
 
 def crops(cases, tmp_path, **settings):
@@ -93,7 +123,7 @@ def crops(cases, tmp_path, **settings):
 def test_labelled_crops_depend_on_their_number_and_the_seed_alone(phantoms, tmp_path):
     cases = data.read_list(phantoms)
     one, again = crops(cases, tmp_path)[5], crops(cases, tmp_path / "other")[5]
-    assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(again[name])) for name in one)
+    assert same(one, again)
     for other in (crops(cases, tmp_path)[5 + len(cases)], crops(cases, tmp_path, seed=4)[5]):
         assert not torch.equal(one["images"], other["images"])
     assert one["images"].shape == (3, 1, 16, 12, 8) and one["labels"].shape == (3, 16, 12, 8)
@@ -133,14 +163,16 @@ def test_augmentation_turns_image_and_label_together_and_never_mirrors():
     image = np.random.default_rng(0).integers(1, 255, (12, 12, 8), dtype=np.uint8)
     size, turned, dimmed = (12, 12, 8), 0, 0
     for n in range(300):
-        x, y = sampling.augmented_crop(image, image, size, sampling.generator(n))
+        x, y, *intensity = sampling.turned_crop(image, image, size, sampling.generator(n))
+        scale, shift = (torch.tensor(number) for number in intensity)
+        x = sampling.augmented({"images": x, "scale": scale, "shift": shift})
         k = [k for k in range(4) if torch.equal(y, torch.rot90(torch.from_numpy(image), k, (0, 1)))]
         slope, offset = np.polyfit(y.flatten().numpy(), x.flatten().numpy() * 255, 1)
         np.testing.assert_allclose(slope * y + offset, x * 255, atol=1e-3)
         assert len(k) == 1 and .9 <= slope + 1e-6 and slope <= 1.1 + 1e-6 and abs(offset) <= 25.5 + 1e-3
         turned, dimmed = turned + (k[0] > 0), dimmed + (abs(slope - 1) > 1e-5)
     assert 35 < turned < 85 and 12 < dimmed < 50                       # p .2 and .1
-    assert sampling.augmented_crop(image, image, (12, 6, 4), sampling.generator(1))[0].shape == (12, 6, 4)
+    assert sampling.turned_crop(image, image, (12, 6, 4), sampling.generator(1))[0].shape == (12, 6, 4)
 
 
 def test_a_volume_that_cannot_be_used_stops_the_fine_tuning(phantoms, tmp_path):
@@ -155,5 +187,4 @@ def test_a_file_replaced_during_a_run_is_noticed_the_img_of_a_pair_too(tmp_path)
     pairs = dataset([{"image": str(tmp_path / "ct.hdr"), "label": None}], tmp_path)
     assert isinstance(pairs[0], dict)
     os.utime(tmp_path / "ct.img", ns=(0, 10 ** 18))
-    with pytest.warns(UserWarning, match="changed or removed"):
-        assert isinstance(pairs[1], data.BadVolume)
+    assert isinstance(pairs[1], data.BadVolume) and "changed or removed" in str(pairs[1])

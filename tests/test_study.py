@@ -9,37 +9,45 @@ import pytest
 import torch
 
 from smit.data.organs import ORGANS
-from smit.study import __main__ as study, probe, tables
+from smit.study import plan as planning
+from smit.study import probe, reconstruction, run, tables
+from smit.study.__main__ import parse_arguments
+from smit.study.plan import plan
+from smit.study.scores import Score
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = "--spacing 10 10 10 --embed_dim 8 --depths 1 1 --heads 2 2 --workers 0 --device cpu"
-PRETRAIN = f"{NETWORK} --crop 24 --view 16 --mask_cell 4 --head_width 16 --bottleneck 8 --prototypes 32 --steps 3"
+PRETRAIN = (f"{NETWORK} --crop 24 --view 16 --mask_cell 4 --head_width 16 --bottleneck 8 "
+            "--prototypes 32 --steps 3")
 TUNE = f"{NETWORK} --crop 16 --steps 3"
 
 
 def arguments(experiment, *flags):
-    return study.parse_arguments([experiment, "--data", "list.json", "--pretrain_data", "ct", *map(str, flags)])
+    return parse_arguments([experiment, "--data", "list.json", "--pretrain_data", "ct",
+                            *map(str, flags)])
 
 
 def score(row, case, organ, dice, seed=0, labels=3):
-    return {"row": row, "labels": labels, "seed": seed, "fold": None, "ratio": None, "modality": "ct", "case": case,
-            "organ": organ, "dice": dice}
+    return Score(row=row, labels=labels, seed=seed, fold=None, ratio=None, modality="ct",
+                 case=case, organ=organ, dice=dice)
 
 
 def call(*flags, cwd):
-    return subprocess.run([sys.executable, "-m", "smit.study", *map(str, flags)], cwd=cwd, text=True,
-                          capture_output=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    words = [sys.executable, "-m", "smit.study", *map(str, flags)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=cwd, text=True, capture_output=True, timeout=300,
+                          env=environment)
 
 
+# ------------------------------------------------------------------------------------------- plan
 def test_random_simmim_and_smit_come_before_the_other_rows():
-    cells = study.plan(arguments("table2", "--labels", 3, 7, "--seeds", 0, 1))
+    cells = plan(arguments("table2", "--labels", 3, 7, "--seeds", 0, 1))
     assert [cell.row for cell in cells[:12]] == 4 * ["rand", "smit", "simmim"]
     assert {cell.row for cell in cells[12:]} == {"ibot", "dino"} and len(cells) == 20
 
 
 def test_rows_differ_in_nothing_but_the_encoder_they_begin_with():
-    cells = study.plan(arguments("table2", "--labels", 7))
+    cells = plan(arguments("table2", "--labels", 7))
     tuned = {cell.row: list(map(str, cell.steps[-2].flags)) for cell in cells}
     for row, flags in tuned.items():
         begun = flags.index("--init") if row != "rand" else len(flags)
@@ -48,57 +56,83 @@ def test_rows_differ_in_nothing_but_the_encoder_they_begin_with():
 
 
 def test_a_given_checkpoint_takes_the_place_of_pre_training():
-    (cell,) = study.plan(arguments("table2", "--rows", "smit", "--checkpoint", "smit=mine.pt"))
+    (cell,) = plan(arguments("table2", "--rows", "smit", "--checkpoint", "smit=mine.pt"))
     assert [step.script for step in cell.steps] == ["finetune.py", "evaluate.py"]
     assert str(cell.steps[0].flags[-1]).endswith("mine.pt")
 
 
 def test_folds_score_what_each_held_back():
-    cells = study.plan(arguments("table2", "--rows", "rand", "--modality", "mr", "--folds", 5, "--labels", 9))
+    cells = plan(arguments("table2", "--rows", "rand", "--modality", "mr", "--folds", 5,
+                           "--labels", 9))
     assert [cell.fold for cell in cells] == [0, 1, 2, 3, 4]
-    assert all("--held_out" in cell.steps[-1].flags and "training" in cell.steps[-1].flags for cell in cells)
+    for cell in cells:
+        assert "--held_out" in cell.steps[-1].flags and "training" in cell.steps[-1].flags
 
 
 def test_folds_train_on_as_many_volumes_as_the_smallest_leaves(tmp_path):
-    listed = {"training": [{"image": f"{i}.nii.gz", "label": f"{i}.nii"} for i in range(12)]}
-    (tmp_path / "dataset.json").write_text(json.dumps(listed))
+    cases = [{"image": f"{i}.nii.gz", "label": f"{i}.nii"} for i in range(12)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": cases}))
     args = arguments("table2", "--rows", "rand", "--folds", 5)
     args.data = tmp_path / "dataset.json"
-    assert {cell.labels for cell in study.plan(args)} == {9}             # 12 less the 3 of the largest part
+    assert {cell.labels for cell in plan(args)} == {9}     # 12 less the 3 of the largest part
 
 
 def test_fig3b_shares_its_runs_of_the_default_ratio_with_the_other_experiments():
-    cells = study.plan(arguments("fig3b", "--ratios", .3, .7, "--labels", 7))
-    (same,) = study.plan(arguments("table2", "--rows", "smit", "--labels", 7))
+    cells = plan(arguments("fig3b", "--ratios", .3, .7, "--labels", 7))
+    (same,) = plan(arguments("table2", "--rows", "smit", "--labels", 7))
     assert cells[1].steps == same.steps and cells[1].ratio == .7
-    assert cells[0].steps[0].name == "pretrain/smit-mask0.3-seed0" and "--mask_ratio" in cells[0].steps[0].flags
-    with pytest.raises(SystemExit):                                      # else runs were not of the ratio they name
+    assert cells[0].steps[0].name == "pretrain/smit-mask0.3-seed0"
+    assert "--mask_ratio" in cells[0].steps[0].flags
+    with pytest.raises(SystemExit):                        # else runs were not of the ratio they name
         arguments("fig3b", "--pretrain_flags=--mask_ratio .5")
+
+
+def test_planning_leaves_the_arguments_as_they_were():
+    args = arguments("fig3a", "--rows", "rand")
+    before = dict(vars(args))
+    assert len(plan(args)) == len(planning.EXPERIMENTS["fig3a"].labels)
+    assert vars(args) == before
 
 
 def test_a_folder_made_with_other_flags_is_not_taken_for_finished(tmp_path):
     args = arguments("table2", "--rows", "rand", "--out", tmp_path)
-    step = study.plan(args)[0].steps[0]
-    assert study.finished(args, step) is None
+    step = plan(args)[0].steps[0]
+    assert run.finished(args, step) is None
     (tmp_path / step.name).mkdir(parents=True)
-    (tmp_path / step.name / "step.json").write_text(json.dumps({"flags": ["finetune.py", "--steps", "1"]}))
+    record = json.dumps({"flags": ["finetune.py", "--steps", "1"]})
+    (tmp_path / step.name / "step.json").write_text(record)
     with pytest.raises(ValueError, match="other flags"):
-        study.finished(args, step)
+        run.finished(args, step)
 
 
+# ----------------------------------------------------------------------------------------- tables
 def test_table2_averages_seeds_case_by_case_and_then_cases(tmp_path):
-    dices = {("rand", 0): (.4, .7, .2, .1), ("rand", 1): (.6, .7, .4, .1),           # liver of a, b; spleen of a, b
-             ("smit", 0): (.6, .9, .4, .2), ("smit", 1): (.8, .9, .4, .2)}
-    rows = [score(row, case, organ, dice, seed) for (row, seed), some in dices.items()
-            for (organ, case), dice in zip([("liver", "a"), ("liver", "b"), ("spleen", "a"), ("spleen", "b")], some)]
-    tables.table2(tmp_path, (rows, {}))
-    lines = dict(line.strip("| \n").split(" | ", 1) for line in (tmp_path / "table2.md").read_text().splitlines()
-                 if line.startswith("|") and line.count(" | ") == 2)
-    assert lines["liver"] == "0.600 (0.950) | 0.800 (0.970)" and lines["spleen"] == "0.200 (0.944) | 0.300 (0.963)"
-    assert lines["AVG"] == "0.400 | 0.550"              # rand: .4, .4; smit: .55, .55; the paper's is of more organs
+    pairs = [("liver", "a"), ("liver", "b"), ("spleen", "a"), ("spleen", "b")]
+    dices = {
+        ("rand", 0): (.4, .7, .2, .1),
+        ("rand", 1): (.6, .7, .4, .1),
+        ("smit", 0): (.6, .9, .4, .2),
+        ("smit", 1): (.8, .9, .4, .2),
+    }
+    scores = []
+    for (row, seed), values in dices.items():
+        for (organ, case), dice in zip(pairs, values):
+            scores.append(score(row, case, organ, dice, seed))
+    tables.table2(tmp_path, scores, [])
+
+    lines = {}
+    for line in (tmp_path / "table2.md").read_text().splitlines():
+        if line.startswith("|") and line.count(" | ") == 2:
+            name, cells = line.strip("| \n").split(" | ", 1)
+            lines[name] = cells
+    assert lines["liver"] == "0.600 (0.950) | 0.800 (0.970)"
+    assert lines["spleen"] == "0.200 (0.944) | 0.300 (0.963)"
+    # rand: .4, .4; smit: .55, .55. The paper's average is of more organs
+    assert lines["AVG"] == "0.400 | 0.550"
     assert lines["SMIT less this"] == "+0.150 (+0.150 to +0.150), p 0.5"
-    assert lines["SMIT less this, seed 1"].startswith("+0.125 (+0.100 to +0.150)")    # a: .6 less .5; b: .55 less .4
-    assert len((tmp_path / "cases.csv").read_text().splitlines()) == 1 + len(rows)
+    # a: .6 less .5; b: .55 less .4
+    assert lines["SMIT less this, seed 1"].startswith("+0.125 (+0.100 to +0.150)")
+    assert len((tmp_path / "cases.csv").read_text().splitlines()) == 1 + len(scores)
 
 
 @pytest.mark.parametrize("modality, number", [("ct", 13), ("mr", 6)])
@@ -110,36 +144,40 @@ def test_the_paper_s_averages_are_the_means_of_its_organs(modality, number):
 
 
 def test_scores_stand_beside_the_paper_s_of_the_same_modality_and_organ():
-    assert tables.printed_scores("ct", [*ORGANS, "AVG"])["AVG"][-1] == .848
-    mr = tables.printed_scores("mr", ["liver", "right kidney", "left kidney", "spleen", "AVG"])
+    assert tables.paper_scores("ct", [*ORGANS, "AVG"])["AVG"][-1] == .848
+    organs = ["liver", "right kidney", "left kidney", "spleen", "AVG"]
+    mr = tables.paper_scores("mr", organs)
     assert [values[-1] for values in mr.values()] == [.942, .930, .936] and "AVG" not in mr
 
 
 def test_every_organ_belongs_to_one_group_of_figure_4():
-    assert sorted(sum(map(list, tables.GROUPS.values()), [])) == sorted(set(tables.PAPER["ct"]) - {"AVG"})
+    grouped = sum(map(list, tables.GROUPS.values()), [])
+    assert sorted(grouped) == sorted(set(tables.PAPER["ct"]) - {"AVG"})
 
 
+# ----------------------------------------------------------------------------------------- frozen
 def test_interpolation_restores_a_ramp_and_leaves_what_is_visible():
     ramp = torch.arange(8.).expand(1, 1, 6, 7, 8) / 8
     hidden = torch.zeros(1, 1, 6, 7, 8, dtype=torch.bool)
     hidden[..., 1:5, 2:6, 3:6] = True
-    torch.testing.assert_close(tables.interpolated(ramp, hidden), ramp, atol=2e-3, rtol=0)
+    torch.testing.assert_close(reconstruction.interpolated(ramp, hidden), ramp, atol=2e-3, rtol=0)
+
     noise = torch.rand(1, 1, 6, 7, 8, generator=torch.Generator().manual_seed(0))
-    filled = tables.interpolated(noise, hidden)
+    filled = reconstruction.interpolated(noise, hidden)
     assert torch.equal(filled[~hidden], noise[~hidden])
-    d, h, w = 2, 3, 4                                                    # a hidden voxel is the mean of its neighbours
-    around = [filled[0, 0, d + i, h + j, w + k] for i, j, k in
-              ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))]
+    d, h, w = 2, 3, 4                                      # a hidden voxel: its neighbours' mean
+    steps = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
+    around = [filled[0, 0, d + i, h + j, w + k] for i, j, k in steps]
     assert abs(filled[0, 0, d, h, w] - sum(around) / 6) < 1e-3
 
 
 def test_a_linear_probe_finds_rare_organs_that_a_plane_parts_from_the_rest():
     rng = torch.Generator().manual_seed(0)
-    organs = (torch.rand(2000, generator=rng) < .02).long()              # of 2,000 tokens some 40
-    x = torch.rand(2000, 5, generator=rng)
-    x[:, 2] = .4 * x[:, 2] + .6 * organs                                 # below .4, above .6
-    weights = probe.fit_linear(x, organs, 2)
-    assert torch.equal((torch.nn.functional.pad(x, (0, 1), value=1).double() @ weights).argmax(1), organs)
+    organs = (torch.rand(2000, generator=rng) < .02).long()        # some 40 of 2,000 tokens
+    features = torch.rand(2000, 5, generator=rng)
+    features[:, 2] = .4 * features[:, 2] + .6 * organs             # below .4, above .6
+    weights = probe.fit_linear(features, organs, 2)
+    assert torch.equal(probe.apply_linear(features, weights).argmax(1), organs)
 
 
 def test_some_of_each_organ_are_taken_evenly():
@@ -147,33 +185,52 @@ def test_some_of_each_organ_are_taken_evenly():
     assert probe.some_of_each(organs, 3).tolist() == [0, 4, 8, 9, 10]
 
 
+def test_balanced_accuracy_weighs_a_rare_organ_like_a_common_one():
+    hits = probe.Hits(3)                                           # nobody asks for organ 2
+    hits.count(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 0]))
+    hits.count(torch.tensor([1, 0]), torch.tensor([1, 1]))
+    assert hits.balanced_accuracy() == (3 / 4 + 1 / 2) / 2
+
+
+# ---------------------------------------------------------------------------------- whole commands
 def test_a_study_runs_each_step_once_and_keeps_what_a_cell_depends_on(phantoms, tmp_path):
-    flags = ["--data", phantoms, "--pretrain_data", phantoms, "--pretrain_flags", PRETRAIN, "--finetune_flags", TUNE,
-             "--rows", "smit", "--labels", 2, "--out", "study", "--parallel", 2]
+    flags = ["--data", phantoms, "--pretrain_data", phantoms, "--pretrain_flags", PRETRAIN,
+             "--finetune_flags", TUNE, "--rows", "smit", "--labels", 2, "--out", "study",
+             "--parallel", 2]
     done = call("table2", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "study/evaluate/smit-ct2-seed0/results.json").read_text())["study"]
+    file = tmp_path / "study/evaluate/smit-ct2-seed0/results.json"
+    results = json.loads(file.read_text())["study"]
     assert results["labels"] == 2 and len(results["steps"]) == 3
     assert results["steps"]["pretrain/smit-seed0"]["config"]["method"] == "smit"
-    records = {path: path.read_bytes() for path in tmp_path.glob("study/*/*/step.json")}
-    for experiment in ("fig3a", "fig3c", "fig4"):                        # the same cells: nothing is run again
+
+    def records():
+        return {path: path.read_bytes() for path in tmp_path.glob("study/*/*/step.json")}
+
+    before = records()
+    for experiment in ("fig3a", "fig3c", "fig4"):          # the same cells: nothing is run again
         done = call(experiment, *flags, cwd=tmp_path)
         assert done.returncode == 0 and "3 steps, 0 to run" in done.stdout
-    assert {path: path.read_bytes() for path in tmp_path.glob("study/*/*/step.json")} == records
+    assert records() == before
+
     done = call("fig5", "--mr_data", phantoms, *flags, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "study/fig5/smit-mr.png").exists()
     assert "| smit | ct | 1 | 1 | " in done.stdout
-    widths = {line.count("|") for line in (tmp_path / "study/fig5/fig5.md").read_text().strip().splitlines()}
-    assert widths == {10}                                                # the header has a name for every column
+    table = (tmp_path / "study/fig5/fig5.md").read_text().strip().splitlines()
+    assert {line.count("|") for line in table} == {10}     # the header names every column
     student = f"smit={tmp_path / 'study/pretrain/smit-seed0/student.pt'}"
-    done = call("fig5", "--data", phantoms, "--rows", "smit", "--checkpoint", student, "--out", "given", cwd=tmp_path)
-    assert done.returncode == 0 and "0 steps" in done.stdout and "| smit | ct | 1 | 1 | " in done.stdout
+    done = call("fig5", "--data", phantoms, "--rows", "smit", "--checkpoint", student,
+                "--out", "given", cwd=tmp_path)
+    assert done.returncode == 0 and "0 steps" in done.stdout
+    assert "| smit | ct | 1 | 1 | " in done.stdout
+
     done = call("probe", *flags, "--rows", "rand", "smit", cwd=tmp_path)
     assert done.returncode == 0 and "| rand | 0." in done.stdout and "| smit | 0." in done.stdout
 
 
 def test_a_failed_step_is_named_and_what_needs_it_is_left(phantoms, tmp_path):
-    done = call("table2", "--data", phantoms, "--pretrain_data", tmp_path / "none", "--pretrain_flags", PRETRAIN,
-                "--finetune_flags", TUNE, "--rows", "smit", "--labels", 2, "--out", "study", cwd=tmp_path)
+    done = call("table2", "--data", phantoms, "--pretrain_data", tmp_path / "none",
+                "--pretrain_flags", PRETRAIN, "--finetune_flags", TUNE, "--rows", "smit",
+                "--labels", 2, "--out", "study", cwd=tmp_path)
     assert done.returncode == 2 and "see study/pretrain/smit-seed0.log" in done.stderr
     assert "Traceback" not in done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from smit.data.nifti import BadVolume, _header, pair, read_label, read_volume
+from smit.data.nifti import BadVolume, pair, read_header, read_label, read_volume
 from smit.runtime.files import atomic_write
 from smit.runtime.ranks import ignore_stop_signals
 from smit.transforms import Preparation, prepare, regrid, spacing_of, to_ras
@@ -34,10 +34,10 @@ def load_case(case, settings=Preparation(), with_label=False, num_classes=None):
 
 def check_case(case, labels):
     """BadVolume unless the headers of a case's image and, with `labels`, of its label are good and of one grid."""
-    image = _header(case["image"])
+    image = read_header(case["image"])
     if labels and not case["label"]:
         raise BadVolume(f"{image.path}: has no label; name it in the list, or leave the case out")
-    label = _header(case["label"]) if labels else image
+    label = read_header(case["label"]) if labels else image
     far = np.abs((image.affine - label.affine)[:3]) @ [*image.shape, 1]        # mm apart in the farthest corner
     if label.shape != image.shape or far.max() > .1 * spacing_of(image.affine).min():
         raise BadVolume(f"{label.path}: {label.shape} or affine is not its image's, {image.shape}; resample the label")

@@ -1,7 +1,10 @@
-"""NIfTI files, none of which is trusted. [SMIT 3]
+"""Read and write NIfTI files, none of which is trusted. [SMIT 3]
 
-The only room that opens NIfTI files, so the boundary where no file is trusted: a header is held against its
-file's size before memory is taken, gzip is read to its end so that its CRC counts, and what is bad leaves as BadVolume.
+The only room that opens NIfTI files, and so the boundary where no file is trusted: a header is held against
+its file's size before memory is taken, gzip is read to its end so that its CRC counts, and what is bad
+leaves as BadVolume.
+
+Reading order: names, the header and its checks, voxels, what others call.
 """
 import gzip
 import os
@@ -9,6 +12,7 @@ import re
 import stat
 import zlib
 from collections import namedtuple
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -20,27 +24,34 @@ from smit.transforms import MAX_SIDE, MAX_VOXELS, spacing_of
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
 MAX_TAIL = 2 ** 20                     # bytes that may follow the voxels: some writers pad
 DEFLATE_RATIO = 1032                   # no gzip stream holds more than this many times its size
-MAX_OFFSET = 2 ** 26                   # bytes before them: extensions
+MAX_OFFSET = 2 ** 26                   # bytes before the voxels: extensions
+MAX_VALUE = 1e30                       # larger ones would overflow in float32 arithmetic
 CHUNK = 2 ** 16                        # voxels converted at a time
+MIN_MM, MAX_MM = .01, 50               # voxel sizes that are believed
+MAX_FIELD_MM, MAX_FIELD_MM3 = 5e3, 2e9  # and fields of view: no patient is longer than 5 m
 TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
-Header = namedtuple("Header", "path body shape affine dtype slope inter offset nifti")  # body: the file with the voxels
 
-
-def open_unpacked(path):
-    """Open to read bytes, unpacked if it is gzip. OSError unless it is a file: opening a pipe waits for its writer."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(0, "is a folder, pipe or device, no file")
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if packed else open(path, "rb")
+# body: the file with the voxels; offset: of the first of them, in bytes; nifti: the raw header
+Header = namedtuple("Header", "path body shape affine dtype slope inter offset nifti")
 
 
 class BadVolume(ValueError):
     """A file that cannot be used: "path: what is wrong; what to do"."""
 
 
+# --------------------------------------------------------------------------------------------- names
+def is_volume(path):
+    """Return whether a name is that of a NIfTI file with a header."""
+    return str(path).lower().endswith(SUFFIXES)
+
+
+def stem(path):
+    """Return a file's name without NIfTI's suffixes: a/img0001.nii.gz -> img0001."""
+    return re.sub(r"(\.nii|\.hdr|\.img)?(\.gz)?$", "", Path(path).name, flags=re.I)
+
+
 def pair(path):
-    """The file with the header and the one with the voxels: the same, but for .hdr/.img and .HDR/.IMG."""
+    """Return the paths of header and voxels. They differ only for .hdr/.img and .HDR/.IMG pairs."""
     head = body = str(path)
     for hdr, img in (("hdr", "img"), ("HDR", "IMG")):
         head = re.sub(rf"\.{img}(?=(\.gz|\.GZ)?$)", f".{hdr}", head)
@@ -48,59 +59,150 @@ def pair(path):
     return head, body
 
 
-def _header(path):
-    """Header of a NIfTI file, held against the file's size, or BadVolume. Takes no memory, whatever it claims."""
-    def need(condition, wrong):
-        if not condition:
-            raise BadVolume(f"{path}: {wrong}")
+def open_unpacked(path):
+    """Open a file to read bytes, unpacked if it is gzip. OSError unless it is a regular file.
+
+    Opening a pipe would wait for its writer.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(0, "is a folder, pipe or device, no file")
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else open(path, "rb")
+
+
+# -------------------------------------------------------------------------------------------- header
+def read_header(path):
+    """Read a NIfTI file's header and hold it against the file's size: a Header. BadVolume if it is not sound.
+
+    Allocates nothing, however large a volume the header declares.
+    """
     head, body = pair(path)
+    block, size, packed = read_header_block(path, head, body)
+    nifti = parse_header(path, block, single=head == body)
+    shape = check_shape(path, nifti)
+    dtype = check_type(path, nifti)
+    slope, inter = check_scaling(path, nifti)
+    offset = check_offset(path, nifti, single=head == body)
+    check_length(path, offset + int(np.prod(shape)) * dtype.itemsize, size, packed)
+    affine = read_affine(path, nifti)
+    check_field_of_view(path, shape, affine)
+    return Header(path, body, shape, affine, dtype, slope, inter, offset, nifti)
+
+
+def read_header_block(path, head, body):
+    """Read the first bytes of the header: (bytes, size of the file with the voxels, whether that is gzip).
+
+    BadVolume for what is not there, not readable, or no file: links to nowhere, pipes, folders.
+    """
     try:
         with open_unpacked(head) as file, open_unpacked(body) as voxels:
             block = file.read(nib.Nifti2Header.sizeof_hdr)
-            size, packed = os.path.getsize(body), isinstance(voxels, gzip.GzipFile)
+            return block, os.path.getsize(body), isinstance(voxels, gzip.GzipFile)
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise BadVolume(f"{path}: {getattr(error, 'strerror', 0) or error}; check it, its links, or its .img") from None
-    sizes = [int.from_bytes(block[:4], order) for order in ("little", "big")]
-    kind = nib.Nifti2Header if 540 in sizes else nib.Nifti1Header
-    need({348, 540} & set(sizes) and len(block) >= kind.sizeof_hdr, "not a NIfTI file; convert it")
-    order = "<" if sizes[0] == kind.sizeof_hdr else ">"
-    nifti = kind(block[:kind.sizeof_hdr], order, check=False)        # nibabel's own check would repair silently
-    need(nifti["magic"] == (kind.single_magic if head == body else kind.pair_magic), "no NIfTI magic; convert it")
+        reason = getattr(error, "strerror", None) or error
+        raise BadVolume(f"{path}: {reason}; check it, its links, or its .img") from None
+
+
+def parse_header(path, block, single):
+    """Parse the bytes of a header as NIfTI-1 or NIfTI-2 of either byte order; BadVolume for any other file.
+
+    nibabel's own check is off, for it would repair silently.
+    """
+    little, big = (int.from_bytes(block[:4], order) for order in ("little", "big"))
+    kind = nib.Nifti2Header if 540 in (little, big) else nib.Nifti1Header
+    if kind.sizeof_hdr not in (little, big) or len(block) < kind.sizeof_hdr:
+        raise BadVolume(f"{path}: not a NIfTI file; convert it")
+    order = "<" if little == kind.sizeof_hdr else ">"
+    nifti = kind(block[:kind.sizeof_hdr], order, check=False)
+    if nifti["magic"] != (kind.single_magic if single else kind.pair_magic):
+        raise BadVolume(f"{path}: no NIfTI magic; convert it")
+    return nifti
+
+
+def check_shape(path, nifti):
+    """Return the three sides. BadVolume for other dimensions, and for sides that would ask for all memory."""
     ndim, *sides = (int(n) for n in nifti["dim"])
-    shape, code = tuple(sides[:3]), int(nifti["datatype"])
-    need(3 <= ndim <= 7 and {1} >= {*sides[3:ndim]}, f"{ndim}-D, sides {sides[:ndim]}; give one 3-D volume (one frame)")
-    need(min(shape) > 0 and max(shape) <= MAX_SIDE and np.prod(shape, dtype=float) <= MAX_VOXELS,
-         f"sides {shape} are not 1..{MAX_SIDE} and {MAX_VOXELS} voxels at most; crop it or repair the header")
-    need(code in TYPES, f"voxel type {code} is not one real number a voxel (RGB, complex, ...); convert it")
-    slope, inter, offset = (np.float64(nifti[name]) for name in ("scl_slope", "scl_inter", "vox_offset"))
+    if not 3 <= ndim <= 7 or any(side != 1 for side in sides[3:ndim]):
+        raise BadVolume(f"{path}: {ndim}-D, sides {sides[:ndim]}; give one 3-D volume (one frame)")
+    shape = tuple(sides[:3])
+    if min(shape) < 1 or max(shape) > MAX_SIDE or np.prod(shape, dtype=float) > MAX_VOXELS:
+        raise BadVolume(f"{path}: sides {shape} are not 1..{MAX_SIDE} and {MAX_VOXELS} voxels at most; "
+                        "crop it or repair the header")
+    return shape
+
+
+def check_type(path, nifti):
+    """Return the voxels' numpy dtype. BadVolume for what is not one real number a voxel."""
+    code = int(nifti["datatype"])
+    if code not in TYPES:
+        raise BadVolume(f"{path}: voxel type {code} is not one real number a voxel (RGB, complex, ...); convert it")
+    return np.dtype(nifti.endianness + TYPES[code])
+
+
+def check_scaling(path, nifti):
+    """Return slope and intercept of stored values. BadVolume if one is infinite, and the voxels with it."""
+    slope, inter = np.float64(nifti["scl_slope"]), np.float64(nifti["scl_inter"])
     if slope == 0 or np.isnan(slope):                                # NIfTI's ways to say: not scaled
-        slope, inter = np.float64(1), np.float64(0)
-    need(np.isfinite([slope, inter]).all(), f"voxel scaling {slope}, {inter} is not finite; repair the header")
-    least, dtype = kind.single_vox_offset if head == body else 0, np.dtype(order + TYPES[code])
-    offset = offset or np.float64(least)
-    need(least <= offset <= MAX_OFFSET and offset.is_integer(), f"voxels begin at byte {offset}; repair the header")
-    claimed = int(offset) + int(np.prod(shape)) * dtype.itemsize
-    need(claimed <= size * (DEFLATE_RATIO if packed else 1) and (packed or size <= claimed + MAX_TAIL),
-         f"{size} bytes cannot be the {claimed} that its header claims: truncated or forged; copy it again")
-    nifti["pixdim"][0] = nifti["pixdim"][0] or 1                     # the standard's: a qfac of 0 is taken as 1
+        return np.float64(1), np.float64(0)
+    if not np.isfinite([slope, inter]).all():
+        raise BadVolume(f"{path}: voxel scaling {slope}, {inter} is not finite; repair the header")
+    return slope, inter
+
+
+def check_offset(path, nifti, single):
+    """Return the byte at which voxels begin. BadVolume if it lies in the header or absurdly far behind it."""
+    least = nifti.single_vox_offset if single else 0
+    offset = np.float64(nifti["vox_offset"]) or np.float64(least)
+    if not least <= offset <= MAX_OFFSET or not offset.is_integer():
+        raise BadVolume(f"{path}: voxels begin at byte {offset}; repair the header")
+    return int(offset)
+
+
+def check_length(path, claimed, size, packed):
+    """Hold the bytes that a header claims against the file's size; BadVolume for truncated files and for bombs."""
+    most = size * DEFLATE_RATIO if packed else size
+    too_long = not packed and size > claimed + MAX_TAIL
+    if claimed > most or too_long:
+        raise BadVolume(f"{path}: {size} bytes cannot be the {claimed} that its header claims: truncated or forged; "
+                        "copy it again")
+
+
+def read_affine(path, nifti):
+    """Return the affine of voxels to mm in RAS+ space. BadVolume if it is singular, not finite or far off.
+
+    A qfac of 0 is written as 1 into `nifti`, as the standard reads it.
+    """
+    nifti["pixdim"][0] = nifti["pixdim"][0] or 1
     try:
         with np.errstate(all="ignore"):
             affine = nifti.get_best_affine().astype(np.float64)
-            spacing = spacing_of(affine)
-            skew = abs(np.linalg.det(affine[:3, :3] / spacing))
+            skew = abs(np.linalg.det(affine[:3, :3] / spacing_of(affine)))
     except (ValueError, nib.spatialimages.HeaderDataError) as error:
         raise BadVolume(f"{path}: orientation: {error}; repair sform or qform") from None
-    need(np.abs(affine).max() < 1e5 and skew > .1 and (nifti["sform_code"] or nifti["pixdim"][1:4].min() > 0),
-         "affine is singular, not finite or far off; repair sform, qform or pixdim")
+    has_sizes = nifti["sform_code"] or nifti["pixdim"][1:4].min() > 0
+    if not (np.abs(affine).max() < 1e5 and skew > .1 and has_sizes):
+        raise BadVolume(f"{path}: affine is singular, not finite or far off; repair sform, qform or pixdim")
+    return affine
+
+
+def check_field_of_view(path, shape, affine):
+    """Raise BadVolume for voxels or a field of view of a size that would ask for all memory once resampled."""
+    spacing = spacing_of(affine)
     field = spacing * shape
-    need(.01 <= spacing.min() and spacing.max() <= 50 and field.max() <= 5e3 and field.prod() <= 2e9,
-         f"spacing {spacing} mm, or the field of view {field} mm, is absurd; repair the header")
-    return Header(path, body, shape, affine, dtype, slope, inter, int(offset), nifti)
+    sizes_fit = MIN_MM <= spacing.min() and spacing.max() <= MAX_MM
+    if not (sizes_fit and field.max() <= MAX_FIELD_MM and field.prod() <= MAX_FIELD_MM3):
+        raise BadVolume(f"{path}: spacing {spacing} mm, or the field of view {field} mm, is absurd; repair the header")
 
 
-def _voxels(header):
-    """Yield (first index, scaled float64 values) piece by piece in file order; verifies length, gzip CRC, magnitude."""
-    done, count, size = 0, int(np.prod(header.shape)), header.dtype.itemsize
+# -------------------------------------------------------------------------------------------- voxels
+def read_pieces(header):
+    """Yield (index of the first voxel, scaled float64 values) piece by piece in file order.
+
+    BadVolume if the file ends early, its gzip CRC fails, or a value is not finite or too large.
+    """
+    count, size = int(np.prod(header.shape)), header.dtype.itemsize
+    done = 0
     try:
         with open_unpacked(header.body) as file:
             file.seek(header.offset)
@@ -110,22 +212,29 @@ def _voxels(header):
                     values = np.frombuffer(raw, header.dtype, len(raw) // size) * header.slope + header.inter
                 if not len(values):
                     raise EOFError(f"ends after {done} of {count} voxels")
-                if not (np.abs(values) < 1e30).all():                # more would overflow in float32 arithmetic
+                if not (np.abs(values) < MAX_VALUE).all():
                     raise BadVolume(f"{header.path}: has voxels that are NaN, infinite or huge; leave it out")
                 yield done, values
                 done += len(values)
-            if len(file.read(MAX_TAIL + 1)) > MAX_TAIL:              # to the end: only there is the CRC verified
+
+            # to the end, for only there is the CRC verified
+            if len(file.read(MAX_TAIL + 1)) > MAX_TAIL:
                 raise EOFError("goes on far beyond its last voxel")
     except (OSError, EOFError, zlib.error) as error:
         raise BadVolume(f"{header.path}: damaged ({error}); copy it again") from None
 
 
 def read_volume(path):
-    """Image as (float32 (X, Y, Z) in file order, affine float64). BadVolume if damaged, not finite or constant."""
-    header = _header(path)
-    volume, first, varies = np.empty(int(np.prod(header.shape)), np.float32), None, False
-    for start, values in _voxels(header):
-        first = values[0] if start == 0 else first
+    """Read an image: (float32 (X, Y, Z) in file order, affine float64).
+
+    BadVolume if it is damaged, not finite or constant.
+    """
+    header = read_header(path)
+    volume = np.empty(int(np.prod(header.shape)), np.float32)
+    first, varies = None, False
+    for start, values in read_pieces(header):
+        if start == 0:
+            first = values[0]
         if not varies and (values != first).any():                   # until then a bomb of zeros touches no memory
             varies, volume[:start] = True, first
         if varies:
@@ -136,10 +245,14 @@ def read_volume(path):
 
 
 def read_label(path, num_classes=None, allow_empty=False):
-    """Label as (uint8 (X, Y, Z), affine). BadVolume if damaged, empty, or not whole numbers in 0..num_classes - 1."""
-    header, highest = _header(path), (num_classes or 256) - 1
+    """Read a label: (uint8 (X, Y, Z), affine float64).
+
+    BadVolume if it is damaged, empty, or not whole numbers in 0..num_classes - 1.
+    """
+    header = read_header(path)
+    highest = (num_classes or 256) - 1
     label = np.empty(int(np.prod(header.shape)), np.uint8)
-    for start, values in _voxels(header):
+    for start, values in read_pieces(header):
         whole = values.round()                                       # what is scaled may be a hair off
         wrong = values[(np.abs(values - whole) > 1e-4) | (whole < 0) | (whole > highest)]
         if len(wrong):
@@ -152,9 +265,11 @@ def read_label(path, num_classes=None, allow_empty=False):
 
 def write_label(path, label, like):
     """Write a label (X, Y, Z) on the grid of the NIfTI file `like`: uint8 .nii.gz with its shape, qform and sform."""
-    nifti = _header(like).nifti.copy()
+    nifti = read_header(like).nifti.copy()
     nifti.set_data_dtype(np.uint8)
-    nifti["cal_min"] = nifti["cal_max"] = nifti["vox_offset"] = 0     # the image's, not the label's
+    for field in ("cal_min", "cal_max", "vox_offset"):               # the image's, not the label's
+        nifti[field] = 0
     kind = nib.Nifti2Image if isinstance(nifti, nib.Nifti2Header) else nib.Nifti1Image
-    image = kind(np.asarray(label, np.uint8).reshape(nifti.get_data_shape()), None, nifti)
+    voxels = np.asarray(label, np.uint8).reshape(nifti.get_data_shape())
+    image = kind(voxels, None, nifti)
     atomic_write(path, gzip.compress(image.to_bytes(), 6, mtime=0))

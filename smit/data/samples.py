@@ -1,13 +1,16 @@
-"""Which volume, which crop, which mask: everything random about a sample, keyed on (seed, global sample number).
+"""Which volume, which crop, which mask: all chance in a sample, keyed on (seed, global sample number) [SMIT 2, 3].
 
-A run is a sequence of samples 0, 1, 2, ...; sample s belongs to epoch s // n. Neither the rank, nor the worker, nor the
-moment at which a run was resumed enters a draw, so two ranks with batch 1 see what one rank with batch 2 sees.
+A run is a sequence of samples 0, 1, 2, ...; sample s belongs to epoch s // n. Neither the rank, nor the
+worker, nor the moment at which a run was resumed enters a draw, so two ranks with batch 1 see the samples
+that one rank with batch 2 sees.
+
+Reading order: random streams, splits, views for pre-training, crops for fine-tuning, batches.
 """
 import functools
 import hashlib
 import os
 import re
-import warnings
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,178 +26,273 @@ SPLITS = {  # numbers of the BTCV cases held back
     "smit21_9": [29, 30, 31, 32, 34, 36, 37, 39, 40],  # [release]
     "monai24_6": [35, 36, 37, 38, 39, 40],             # in MONAI's tutorials
 }
+FOLD_SEED = 12345                                      # [nnU-Net]
+WORKER_TIMEOUT_S = 300                                 # a loader worker silent for longer ends the run [ours]
 
 
+# ------------------------------------------------------------------------------------ random streams
 def generator(seed, *key):
-    """A torch.Generator for one purpose: generator(seed, "train", sample) is the same everywhere, always."""
+    """Make a torch.Generator for one purpose, such as generator(seed, "train", sample) [ours].
+
+    The same seed and key give the same numbers on every machine and rank.
+    """
     # differs: the release's crops come from a random stream that repeats every epoch
     words = [int.from_bytes(k.encode(), "little") if isinstance(k, str) else k for k in key]
-    state = np.random.SeedSequence([seed, *words]).generate_state(2)
-    return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+    high, low = np.random.SeedSequence([seed, *words]).generate_state(2)
+    return torch.Generator().manual_seed(int(high) << 31 | int(low) >> 1)
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
-    """The volumes of one epoch, each once, shuffled: a tuple of n indices."""
+    """Shuffle the volumes of one epoch: a tuple of n indices, each once."""
     return tuple(torch.randperm(n, generator=generator(seed, "order", epoch)).tolist())
 
 
 def micro_batches(first, last, micro, rank=0, world=1):
-    """This rank's sample numbers, one list per micro-batch, from sample `first` until before sample `last`.
+    """Yield this rank's sample numbers, one list per micro-batch, from sample `first` until before `last`.
 
-    A global micro-batch is micro * world consecutive samples; rank r takes the r-th stretch of `micro` of them.
+    A global micro-batch is micro * world consecutive samples; rank r takes the r-th stretch of `micro`.
     """
     for start in range(first, last, micro * world):
-        yield list(range(start + rank * micro, start + (rank + 1) * micro))
+        begin = start + rank * micro
+        yield list(range(begin, begin + micro))
 
 
-def random_starts(shape, crop, view, rng):
-    """Corners of two views inside one random crop [SMIT 3]: (2, 3) long. Where the volume is smaller, it is centred."""
-    starts = torch.empty(2, 3, dtype=torch.long)
-    for axis, (n, c, v) in enumerate(zip(shape, crop, view)):
-        corner = int(torch.randint(n - c + 1, (), generator=rng)) if n > c else -((c - n) // 2)
-        starts[:, axis] = corner + torch.randint(c - v + 1, (2,), generator=rng)
-    return starts
-
-
-def cut(volume, start, size):
-    """The box of `size` voxels at `start` of an array, maybe on disk, zeros where it leaves it: a tensor of its own."""
-    inside = tuple(slice(max(s, 0), max(s + n, 0)) for s, n in zip(start, size))
-    return crop(torch.from_numpy(np.array(volume[inside])), [min(s, 0) for s in start], size)
-
-
-def list_digest(cases):
-    """Twelve hex digits that change with the names and the order of the cases' images, not with their folder."""
-    names = [Path(case["image"]).name for case in cases]
-    return hashlib.sha256(repr(names).encode()).hexdigest()[:12]
-
-
-def written(case):
-    """When a case's files were written last, 0 for what is not there."""
-    files = [file for named in (case["image"], case["label"]) if named for file in pair(named)]
-    return [os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files]
-
-
-def unchanged(case, before):
-    """The case; BadVolume if its files are not those of before: epochs of one run are over the same volumes."""
-    if written(case) != before:
-        raise BadVolume(f"{case['image']}: changed or removed since the run began; put the old one back")
-    return case
-
-
-class ViewPairs(torch.utils.data.Dataset):
-    """Sample number -> two views of one volume and their masks [SMIT 2, 3].
-
-    Returns views (2, 1, D, H, W) uint8, hidden (2, d, h, w) bool at cell resolution, noise (2, drops) uniform in
-    [0, 1), volume: its index, passed_over: how many volumes before it turned out bad and were skipped with a warning.
-    Where every volume is bad, the sample is the last error.
-    """
-
-    def __init__(self, cases, settings, cache, crop, view, cell, mask_ratio, drops=0, seed=0, split="train"):
-        self.cases, self.settings, self.cache = cases, settings, cache
-        self.crop, self.view, self.grid = crop, view, tuple(v // cell for v in view)
-        self.mask_ratio, self.drops, self.seed, self.split = mask_ratio, drops, seed, split
-        self.written = [written(case) for case in cases]             # now, before workers start
-
-    def __getitem__(self, sample):
-        n = len(self.cases)
-        first = epoch_order(n, self.seed, sample // n)[sample % n] if self.split == "train" else sample
-        for passed_over in range(n):
-            index = (first + passed_over) % n
-            try:
-                case = unchanged(self.cases[index], self.written[index])
-                volume, _ = case_files.cached(case, self.settings, self.cache)
-                break
-            except BadVolume as error:
-                warnings.warn(f"skipped: {error}")
-                found = error
-            except OSError as error:                                 # the cache's disk
-                return error
-        else:
-            return found
-        rng = generator(self.seed, self.split, sample)
-        starts = random_starts(volume.shape, self.crop, self.view, rng)
-        return {"views": torch.stack([cut(volume, start.tolist(), self.view) for start in starts])[:, None],
-                "hidden": random_block_mask(2, self.grid, self.mask_ratio, rng),
-                "noise": torch.rand(2, self.drops, generator=rng),
-                "volume": index, "passed_over": passed_over}
-
-
+# -------------------------------------------------------------------------------------------- splits
 def published_split(cases, name):
-    """(train, held back) of BTCV cases by the numbers in their images' names; ValueError if one of them lacks."""
-    def number(case):
-        return int((re.findall(r"\d+", Path(case["image"]).name) or ["0"])[0])
-    train, held_back = ([c for c in cases if (number(c) in SPLITS[name]) == held] for held in (False, True))
-    if sorted(map(number, held_back)) != SPLITS[name]:
-        raise ValueError(f"{name} holds back cases {SPLITS[name]}; found of them: {sorted(map(number, held_back))}")
+    """Split BTCV cases by the numbers in their images' names: (train, held back).
+
+    ValueError if a case that is to be held back lacks.
+    """
+    train, held_back = [], []
+    for case in cases:
+        number = first_number(case["image"])
+        (held_back if number in SPLITS[name] else train).append(case)
+
+    numbers = sorted(first_number(case["image"]) for case in held_back)
+    if numbers != SPLITS[name]:
+        raise ValueError(f"{name} holds back cases {SPLITS[name]}; found of them: {numbers}")
     return train, held_back
 
 
+def first_number(path):
+    """Return the first number in a file's name, 0 if there is none: img0029.nii.gz -> 29."""
+    digits = re.search(r"\d+", Path(path).name)
+    return int(digits[0]) if digits else 0
+
+
 def fold_split(cases, fold, folds):
-    """(train, held back) for one of several folds; nnU-Net's own, where the cases are sorted by name [nnU-Net]."""
+    """Split for cross-validation: (train, held back); nnU-Net's folds if the cases are sorted by name [nnU-Net]."""
     order = np.arange(len(cases))
-    np.random.RandomState(12345).shuffle(order)
-    held = np.array_split(order, folds)[fold].tolist()
-    return [case for i, case in enumerate(cases) if i not in held], [cases[i] for i in sorted(held)]
+    np.random.RandomState(FOLD_SEED).shuffle(order)
+    held_back = sorted(np.array_split(order, folds)[fold].tolist())
+    train = [i for i in range(len(cases)) if i not in held_back]
+    return [cases[i] for i in train], [cases[i] for i in held_back]
 
 
 def random_split(cases, held, seed):
-    """(train, held back) with `held` random cases held back."""
+    """Hold back `held` random cases: (train, held back) [ours]."""
     order = torch.randperm(len(cases), generator=generator(seed, "held back")).tolist()
     return [cases[i] for i in order[held:]], [cases[i] for i in order[:held]]
 
 
 def nested_subset(cases, n, seed):
-    """The first n of one shuffle of the cases: a smaller n takes a part of what a larger one takes."""
+    """Take the first n of one shuffle of the cases, so that fewer are a part of more [ours]."""
     if not 1 <= n <= len(cases):
         raise ValueError(f"{n} cases to train on were asked for, and {len(cases)} are there")
     order = torch.randperm(len(cases), generator=generator(seed, "subset")).tolist()
     return [cases[i] for i in order[:n]]
 
 
+def list_digest(cases):
+    """Return twelve hex digits that change with the names and the order of images, not with their folder."""
+    names = [Path(case["image"]).name for case in cases]
+    return hashlib.sha256(repr(names).encode()).hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------ the files of a run
+def written(case):
+    """Return the modification times of a case's files, in ns; 0 for a missing file."""
+    times = []
+    for path in filter(None, (case["image"], case["label"])):
+        for file in pair(path):
+            times.append(os.stat(file).st_mtime_ns if os.path.exists(file) else 0)
+    return times
+
+
+def unchanged(case, times):
+    """Return the case; BadVolume if its files were written since `times`.
+
+    All epochs of a run are over the same volumes.
+    """
+    if written(case) != times:
+        raise BadVolume(f"{case['image']}: changed or removed since the run began; put the old one back")
+    return case
+
+
+# --------------------------------------------------------------------------------- views, pre-training
+def random_starts(shape, crop, view, rng):
+    """Draw the corners of two views inside one random crop: (2, 3) long [SMIT 3].
+
+    Along an axis on which the volume is smaller than the crop, it is centred in it.
+    """
+    starts = torch.empty(2, 3, dtype=torch.long)
+    for axis, (n, c, v) in enumerate(zip(shape, crop, view)):
+        if n > c:
+            corner = int(torch.randint(n - c + 1, (), generator=rng))
+        else:
+            corner = -((c - n) // 2)
+        starts[:, axis] = corner + torch.randint(c - v + 1, (2,), generator=rng)
+    return starts
+
+
+def cut(volume, start, size):
+    """Copy the box of `size` voxels at `start` out of an array, maybe on disk, into a tensor; zeros outside."""
+    inside = tuple(slice(max(s, 0), max(s + n, 0)) for s, n in zip(start, size))
+    part = torch.from_numpy(np.array(volume[inside]))
+    return crop(part, [min(s, 0) for s in start], size)
+
+
+class ViewPairs(torch.utils.data.Dataset):
+    """Sample number -> two views of one volume and their masks [SMIT 2, 3].
+
+    A sample is a dict:
+        views        (2, 1, D, H, W) uint8
+        hidden       (2, d, h, w) bool, at cell resolution
+        noise        (2, drops) uniform in [0, 1), for drop path
+        volume       index of its case
+        passed_over  number of unreadable volumes before that one in the list
+        skipped      what is wrong with them, a line each
+    If no volume can be read, or the cache's disk fails, the sample is the error.
+    """
+
+    def __init__(self, cases, settings, cache, crop, view, cell, mask_ratio, drops=0, seed=0,
+                 split="train"):
+        self.cases, self.settings, self.cache = cases, settings, cache
+        self.crop, self.view = crop, view
+        self.grid = tuple(voxels // cell for voxels in view)
+        self.mask_ratio, self.drops = mask_ratio, drops
+        self.seed, self.split = seed, split
+        self.written = [written(case) for case in cases]             # now, before workers start
+
+    def __len__(self):
+        return len(self.cases)
+
+    def __getitem__(self, sample):
+        try:
+            volume, index, problems = self.first_readable(self.index_of(sample))
+        except (BadVolume, OSError) as error:
+            return error                                # `load_batches` raises it in the main process
+        rng = generator(self.seed, self.split, sample)
+        starts = random_starts(volume.shape, self.crop, self.view, rng)
+        views = [cut(volume, start.tolist(), self.view) for start in starts]
+        return {"views": torch.stack(views)[:, None],
+                "hidden": random_block_mask(2, self.grid, self.mask_ratio, rng),
+                "noise": torch.rand(2, self.drops, generator=rng),
+                "volume": index, "passed_over": len(problems), "skipped": "\n".join(problems)}
+
+    def index_of(self, sample):
+        """Return the index of a sample's volume: shuffled in training, else the sample itself."""
+        if self.split != "train":
+            return sample
+        n = len(self.cases)
+        return epoch_order(n, self.seed, sample // n)[sample % n]
+
+    def first_readable(self, index):
+        """Return (volume, its index, problems of the volumes passed over), searching from `index` on.
+
+        BadVolume of the last one if none can be read.
+        """
+        n = len(self.cases)
+        problems = []
+        for place in range(index, index + n):
+            try:
+                case = unchanged(self.cases[place % n], self.written[place % n])
+                volume, _ = case_files.cached(case, self.settings, self.cache)
+                return volume, place % n, problems
+            except BadVolume as error:
+                problems.append(str(error))
+        raise BadVolume(problems[-1])
+
+    def images(self, batch):
+        """Return the paths of a batch's volumes."""
+        return [self.cases[index]["image"] for index in batch["volume"].tolist()]
+
+
+# --------------------------------------------------------------------------------- crops, fine-tuning
 def random_voxel(mask, rng):
-    """One of the True voxels of mask (D, H, W), each with the same chance: its three indices."""
-    planes = np.count_nonzero(mask, axis=(1, 2)).cumsum()
-    chosen = int(torch.randint(int(planes[-1]), (), generator=rng))
-    plane = int(np.searchsorted(planes, chosen, "right"))
-    return plane, *np.argwhere(mask[plane])[chosen - planes[plane]].tolist()      # counted from the plane's last
+    """Draw one of the True voxels of mask (D, H, W), each with the same chance: its three indices."""
+    counts = np.count_nonzero(mask, axis=(1, 2)).cumsum()            # up to and with each plane
+    chosen = int(torch.randint(int(counts[-1]), (), generator=rng))
+    plane = int(np.searchsorted(counts, chosen, "right"))
+    in_plane = chosen - counts[plane]                                # negative: counted from the plane's end
+    return plane, *np.argwhere(mask[plane])[in_plane].tolist()
 
 
 def labelled_start(label, size, rng):
-    """Corner of a crop around a voxel that lies, with the same chance, in some organ or in none [release].
+    """Draw the corner of a crop around a voxel that lies, with equal chance, in some organ or in none [release].
 
-    Moved to where the crop stays inside the volume; centred where the volume is smaller.
+    The crop is moved to stay inside the volume; it is centred where the volume is smaller.
     """
-    mask = (label > 0) == bool(torch.rand((), generator=rng) < .5)
+    in_organ = bool(torch.rand((), generator=rng) < .5)
+    mask = (label > 0) == in_organ
     centre = random_voxel(mask if mask.any() else ~mask, rng)
-    return [min(max(c - k // 2, 0), n - k) if n > k else -((k - n) // 2) for c, k, n in zip(centre, size, label.shape)]
+
+    start = []
+    for c, k, n in zip(centre, size, label.shape):
+        start.append(min(max(c - k // 2, 0), n - k) if n > k else -((k - n) // 2))
+    return start
 
 
-def augmented_crop(image, label, size, rng):
-    """A crop, turned in the axial plane (p .2), intensities scaled and shifted by up to .1 (p .1 each) [release].
+def turned_crop(image, label, size, rng):
+    """Cut a crop, turn it in the axial plane (p .2), draw its contrast (p .1) and brightness (p .1) [release].
 
-    image, label (D, H, W) uint8; returns float32 and uint8 of shape `size`. No flips: they would swap left and right.
+    image, label: (D, H, W) uint8. No flips: they would swap left and right.
+    Returns image and label of shape `size`, uint8; scale, .9 to 1.1, and shift, -.1 to .1, for `augmented`.
     """
-    turned, scaled, shifted, factor, offset = torch.rand(5, generator=rng).tolist()
-    turns = int(torch.randint(1, 4, (), generator=rng)) if turned < .2 else 0
+    to_turn, to_scale, to_shift, factor, offset = torch.rand(5, generator=rng).tolist()
+    turns = int(torch.randint(1, 4, (), generator=rng)) if to_turn < .2 else 0
+    scale = .9 + .2 * factor if to_scale < .1 else 1.
+    shift = .2 * offset - .1 if to_shift < .1 else 0.
+
     before = (size[1], size[0], size[2]) if turns % 2 else size
     start = labelled_start(label, before, rng)
-    image, label = (rotate90(cut(volume, start, before), turns) for volume in (image, label))
-    image = image / 255 * (.9 + .2 * factor if scaled < .1 else 1.) + (.2 * offset - .1 if shifted < .1 else 0.)
-    return image, label
+    image = rotate90(cut(image, start, before), turns)
+    label = rotate90(cut(label, start, before), turns)
+    return image, label, scale, shift
+
+
+def augmented(batch, device="cpu"):
+    """Scale and shift the intensities of a batch of crops, on `device`: images (B, n, 1, D, H, W) float32 [release].
+
+    Crops leave the loader as uint8, a quarter of the shared memory that float32 would take. In 0..1
+    before augmentation.
+    """
+    scale, shift = batch["scale"].to(device), batch["shift"].to(device)        # (B, n, 1, 1, 1, 1)
+    return batch["images"].to(device) / 255 * scale + shift
 
 
 class LabelledCrops(torch.utils.data.Dataset):
     """Sample number -> several augmented crops of one labelled volume, for fine-tuning [release].
 
-    Returns images (n, 1, D, H, W) float32, 0..1 before augmentation, labels (n, D, H, W) uint8, noise (n, drops)
-    uniform in [0, 1), volume: its index. A volume that cannot be used is not passed over: the sample is the error.
+    A sample is a dict:
+        images        (n, 1, D, H, W) uint8; `augmented` makes float32 of them
+        scale, shift  (n, 1, 1, 1, 1) float32, for `augmented`
+        labels        (n, D, H, W) uint8
+        noise         (n, drops) uniform in [0, 1), for drop path
+        volume        index of its case
+    No volume is passed over: if it cannot be used, the sample is the error.
     """
 
     def __init__(self, cases, settings, cache, num_classes, size, crops=4, drops=0, seed=0):
-        self.cases, self.settings, self.cache, self.num_classes = cases, settings, cache, num_classes
-        self.size, self.crops, self.drops, self.seed = tuple(size), crops, drops, seed
+        self.cases, self.settings, self.cache = cases, settings, cache
+        self.num_classes = num_classes
+        self.size, self.crops = tuple(size), crops
+        self.drops, self.seed = drops, seed
         self.written = [written(case) for case in cases]             # now, before workers start
+
+    def __len__(self):
+        return len(self.cases)
 
     def __getitem__(self, sample):
         n = len(self.cases)
@@ -202,28 +300,109 @@ class LabelledCrops(torch.utils.data.Dataset):
         try:
             case = unchanged(self.cases[index], self.written[index])
             image, label = case_files.cached(case, self.settings, self.cache, True, self.num_classes)
-        except (BadVolume, OSError) as error:                   # a bad file, or the cache's disk
+        except (BadVolume, OSError) as error:           # a bad file, or the cache's disk
             return error
         rng = generator(self.seed, "labelled", sample)
-        images, labels = zip(*(augmented_crop(image, label, self.size, rng) for _ in range(self.crops)))
-        return {"images": torch.stack(images)[:, None], "labels": torch.stack(labels),
-                "noise": torch.rand(self.crops, self.drops, generator=rng), "volume": index}
+        crops = [turned_crop(image, label, self.size, rng) for _ in range(self.crops)]
+        images, labels, scale, shift = zip(*crops)
+        return {"images": torch.stack(images)[:, None],
+                "scale": torch.tensor(scale).view(-1, 1, 1, 1, 1),
+                "shift": torch.tensor(shift).view(-1, 1, 1, 1, 1),
+                "labels": torch.stack(labels),
+                "noise": torch.rand(self.crops, self.drops, generator=rng),
+                "volume": index}
+
+    def images(self, batch):
+        """Return the paths of a batch's volumes."""
+        return [self.cases[index]["image"] for index in batch["volume"].tolist()]
 
 
+# -------------------------------------------------------------------------------------------- batches
 def collate(samples):
-    """Stack samples; an error among them is handed on, to be raised in the main process with its own message."""
-    errors = [s for s in samples if isinstance(s, Exception)]
-    return errors[0] if errors else torch.utils.data.default_collate(samples)
+    """Stack samples; hand on the first error among them, for the main process to raise."""
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+    return torch.utils.data.default_collate(samples)
 
 
-def batches(dataset, numbers, workers=0, pin=False, timeout=300):
-    """Iterate over micro-batches: `numbers` yields lists of sample numbers. Raises what the dataset found wrong."""
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=numbers, num_workers=workers, collate_fn=collate,
-                                         # else (Python 3.14) they outlive a killed rank, whose children they are not
-                                         multiprocessing_context="fork" if workers else None,
-                                         timeout=timeout if workers else 0, pin_memory=pin,
-                                         worker_init_fn=ignore_stop_signals)
+def load_batches(dataset, numbers, workers=0, pin=False):
+    """Yield micro-batches: `numbers` yields lists of sample numbers. Raises what the dataset found wrong."""
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=numbers, num_workers=workers, collate_fn=collate, pin_memory=pin,
+        # fork: workers of Python 3.14's forkserver outlive a killed rank, for they are not its children
+        multiprocessing_context="fork" if workers else None,
+        timeout=WORKER_TIMEOUT_S if workers else 0, worker_init_fn=ignore_stop_signals)
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
+        yield batch
+
+
+class Batches:
+    """Iterate over this rank's micro-batches and count the volumes that could not be read [ours].
+
+    dataset: ViewPairs or LabelledCrops; numbers: see `micro_batches`; max_bad: unreadable volumes to
+    allow over all ranks. Each is told once, in one line, by the rank that met it.
+    """
+
+    def __init__(self, dataset, numbers, ranks, workers=0, max_bad=0):
+        self.dataset, self.ranks, self.max_bad = dataset, ranks, max_bad
+        self.bad = set()                                # indices of the unreadable volumes met so far
+        self.told = set()
+        self.loaded = load_batches(dataset, numbers, workers, pin=ranks.device.type == "cuda")
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = next(self.loaded)
+        tell_skipped(batch, self.told)
+        if "passed_over" in batch:
+            self.count_bad(batch)
+        return batch
+
+    def count_bad(self, batch):
+        """Add to `bad` the volumes that were passed over before each of the batch's."""
+        n = len(self.dataset.cases)
+        for index, count in zip(batch["volume"].tolist(), batch["passed_over"].tolist()):
+            for back in range(1, count + 1):
+                self.bad.add((index - back) % n)
+
+    def agree(self, stop):
+        """Return whether any rank was asked to stop. Raises as check_bad; every rank must call it."""
+        leaving, most_bad = self.ranks.agree(bool(stop), len(self.bad))
+        if most_bad:
+            self.check_bad()
+        return leaving
+
+    def check_bad(self):
+        """Join the bad volumes of all ranks; ValueError naming them if they are more than max_bad.
+
+        Every rank must call it.
+        """
+        cases = self.dataset.cases
+        flags = self.ranks.agree(*(index in self.bad for index in range(len(cases))))
+        self.bad |= {index for index, flag in enumerate(flags) if flag}
+        if len(self.bad) > self.max_bad:
+            names = ", ".join(cases[index]["image"] for index in sorted(self.bad))
+            raise ValueError(f"bad volumes, {len(self.bad)}, are more than --max_bad {self.max_bad}: {names}; "
+                             "mend or remove them")
+
+
+def tell_skipped(batch, told):
+    """Print what is wrong with the volumes that a batch passed over, unless it is in the set `told`; add it there."""
+    for problem in "\n".join(batch.get("skipped", [])).splitlines():
+        if problem and problem not in told:
+            print(f"warning: skipped: {problem}", file=sys.stderr, flush=True)
+            told.add(problem)
+
+
+def batches(dataset, numbers, workers=0, pin=False):
+    """Yield micro-batches as `load_batches`, crops augmented already."""
+    told = set()
+    for batch in load_batches(dataset, numbers, workers, pin):
+        tell_skipped(batch, told)
+        if "scale" in batch:
+            batch["images"] = augmented(batch)
         yield batch

@@ -1,152 +1,353 @@
-"""Curves as SVG [SMIT Fig. 3]. Reading order: axes, curves_svg, from_log."""
+"""Curves and intervals as SVG [SMIT Fig. 3].
+
+Reading order: axes, curves, intervals (a forest plot), the charts of a run's log.
+"""
 import csv
 import math
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from smit.runtime import atomic_write
+from smit.figures.canvas import disc, stroke, text, text_width, write_svg
 
-LEFT, RIGHT, TOP, BASE = 80, 470, 44, 290        # pixels: the box of a chart's axes; its legend stands to the right
-COLORS = "#0072b2 #d55e00 #009e73 #cc79a7 #56b4e9 #e69f00 #000000".split()      # Okabe and Ito's, without the yellow
-CHARTS = (  # file, title, y axis, {column of log.csv: its name in the legend}, limits of y, whether y is logarithmic
-    ("loss", "Loss, as back-propagated", "loss", {"loss": "training"}, None, False),
-    ("mip", "Masked image prediction", "L1 on hidden voxels", {"mip": "training", "val_mip": "held back",
-     "val_constant": "best constant", "val_median": "visible median"}, None, False),
-    ("token_losses", "Token losses", "cross-entropy, nats", {"mpd": "MPD, patches", "itd": "ITD, image"}, None, False),
-    ("contrast", "Contrast", "InfoNCE, nats", {"contrast": "training"}, None, False),
-    ("entropy", "Teacher's entropy", "share of ln K", {
-        "mpd_entropy": "patch", "mpd_mean_entropy": "mean of patches", "itd_entropy": "image",
-        "itd_mean_entropy": "mean of images"}, (0, 1), False),
-    ("rank", "Effective rank of the teacher's tokens", "dimensions", {"effective_rank": "training"}, None, False),
-    ("dice", "Dice on held-back cases", "mean Dice over organs", {"val_dice": "held back"}, (0, 1), False),
-    ("gradient", "Norm of the gradient, before clipping", "norm", {"grad_norm": "training"}, None, True),
-    ("rate", "Learning rate", "learning rate", {"lr": "AdamW"}, None, False))
+WIDTH, HEIGHT = 640, 360                                                # of a chart, in pixels
+LEFT, RIGHT, BASE = 78, 620, 306                                        # edges of its axes
+# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow
+CURVE_COLORS = "#0072b2 #d55e00 #009e73 #cc79a7 #56b4e9 #e69f00 #000000".split()
+MOST_DISCS = 40                                        # with more points a curve has no discs
 
-# ------------------------------------------------------------------------------------------------------------- axes
+
+# -------------------------------------------------------------------------------------------- axes
 def ticks(low, high, wanted=5):
-    """Round numbers, about `wanted`, the first at or below `low` and the last at or above `high`."""
+    """Return about `wanted` round numbers from at or below `low` to at or above `high`."""
     raw = (high - low or abs(high) or 1) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if raw <= power * factor * 1.0001)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
+    step = 10 * power
+    for factor in (5, 2, 1):
+        if raw <= factor * power * 1.0001:
+            step = factor * power
+
+    first = math.floor(low / step + 1e-9)
+    last = max(math.ceil(high / step - 1e-9), first + 1)
+    return [round(number * step, 12) for number in range(first, last + 1)]
 
 
 def log_ticks(low, high):
-    """Powers of ten from at or below `low` to at or above `high`, both positive."""
-    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    return [10.0 ** power for power in range(first, max(last, first + 1) + 1)]
+    """Return powers of ten from at or below `low` to at or above `high`, both positive."""
+    first = math.floor(math.log10(low) + 1e-9)
+    last = max(math.ceil(math.log10(high) - 1e-9), first + 1)
+    return [10.0 ** power for power in range(first, last + 1)]
 
 
-def axis(marks, start, end, log=False):
-    """(function from value to pixel, [(pixel, text)] of the marks) of an axis from pixel `start` to `end`."""
-    low, high = marks[0], marks[-1]
+@dataclass
+class Axis:
+    """An axis that runs from its first mark at pixel `start` to its last mark at pixel `end`."""
+    marks: list
+    start: float
+    end: float
+    log: bool = False
 
-    def pixel(value):
-        share = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
-        return start + (end - start) * share
-    return pixel, [(pixel(mark), f"{mark:.6g}") for mark in marks]
-
-
-# ----------------------------------------------------------------------------------------------------------- curves
-def text(x, y, content, anchor="start", more=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(str(content))}</text>'
-
-
-def stroke(points, style):
-    return f'<path d="M{" L".join(f"{x:.2f} {y:.2f}" for x, y in points)}" {style}/>'
+    def pixel(self, value):
+        low, high = self.marks[0], self.marks[-1]
+        if self.log:
+            share = math.log(value / low) / math.log(high / low)
+        else:
+            share = (value - low) / (high - low)
+        return self.start + (self.end - self.start) * share
 
 
-def runs(rows):
-    """Split a list at its Nones."""
-    found = [[]]
-    for row in rows:
-        found[-1].append(row) if row else found.append([])
-    return [run for run in found if run]
+def draw_x_axis(axis, base, label):
+    """Draw an axis below a chart: its line, marks and name."""
+    drawing = [stroke([(axis.start, base), (axis.end, base)], stroke="#333"),
+               text((axis.start + axis.end) / 2, base + 42, label, "middle")]
+    for mark in axis.marks:
+        x = axis.pixel(mark)
+        drawing += [stroke([(x, base), (x, base + 5)], stroke="#333"),
+                    text(x, base + 20, f"{mark:.6g}", "middle")]
+    return drawing
 
 
-def drawn_axes(title, x_label, y_label, x_marks, y_marks):
-    """The parts of a chart that hold no data."""
-    parts = [text(LEFT, 24, title, more=' font-size="17" font-weight="bold"'),
-             text((LEFT + RIGHT) / 2, BASE + 44, x_label, "middle"),
-             text(0, 0, y_label, "middle", f' transform="translate(18 {(TOP + BASE) / 2:.0f}) rotate(-90)"')]
-    for x, mark in x_marks:
-        parts += [stroke([(x, BASE), (x, BASE + 5)], 'stroke="#333"'), text(x, BASE + 21, mark, "middle")]
-    for y, mark in y_marks:
-        parts += [stroke([(LEFT, y), (RIGHT, y)], 'stroke="#ddd"'), text(LEFT - 8, y + 5, mark, "end")]
-    return [*parts, stroke([(LEFT, TOP), (LEFT, BASE), (RIGHT, BASE)], 'stroke="#333" fill="none"')]
+def draw_y_axis(axis, left, right, label):
+    """Draw an axis at the left of a chart: its line, marks with grid lines, and name."""
+    middle = (axis.start + axis.end) / 2
+    turned = f"translate(18 {middle:.0f}) rotate(-90)"
+    drawing = [text(0, 0, label, "middle", transform=turned)]
+    for mark in axis.marks:
+        y = axis.pixel(mark)
+        drawing += [stroke([(left, y), (right, y)], stroke="#ddd"),
+                    text(left - 8, y + 5, f"{mark:.6g}", "end")]
+    return [*drawing, stroke([(left, axis.start), (left, axis.end)], stroke="#333")]
+
+
+# ------------------------------------------------------------------------------------------ curves
+class Point(NamedTuple):
+    """A point of a curve, and the ends of its interval."""
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+def points_of(columns, log_y):
+    """Return the points of (x, y) or (x, y, low, high), None for each that cannot be drawn."""
+    x, y, *ends = (np.ravel(column) for column in columns)
+    low, high = ends or (y, y)
+    points = []
+    for values in zip(x, y, low, high, strict=True):
+        point = Point(*map(float, values))
+        finite = all(map(math.isfinite, point))
+        positive = min(point.y, point.low, point.high) > 0
+        points.append(point if finite and (positive or not log_y) else None)
+    return points
+
+
+def unbroken(points):
+    """Split a list at its Nones into lists without any."""
+    runs = [[]]
+    for point in points:
+        if point is None:
+            runs.append([])
+        else:
+            runs[-1].append(point)
+    return [run for run in runs if run]
+
+
+def style_of(number):
+    """Return colour and dashes of the curve of this number; no two of the first 14 are alike."""
+    color = CURVE_COLORS[number % len(CURVE_COLORS)]
+    dashes = {"stroke_dasharray": "9 4"} if number >= len(CURVE_COLORS) else {}
+    return color, dashes
+
+
+def draw_curve(number, points, x_axis, y_axis):
+    """Draw a curve, the band of its intervals if they are wider than 0, and a few points' discs."""
+    color, dashes = style_of(number)
+    drawing = []
+    for run in unbroken(points):
+        line = [(x_axis.pixel(point.x), y_axis.pixel(point.y)) for point in run]
+        if any(point.low < point.high for point in run):
+            lower = [(x_axis.pixel(point.x), y_axis.pixel(point.low)) for point in run]
+            upper = [(x_axis.pixel(point.x), y_axis.pixel(point.high)) for point in run]
+            drawing.append(stroke(lower + upper[::-1], fill=color, fill_opacity=0.2))
+        drawing.append(stroke(line, stroke=color, stroke_width=2, fill="none", **dashes))
+        if len(run) <= MOST_DISCS:
+            drawing += [disc(x, y, 3, color) for x, y in line]
+    return drawing
+
+
+def draw_legend(names, top):
+    """Draw curves' names in rows under the title: (elements, y where the rows end)."""
+    drawing = []
+    x, y = LEFT, top
+    for number, name in enumerate(names):
+        width = 32 + text_width(name) + 18
+        if x > LEFT and x + width > RIGHT:
+            x, y = LEFT, y + 22
+        color, dashes = style_of(number)
+        drawing += [stroke([(x, y - 5), (x + 24, y - 5)], stroke=color, stroke_width=3, **dashes),
+                    text(x + 32, y, name)]
+        x += width
+    return drawing, y
 
 
 def curves_svg(path, series, x_label, y_label, title, lines=None, limits=None, log_y=False):
     """Draw curves with axes, a legend and intervals as an SVG file [SMIT Fig. 3].
 
-    series {name: (x, y)} or {name: (x, y, low, high)}, the last two the ends of an interval, drawn as a band; values
-    that are not finite leave a gap. lines {name: y}: horizontal, dashed. limits: (low, high) of y, if not the data's.
-    log_y: a logarithmic axis, without what is not positive. ValueError if nothing is left to draw.
+    series {name: (x, y)} or {name: (x, y, low, high)}: low and high are the ends of an interval,
+    drawn as a band. Values that are not finite leave a gap.
+    lines {name: y}: horizontal and dashed.
+    limits: (low, high) of the y axis, by default the data's.
+    log_y: make the y axis logarithmic and leave out values that are not positive.
+    ValueError if nothing is left to draw.
     """
-    def usable(x, *y):
-        return all(map(math.isfinite, (x, *y))) and (not log_y or min(y) > 0)
-    rows = {name: [row if usable(*row) else None for row in zip(*map(np.ravel, columns), strict=True)]
-            for name, columns in series.items()}
-    drawn = [row for points in rows.values() for row in points if row]
-    lines = {name: value for name, value in (lines or {}).items() if usable(0, value)}
+    curves = {name: points_of(columns, log_y) for name, columns in series.items()}
+    drawn = [point for points in curves.values() for point in points if point]
     if not drawn:
-        raise ValueError(f"{path}: no finite value to draw in {', '.join(series) or 'no series at all'}")
-    values = limits or [y for row in drawn for y in row[1:]] + [*lines.values()]
-    x_pixel, x_marks = axis(ticks(min(0, *(row[0] for row in drawn)), max(row[0] for row in drawn)), LEFT, RIGHT)
-    y_pixel, y_marks = axis((log_ticks if log_y else ticks)(min(values), max(values)), BASE, TOP, log_y)
-    parts = drawn_axes(title, x_label, y_label, x_marks, y_marks)
-    for number, (name, points) in enumerate(rows.items()):
-        color, dash = COLORS[number % len(COLORS)], ' stroke-dasharray="9 4"' * (number >= len(COLORS))
-        for run in runs(points):
-            pixels = [(x_pixel(x), *map(y_pixel, y)) for x, *y in run]
-            if len(run[0]) == 4:
-                band = [(x, low) for x, _, low, _ in pixels] + [(x, high) for x, _, _, high in reversed(pixels)]
-                parts.append(stroke(band, f'fill="{color}" fill-opacity="0.2"'))
-            parts.append(stroke([row[:2] for row in pixels], f'stroke="{color}" stroke-width="2" fill="none"{dash}'))
-            if len(run) <= 40:
-                parts += [f'<circle cx="{x:.2f}" cy="{y:.2f}" r="3" fill="{color}"/>' for x, y, *_ in pixels]
-        y = TOP + 10 + 24 * number
-        parts += [stroke([(RIGHT + 14, y), (RIGHT + 38, y)], f'stroke="{color}" stroke-width="3"{dash}'),
-                  text(RIGHT + 46, y + 5, name)]
+        names = ", ".join(series) or "no series at all"
+        raise ValueError(f"{path}: no finite value to draw in {names}")
+
+    lines = {name: y for name, y in (lines or {}).items()
+             if math.isfinite(y) and (y > 0 or not log_y)}
+    legend, legend_end = draw_legend(curves, 54)
+
+    # the y axis runs over the intervals' ends and the lines, the x axis from 0 at most
+    values = [*lines.values()]
+    for point in drawn:
+        values += [point.y, point.low, point.high]
+    low, high = limits or (min(values), max(values))
+    y_axis = Axis((log_ticks if log_y else ticks)(low, high), BASE, legend_end + 16, log_y)
+    x_values = [point.x for point in drawn]
+    x_axis = Axis(ticks(min(0, *x_values), max(x_values)), LEFT, RIGHT)
+
+    drawing = [text(LEFT, 26, title, font_size=17, font_weight="bold"), *legend]
+    drawing += draw_y_axis(y_axis, LEFT, RIGHT, y_label)
+    drawing += draw_x_axis(x_axis, BASE, x_label)
+    for number, points in enumerate(curves.values()):
+        drawing += draw_curve(number, points, x_axis, y_axis)
     for name, value in lines.items():
-        y = y_pixel(value)
-        halo = ' stroke="white" stroke-width="4" paint-order="stroke"'
-        parts += [stroke([(LEFT, y), (RIGHT, y)], 'stroke="#333" stroke-dasharray="4 4"'),
-                  text(RIGHT - 6, y - 6, name, "end", halo)]
-    width, height = RIGHT + 70 + 8 * max(map(len, series)), max(BASE + 60, TOP + 24 * len(series))
-    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-           f'font-family="sans-serif" font-size="14" fill="#222"><rect width="100%" height="100%" fill="white"/>'
-           f'{"".join(parts)}</svg>\n')
-    atomic_write(path, svg.encode())
+        drawing += draw_level(name, y_axis.pixel(value))
+    width = max(WIDTH, LEFT + text_width(title, 17) + 20)
+    write_svg(path, width, HEIGHT, drawing)
 
 
-def from_log(log_csv, folder, prototypes=None):
-    """Draw every chart that a log.csv of train_ssl.py or finetune.py has values for: {column: its last value} [ours].
+def draw_level(name, y):
+    """Draw a dashed horizontal line with its name, which a white halo keeps apart from curves."""
+    halo = dict(stroke="white", stroke_width=4, paint_order="stroke")
+    return [stroke([(LEFT, y), (RIGHT, y)], stroke="#333", stroke_dasharray="4 4"),
+            text(RIGHT - 6, y - 6, name, "end", **halo)]
 
-    prototypes: K, for ln K in the chart of the token losses. A row cut short and cells that are no number are passed
-    over; ValueError, naming the file, if it has no column "step".
+
+# --------------------------------------------------------------------------------------- intervals
+def intervals_svg(path, rows, x_label, title):
+    """Draw differences with their intervals as a forest plot, around a line at zero [ours].
+
+    rows [(label, mean, low, high), ...], from the top to the bottom. The numbers stand at the
+    right. A row whose mean is not finite is drawn as a dash. ValueError if no row has a finite one.
     """
+    numbers = [value for _, *values in rows for value in values if math.isfinite(value)]
+    if not numbers:
+        raise ValueError(f"{path}: no finite difference to draw in {len(rows)} rows")
+
+    texts = [interval_text(*values) for _, *values in rows]
+    left = 24 + max(text_width(label) for label, *_ in rows)
+    right = left + 420
+    axis = Axis(ticks(min(0, *numbers), max(0, *numbers)), left, right)
+    top, pitch = 46, 28
+    base = top + pitch * len(rows)
+    width = max(right + 24 + max(map(text_width, texts)), 24 + text_width(title, 17))
+
+    zero = axis.pixel(0)
+    drawing = [text(14, 26, title, font_size=17, font_weight="bold"),
+               *draw_x_axis(axis, base, x_label),
+               stroke([(zero, top), (zero, base)], stroke="#333", stroke_dasharray="4 4")]
+    for number, ((label, *values), words) in enumerate(zip(rows, texts)):
+        y = top + pitch * (number + 0.5)
+        drawing += [text(left - 14, y + 5, label, "end"), text(right + 14, y + 5, words)]
+        drawing += draw_interval(axis, y, *values)
+    write_svg(path, width, base + 54, drawing)
+
+
+def draw_interval(axis, y, mean, low, high):
+    """Draw an interval as a bar with caps and its mean as a disc; one without ends has no bar."""
+    drawing = []
+    color = CURVE_COLORS[0]
+    if math.isfinite(low) and math.isfinite(high):
+        ends = [axis.pixel(low), axis.pixel(high)]
+        drawing.append(stroke([(x, y) for x in ends], stroke=color, stroke_width=2))
+        drawing += [stroke([(x, y - 5), (x, y + 5)], stroke=color, stroke_width=2) for x in ends]
+    if math.isfinite(mean):
+        drawing.append(disc(axis.pixel(mean), y, 5, color))
+    return drawing
+
+
+def interval_text(mean, low, high):
+    """Return a difference in words, "+0.012 (-0.003 to +0.027)", or a dash."""
+    if not math.isfinite(mean):
+        return "–"
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return f"{mean:+.3g}"
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+# ---------------------------------------------------------------------------------- a run's charts
+class Chart(NamedTuple):
+    """A chart of log.csv; curves {column: its name in the legend}."""
+    stem: str
+    title: str
+    y_label: str
+    curves: dict
+    limits: tuple = None
+    log_y: bool = False
+
+
+CHARTS = (
+    Chart("loss", "Loss, as back-propagated", "loss", {"loss": "training"}),
+    Chart("mip", "Masked image prediction", "L1 on hidden voxels",
+          {"mip": "training", "val_mip": "held back", "val_constant": "best constant",
+           "val_median": "visible median"}),
+    Chart("token_losses", "Token losses", "cross-entropy, nats",
+          {"mpd": "MPD, patches", "itd": "ITD, image"}),
+    Chart("contrast", "Contrast", "InfoNCE, nats", {"contrast": "training"}),
+    Chart("entropy", "Entropy of the teacher's outputs", "share of ln K",
+          {"mpd_entropy": "patch", "mpd_mean_entropy": "mean of patches", "itd_entropy": "image",
+           "itd_mean_entropy": "mean of images"}, limits=(0, 1)),
+    Chart("rank", "Effective rank of the teacher's tokens", "dimensions",
+          {"effective_rank": "training"}),
+    Chart("dice", "Dice on held-back cases", "mean Dice over organs", {"val_dice": "held back"},
+          limits=(0, 1)),
+    Chart("gradient", "Norm of the gradient, before clipping", "norm", {"grad_norm": "training"},
+          log_y=True),
+    Chart("rate", "Learning rate", "learning rate", {"lr": "AdamW"}))
+
+
+def read_log(log_csv):
+    """Read a log.csv as {column: array}; cells that hold no number are nan [ours].
+
+    A run without a log has no columns yet. ValueError, naming the file, without column "step".
+    """
+    if not Path(log_csv).exists():
+        return {}
     with open(log_csv, newline="", errors="replace") as file:
         rows = list(csv.DictReader(file))
 
-    def number(row, column):
-        try:
-            return float(row[column])
-        except (KeyError, TypeError, ValueError):
-            return math.nan
-    columns = {name: np.array([number(row, name) for row in rows]) for name in (rows[0] if rows else ()) if name}
-    if rows and "step" not in columns:
-        raise ValueError(f"{log_csv}: no column 'step' among {', '.join(columns)}; give the log.csv of a run")
-    for stem, title, y_label, names, limits, log_y in CHARTS:
-        found = {name: columns.get(column, np.array([])) for column, name in names.items()}
-        series = {name: (columns["step"][np.isfinite(y)], y[np.isfinite(y)])
-                  for name, y in found.items() if np.isfinite(y).any()}
-        lines = {"ln K": math.log(prototypes)} if stem == "token_losses" and prototypes else None
-        chart = Path(folder, f"{stem}.svg")
-        chart.unlink(missing_ok=True)                                # an earlier run's may have had more columns
-        if series:
-            curves_svg(chart, series, "step", y_label, title, lines, limits, log_y)
-    return {name: values[np.isfinite(values)][-1] for name, values in columns.items() if np.isfinite(values).any()}
+    names = [name for name in (rows[0] if rows else ()) if name]
+    if rows and "step" not in names:
+        raise ValueError(f"{log_csv}: no column 'step' among {', '.join(names)}; give the log.csv "
+                         "of a run")
+    return {name: np.array([number(row[name]) for row in rows]) for name in names}
+
+
+def number(cell):
+    """Return a cell as a float; nan where the row was cut short or the cell holds no number."""
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def finite_points(columns, name):
+    """Return the steps and values of a column's finite values, both empty without the column."""
+    if name not in columns:
+        return np.array([]), np.array([])
+    values = columns[name]
+    known = np.isfinite(values)
+    return columns["step"][known], values[known]
+
+
+def from_log(log_csv, folder, prototypes=None):
+    """Draw every chart for which a log.csv has values, and return {column: its last value} [ours].
+
+    prototypes: K, for a line at ln K in the chart of the token losses. ValueError as `read_log`.
+    """
+    columns = read_log(log_csv)
+    for chart in CHARTS:
+        draw_chart(chart, columns, folder, prototypes)
+
+    numbers = {}
+    for name in columns:
+        _, values = finite_points(columns, name)
+        if len(values):
+            numbers[name] = values[-1]
+    return numbers
+
+
+def draw_chart(chart, columns, folder, prototypes):
+    """Write a chart of a log, or remove an earlier run's where this log has no values for it."""
+    series = {}
+    for column, name in chart.curves.items():
+        steps, values = finite_points(columns, column)
+        if len(values) and (values.max() > 0 or not chart.log_y):
+            series[name] = (steps, values)
+
+    lines = {}
+    if chart.stem == "token_losses" and prototypes:
+        lines = {"ln K": math.log(prototypes)}
+
+    path = Path(folder, f"{chart.stem}.svg")
+    if series:
+        curves_svg(path, series, "step", chart.y_label, chart.title, lines, chart.limits,
+                   chart.log_y)
+    else:
+        path.unlink(missing_ok=True)

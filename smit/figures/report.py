@@ -1,131 +1,231 @@
-"""The page that shows a run, and what the three scripts call to write it [ours].
+"""Draw a run: what the three scripts call, on rank 0, to write pictures and the page [ours].
 
-Everything is a file that a browser shows by itself: no script, nothing from the network. Pictures of volumes are made
-in panels.py, curves in charts.py.
+Pictures of volumes are made in panels.py, curves in charts.py, and page.py puts them together.
 """
-from html import escape
-from pathlib import Path
-from urllib.parse import quote
+import math
 
 import numpy as np
 import torch
 
-from smit import data, transforms
-from smit.data.organs import case_name, numbered, organ_ids
-from smit.figures import panels
-from smit.figures.charts import from_log
+from smit import data, scoring, transforms
+from smit.data.organs import CODES, case_name, organ_ids
+from smit.figures import page, panels
+from smit.figures.canvas import escaped
+from smit.figures.charts import from_log, read_log
+from smit.figures.page import number_text
 from smit.masking import expand_mask
-from smit.runtime import atomic_write
-
-CAPTIONS = {  # of the pictures, in the order of the page
-    "reconstruction": "A view, what the student saw of it and what it predicts; it is trained on hidden voxels alone.",
-    "tokens": "Tokens of the whole view: main components as colours, and similarity to the token in the box.",
-    "overlay": "One case, held back if any is: truth and prediction.",
-    "worst": "The case of the lowest mean Dice.", "median": "The case in the middle.",
-    "best": "The case of the highest mean Dice.",
-    "loss": "", "dice": "On the prepared grid; evaluate.py scores on the original one.",
-    "mip": "Constant and median know nothing of anatomy: the loss must fall under both.",
-    "token_losses": "At ln K the teacher says nothing, or the student hears nothing.",
-    "entropy": "All near 1: the teacher says nothing. Those of a mean near 0: it says the same of everything.",
-    "rank": "Below about 2 the features have collapsed.", "contrast": "", "gradient": "", "rate": ""}
-STYLE = """body { font: 16px/1.5 sans-serif; max-width: 1400px; margin: 1.5em auto; padding: 0 1em; color: #222 }
-img { max-width: 100%; border: 1px solid #ddd } figure { margin: 1.5em 0 } figcaption { color: #444 }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 640px), 1fr)); column-gap: 1em }
-.facts { columns: 300px; column-gap: 2em } .facts b { font-family: monospace }
-.facts div { border-top: 1px solid #ddd; overflow-wrap: anywhere; break-inside: avoid }"""
+from smit.metrics import to_numpy
 
 
-# ------------------------------------------------------------------------------------------------------------- page
-def facts_html(entries):
-    """Names and values of a dict; floats in four digits, long values cut."""
-    values = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in entries.items()}
-    return '<div class="facts">' + "".join(
-        f"<div>{escape(str(name))} <b>{escape(value[:200] + ' ...' * (len(value) > 200))}</b></div>"
-        for name, value in values.items()) + "</div>"
+# ------------------------------------------------------------------------------------------ training
+def run_page(out, config, title, expected=()):
+    """Write OUT/index.html with charts of OUT/log.csv and the pictures that OUT has [ours].
+
+    It may be called before the first step: a number of `expected`, columns of the log, that is not
+    known yet is shown as a dash.
+    """
+    numbers = from_log(out / "log.csv", out, config.get("prototypes"))
+    if numbers.get("best_dice", 0) < 0:
+        numbers["best_dice"] = math.nan                  # no validation yet
+
+    facts = {}
+    for column in [*page.MEANINGS, *numbers]:
+        if column in numbers or column in expected:
+            facts[page.MEANINGS.get(column, column)] = numbers.get(column, math.nan)
+    if config.get("total") and "step" in numbers:
+        facts["Steps done"] = f"{numbers['step']:.0f} of {config['total']}"
+
+    page.write_page(out, title, {
+        "Last numbers": page.facts_html(facts) if facts else "<p>No step has been logged yet.</p>",
+        "Pictures": page.panels_html(out),
+        "Curves": page.charts_html(out)}, config)
 
 
-def index_html(folder, title, settings, numbers):
-    """Write folder/index.html: last numbers, every PNG and SVG of the folder with its caption, settings [ours]."""
-    def place(path):
-        return [*CAPTIONS, path.stem].index(path.stem), path.name
-
-    def figure(path):
-        name = escape(path.stem.replace("_", " "))
-        return (f'<figure><img src="{quote(path.name)}" alt="{name}"/>'
-                f"<figcaption><b>{name}</b> {escape(CAPTIONS.get(path.stem, ''))}</figcaption></figure>")
-    files = sorted([*Path(folder).glob("*.png"), *Path(folder).glob("*.svg")], key=place)
-    pictures, charts = ("\n".join(figure(path) for path in files if path.suffix == end) for end in (".png", ".svg"))
-    html = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"/><title>{escape(title)}</title><style>{STYLE}</style></head>
-<body><h1>{escape(title)}</h1>
-<h2>Last numbers</h2>{facts_html(numbers)}
-{pictures}
-<div class="charts">{charts}</div>
-<h2>Settings</h2>{facts_html(settings)}
-</body></html>
-"""
-    atomic_write(Path(folder, "index.html"), html.encode())
+def last_step(out):
+    """Return the last step of OUT/log.csv, 0 before the first."""
+    steps = read_log(out / "log.csv").get("step", [])
+    return int(np.nanmax(steps)) if np.isfinite(steps).any() else 0
 
 
-# ------------------------------------------------------------------------------------- what the scripts call, rank 0
 @torch.no_grad()
-def pretraining_report(out, config, student, sample):
-    """OUT/index.html with charts of OUT/log.csv and panels of a sample of sampling.ViewPairs; leaves train mode on."""
-    numbers = from_log(out / "log.csv", out, config["prototypes"])
-    step, spacing_mm, top = int(numbers.get("step", 0)), config["spacing"], len(student.encoder.stages)
-    cells = sample["hidden"][:1]                                                     # (1, d, h, w), of the first view
-    view = sample["views"][:1].to(next(student.parameters()).device) / 255           # (1, 1, D, H, W)
+def pretraining_report(out, config, student=None, sample=None):
+    """Write OUT/index.html with charts of OUT/log.csv and panels of a sample of ViewPairs [ours].
+
+    Without a sample the panels of an earlier call stay. The student is left in train mode.
+    """
+    if sample is not None:
+        draw_student(out, config, student, sample, last_step(out))
+    expected = ["step", "loss"]
+    if config.get("mip") and config.get("val_fraction"):
+        expected.append("val_mip")
+    run_page(out, config, f"Pre-training, {config['method']}", expected)
+
+
+def draw_student(out, config, student, sample, step):
+    """Draw OUT/reconstruction.svg, if there is a voxel head, and OUT/tokens.svg, of view u."""
+    spacing_mm = config["spacing"]
+    cell = config["mask_cell"]
+    cells = sample["hidden"][:1]                                        # (1, d, h, w)
+    device = next(student.parameters()).device
+    view = sample["views"][:1].to(device) / 255                         # (1, 1, D, H, W)
+
     student.eval()
     if student.voxel_head:
-        patches = expand_mask(cells, config["mask_cell"] // student.encoder.patch).to(view.device)
-        voxels = student(view, patches).voxels[0, 0].cpu()
-        hidden = expand_mask(cells, config["mask_cell"])[0]
-        panels.reconstruction_panel(out / "reconstruction.png", view[0, 0].cpu(), hidden, voxels, spacing_mm,
-                                     f"Masked image prediction on a view, step {step}")
-    levels = [max(0, top - 2), top - 1]                                              # 12^3 and 6^3 tokens of 96^3
+        hidden_tokens = expand_mask(cells, cell // student.encoder.patch).to(device)
+        voxels = student(view, hidden_tokens).voxels
+        panels.reconstruction_panel(
+            out / "reconstruction.svg", view[0, 0], expand_mask(cells, cell)[0], voxels[0, 0],
+            spacing_mm, f"Masked image prediction on a view, step {step}")
+
+    # 12^3 and 6^3 tokens of a view of 96^3
+    top = len(student.encoder.stages)
+    levels = [max(0, top - 2), top - 1]
     tokens = student.encoder(view, wanted=levels)
-    panels.token_panel(out / "tokens.png", view[0, 0].cpu(), [tokens[level][0].cpu() for level in levels], spacing_mm,
-                        title=f"Tokens of a whole view, step {step}")
+    panels.token_panel(out / "tokens.svg", view[0, 0], [tokens[level][0] for level in levels],
+                       spacing_mm, title=f"Tokens of a whole view, step {step}")
     student.train()
-    index_html(out, f"Pre-training, {config['method']}", config, numbers)
 
 
-def finetuning_report(out, config, image=None, label=None, pred=None):
-    """OUT/index.html with charts of OUT/log.csv and an overlay: prepared image (0..255) and label maps (D, H, W)."""
-    numbers = from_log(out / "log.csv", out)
+def finetuning_report(out, config, image=None, label=None, pred=None, case=None):
+    """Write OUT/index.html with charts of OUT/log.csv and the overlay of one case [ours].
+
+    image: prepared, (D, H, W) in 0..255; label, pred: label maps (D, H, W). pred may be None, and
+    so may all three, which leaves an earlier call's overlay. case: its name.
+    """
     if image is not None:
-        panels.overlay_panel(out / "overlay.png", np.asarray(image) / 255, label, pred, config["spacing"],
-                              config["labels"], title=f"One case, step {int(numbers.get('step', 0))}")
-    index_html(out, "Fine-tuning", config, numbers)
+        title = f"{case or 'One case'}, step {last_step(out)}"
+        if case in [case_name(file) for file in config.get("held_back", ())]:
+            title += ", held back"
+        panels.overlay_panel(out / "overlay.svg", to_numpy(image) / 255, label, pred,
+                             config["spacing"], config["labels"], title=title)
+
+    expected = ["step", "loss"]
+    if config.get("held_back"):
+        expected += ["val_dice", "best_dice"]
+    run_page(out, config, "Fine-tuning", expected)
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+def evaluation_report(out, cases, rows, names, facts):
+    """Write OUT/index.html with scores and the cases of worst, median and best mean Dice [ours].
+
+    All arguments are as evaluate.py has them.
+    """
+    mean_dice = mean_dice_of_cases(rows)
+    ranked = sorted(mean_dice, key=mean_dice.get)
+    by_name = {case_name(case["prediction"]): case for case in cases}
+
+    # few cases: each is drawn once, and what an earlier evaluation drew beyond them goes
+    places = {}
+    if ranked:
+        places = {ranked[0]: "worst", ranked[len(ranked) // 2]: "median", ranked[-1]: "best"}
+    for rank in ("worst", "median", "best"):
+        (out / f"{rank}.svg").unlink(missing_ok=True)
+    for name, rank in places.items():
+        title = f"{name}, {rank} of {len(ranked)}, mean Dice {mean_dice[name]:.3f}"
+        case_panel(out / f"{rank}.svg", by_name[name], names, facts, title)
+
+    page.write_page(out, "Evaluation", {
+        "Scores": scores_html(rows) if rows else "<p>No case was scored.</p>",
+        "Cases": cases_html(rows, ranked, mean_dice) if ranked else "",
+        "Pictures": page.panels_html(out)}, facts)
+
+
+def mean_dice_of_cases(rows):
+    """Return {case: mean Dice over its organs} of the cases that have any."""
+    scores = {}
+    for row in rows:
+        scores.setdefault(row["case"], []).append(row["dice"])
+    return {case: float(np.nanmean(values)) for case, values in scores.items()
+            if np.isfinite(values).any()}
+
+
+MEAN_ROWS = {  # of scoring.summary: code, name
+    "AG": "mean of both adrenal glands", "AVG": "mean of all organs",
+    "AVG12": "mean of 12, adrenal glands as one"}
+
+
+def scores_html(rows):
+    """Return the table of scores: a row an organ, each mean with its 95 % interval."""
+    organs_of_codes = {code: organ for organ, code in CODES.items()}
+    dice = scoring.summary(rows, "dice")
+    distances = scoring.summary(rows, "hd95_mm")
+    surface = scoring.summary(rows, "surface_dice")
+
+    organ_rows = []
+    mean_rows = []
+    for column, score in dice.items():
+        name = MEAN_ROWS.get(column) or organs_of_codes.get(column, column)
+        code = f" <small>{escaped(column)}</small>" if column != name else ""
+        cells = [f"{escaped(name)}{code}", score["n"], interval_html(score, 3),
+                 interval_html(distances[column], 1), interval_html(surface[column], 3),
+                 distances[column]["misses"]]
+        if column in MEAN_ROWS:
+            mean_rows.append(cells)
+        else:
+            organ_rows.append(cells)
+
+    header = ("organ", "cases", "Dice <small>95 % interval</small>",
+              "HD95, mm <small>95 % interval</small>", "surface Dice <small>95 % interval</small>",
+              "misses")
+    notes = ("<p>Intervals are bootstrapped over cases. A miss is an organ in the label or in the "
+             "prediction alone: its Dice and surface Dice are 0, and HD95 leaves it out. An organ "
+             "in neither is not scored.</p>")
+    return page.table_html(header, organ_rows + mean_rows, len(mean_rows)) + notes
+
+
+def interval_html(score, digits):
+    """Return a mean and its interval; a dash for each that is not known."""
+    low, high = number_text(score["low"], digits), number_text(score["high"], digits)
+    interval = f" <small>{low} to {high}</small>" if low != "–" else ""
+    return number_text(score["mean"], digits) + interval
+
+
+def cases_html(rows, ranked, mean_dice):
+    """Return a table of cases, the worst first: mean Dice, the organ of the lowest, misses."""
+    lines = []
+    for case in ranked:
+        scored = [row for row in rows if row["case"] == case and np.isfinite(row["dice"])]
+        lowest = min(scored, key=lambda row: row["dice"])
+        misses = sum(math.isinf(row["hd95_mm"]) for row in scored)
+        lines.append([escaped(case), f"{mean_dice[case]:.3f}",
+                      f"{escaped(lowest['organ'])} <small>{lowest['dice']:.3f}</small>", misses])
+    return page.table_html(("case", "mean Dice", "lowest organ", "misses"), lines)
 
 
 def case_panel(path, case, names, facts, title):
-    """The overlay of one of evaluate.py's cases on the grid of its label; organs are matched by name, as in """
-    (truth, affine), (pred, _) = (data.read_label(case[kind], allow_empty=True) for kind in ("label", "prediction"))
-    theirs = case["names"] or names or numbered(256)
-    wanted, ids = (organ_ids(known, case["label"]) for known in (theirs, names or theirs))
-    number = np.zeros(256, np.uint8)                                 # of the label, for each of the prediction
-    for organ in ids.keys() & wanted.keys():
-        number[ids[organ]] = wanted[organ]
-    image = torch.zeros(truth.shape)                                 # where another system's predictions are scored
+    """Draw one of evaluate.py's cases on the grid of its label, organs matched by name."""
+    label, affine = data.read_label(case["label"])
+    prediction, _ = data.read_label(case["prediction"], allow_empty=True)
+    label_names = case["names"] or names or {}
+    table = renumbering(names or label_names, label_names, case["label"])
+    prediction = table[prediction.numpy()]
+
+    # another system's predictions are scored without the image
+    image = torch.zeros(label.shape)
     if case["image"] != case["prediction"]:
         image = data.read_volume(case["image"])[0]
-        image = transforms.window_hu(image, *facts["hu_window"]) if facts["modality"] == "ct" else \
-            transforms.percentile_scale(image)
-    volumes = [transforms.to_ras(volume, affine) for volume in (image.numpy(), truth.numpy(), number[pred.numpy()])]
-    panels.overlay_panel(path, *(volume for volume, _ in volumes), transforms.spacing_of(volumes[0][1]), theirs,
-                          title=title)
+        if facts["modality"] == "ct":
+            image = transforms.window_hu(image, *facts["hu_window"])
+        else:
+            image = transforms.percentile_scale(image)
+
+    image, affine_ras = transforms.to_ras(image.numpy(), affine)
+    label, _ = transforms.to_ras(label.numpy(), affine)
+    prediction, _ = transforms.to_ras(prediction, affine)
+    panels.overlay_panel(path, image, label, prediction, transforms.spacing_of(affine_ras),
+                         label_names, title=title)
 
 
-def evaluation_report(out, cases, rows, names, facts):
-    """OUT/index.html with the cases of worst, median and best mean Dice; all arguments as evaluate.py has them."""
-    dices = {}
-    for row in rows:
-        dices.setdefault(row["case"], []).append(row["dice"])
-    means = {case: float(np.nanmean(values)) for case, values in dices.items() if np.isfinite(values).any()}
-    ranked, by_name = sorted(means, key=means.get), {case_name(case["prediction"]): case for case in cases}
-    places = (("worst", 0), ("median", len(ranked) // 2), ("best", -1)) if ranked else ()
-    for name, rank in {ranked[place]: rank for rank, place in places}.items():            # few cases: each once
-        case_panel(out / f"{rank}.png", by_name[name], names, facts,
-                   f"{name}, {rank} of {len(ranked)}, mean Dice {means[name]:.3f}")
-    index_html(out, "Evaluation", facts, {f"mean Dice of {name}": means[name] for name in reversed(ranked)})
+def renumbering(names, label_names, where):
+    """Return (256,) uint8: the label's number of an organ for each number of the prediction.
+
+    Organs that the label does not name become 0. Without any names numbers stay as they are.
+    """
+    if not label_names:
+        return np.arange(256, dtype=np.uint8)
+    ours, wanted = organ_ids(names, where), organ_ids(label_names, where)
+    table = np.zeros(256, np.uint8)
+    for organ in ours.keys() & wanted.keys():
+        table[ours[organ]] = wanted[organ]
+    return table

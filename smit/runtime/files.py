@@ -1,5 +1,6 @@
-"""Checkpoints, the output folder and the log: files that are whole or not there. No file is trusted [ours]."""
+"""Write files that are whole or absent: checkpoints, a run's folder, its log. Trust no file [ours]."""
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -10,51 +11,97 @@ from pathlib import Path
 
 import torch
 
-from smit.runtime.ranks import JOB, RESTARTS
+from smit.runtime.ranks import job, restarts, warn_once
 
-RUN_FILES = [name + end for name in ("last", "best", "student") for end in (".pt", ".prev.pt")]
-RUN_FILES += "log.csv config.json index.html reconstruction.png tokens.png overlay.png".split()
+RUN_FILES = ("last.pt", "last.prev.pt", "best.pt", "best.prev.pt", "student.pt", "student.prev.pt",
+             "log.csv", "config.json", "index.html")  # they mark a folder as that of a run
+LISTING = ".files"  # in a run's folder: names of all that `atomic_write` wrote there
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
 
-# ---------------------------------------------------------------- files that are whole or absent; checkpoints
+# ---------------------------------------------------------------- files that are whole or absent
 def atomic_write(path, content):
-    """Write bytes, or what content(file) writes, beside `path`, then rename. OSError names path and disk's reason."""
-    partial = Path(path).with_name(f".{Path(path).name}.{os.urandom(4).hex()}.partial")
+    """Write a file beside `path`, then rename it: a reader finds the old file or the new one.
+
+    content: bytes, or a function that writes to the open file. OSError names path and reason.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     try:
         with open(partial, "x+b") as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            sync(file)
         os.replace(partial, path)
-        folder = os.open(partial.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename too must survive a power loss
-        os.close(folder)
+        sync_folder(path.parent)
+        note_as_written(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides a full disk
+        # torch.save hides a full disk behind a RuntimeError of its own
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise OSError(f"{path} could not be written: {cause.strerror or cause}") from error
         raise
 
 
+def sync(file):
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder):
+    """Make a rename in a folder survive a power loss, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
+        warn_once("folder sync", f"{folder}: this file system cannot sync folders "
+                  f"({error.strerror}): a power loss may take the newest files")
+    finally:
+        os.close(descriptor)
+
+
+def note_as_written(path):
+    """Add a name to the listing of its folder, if it keeps one."""
+    with contextlib.suppress(OSError), open(path.with_name(LISTING), "r+") as listing:
+        if path.name not in listing.read().splitlines():
+            listing.write(path.name + "\n")
+
+
+# ---------------------------------------------------------------- checkpoints
 def save_checkpoint(path, state):
-    """Write a dict of tensors and plain types; the whole checkpoint it replaces stays beside it as <stem>.prev.pt.
-    ValueError names the key of an entry that is not plain or not finite, OSError the disk's reason."""
+    """Write a dict of tensors and plain types; keep the checkpoint before it as <stem>.prev.pt.
+
+    ValueError names the key of an entry that is not plain or not finite, OSError the reason.
+    """
     check_plain({**state}, "state")
 
     def write(file):
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
         check_archive(file)
-        with contextlib.suppress(FileNotFoundError, ValueError), open(path, "rb") as old:
-            check_archive(old)  # a damaged one must not push out the whole one kept before
-            os.replace(path, Path(path).with_suffix(".prev.pt"))
+        keep_the_one_before(path)
+
     atomic_write(path, write)
 
 
+def keep_the_one_before(path):
+    """Rename a whole checkpoint to <stem>.prev.pt; a damaged one must not push that out."""
+    with contextlib.suppress(FileNotFoundError, ValueError), open(path, "rb") as old:
+        check_archive(old)
+        os.replace(path, Path(path).with_suffix(".prev.pt"))
+
+
 def load_checkpoint(path):
-    """The dict that save_checkpoint wrote, on CPU; no code in it is run. ValueError names the file and the fault."""
+    """Read the dict that save_checkpoint wrote, on CPU; no code in it is run.
+
+    ValueError names the file and the fault.
+    """
     try:
         if not Path(path).is_file():
             raise ValueError("there is no regular file of this name")
@@ -67,70 +114,155 @@ def load_checkpoint(path):
     except Exception as error:  # hostile bytes raise anything at all
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks to run {code[1]}, which was not done" if code else error
-        raise ValueError(f"{path} is refused as a checkpoint: {reason}; use another or make it anew") from error
+        raise ValueError(f"{path} is refused as a checkpoint: {reason}; "
+                         "use another or make it anew") from error
 
 
 def check_archive(file):
-    """Raise ValueError unless all that torch.load would read matches its CRC-32: torch itself never looks."""
+    """Raise ValueError unless all that torch.load would read matches its CRC-32.
+
+    torch itself never looks. From an entry marked as a folder it returns stray memory.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
-            bomb = sum(part.file_size for part in archive.infolist()) > os.fstat(file.fileno()).st_size
-            odd = any(part.external_attr & 16 for part in archive.infolist())  # a "folder": torch returns stray memory
-            problem = "its directory claims what it cannot hold" if odd or bomb else archive.testzip()
-    except Exception as error:
+            parts = archive.infolist()
+            is_bomb = sum(part.file_size for part in parts) > os.fstat(file.fileno()).st_size
+            is_odd = any(part.external_attr & 16 for part in parts)
+            if is_odd or is_bomb:
+                problem = "its directory claims what it cannot hold"
+            else:
+                problem = archive.testzip()
+    except Exception as error:  # hostile bytes raise anything at all
         problem = error
     if problem:
         raise ValueError(f"cut short, damaged or of another kind ({problem})")
 
 
 def check_plain(value, where):
-    """Raise ValueError naming the first entry that is not a finite tensor, a plain type or a container of such."""
-    if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-        raise ValueError(f"{where} holds NaN or infinity")
+    """Raise ValueError naming the first entry that is no finite tensor, plain type or container."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{where} holds NaN or infinity")
     if type(value) in (dict, OrderedDict, list, tuple):
-        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in entries:
             check_plain(key, f"a key of {where}")
             check_plain(entry, f"{where}[{key!r}]")
-    elif type(value) not in (torch.Tensor, torch.nn.Parameter, bool, int, float, str, bytes, type(None)):
-        raise ValueError(f"{where} is of {type(value)}; a checkpoint holds tensors and plain types only")
+    elif type(value) not in (torch.Tensor, torch.nn.Parameter, bool, int, float, str, bytes,
+                             type(None)):
+        raise ValueError(f"{where} is of {type(value)}; "
+                         "a checkpoint holds tensors and plain types only")
+
+
+# ---------------------------------------------------------------- the state of a run
+def save_state(path, parts, **facts):
+    """Write the state of a run, for `resume`.
+
+    parts: {name: module, optimizer, scaler, or None}. facts: step, config and what else to keep.
+    """
+    state = {}
+    for name, part in parts.items():
+        state[name] = None if part is None else part.state_dict()
+    save_checkpoint(path, {**state, **facts, "torch": str(torch.__version__)})
+
+
+def resume(folder, parts, config, free, ranks, defaults=None, upgrade=None):
+    """Load the newest state of a run into its parts; return the facts saved with it.
+
+    A folder without a checkpoint gives {"step": 0, "skipped": 0}.
+    config: the settings now; those that differ from the checkpoint's are told if they are in
+    `free`, else ValueError names them. defaults: values of settings that only one of the two has,
+    for a flag that came or went since the run began. upgrade(state, parts): returns the state of
+    an older format in today's.
+    """
+    state = load_latest(folder, ranks)
+    if state is None:
+        return {"step": 0, "skipped": 0}
+    if upgrade:
+        state = upgrade(state, parts)
+    defaults = defaults or {}
+    changes = compare_settings({**defaults, **state["config"]}, {**defaults, **config}, free)
+    if ranks.is_main:
+        for change in changes:
+            print(f"resumed with another {change}")
+    for name, part in parts.items():
+        if part is not None:
+            part.load_state_dict(state[name])
+    return {name: fact for name, fact in state.items() if name not in parts}
 
 
 def load_latest(folder, ranks):
-    """The whole one of last.pt and last.prev.pt with the larger state["step"]; None only where neither exists."""
+    """Read the whole one of last.pt and last.prev.pt with the larger state["step"], or None.
+
+    ValueError where files are there and none is whole, or where ranks find different steps.
+    """
     states, problems = {}, []
-    for path in filter(os.path.lexists, (Path(folder, "last.pt"), Path(folder, "last.prev.pt"))):
+    for path in (Path(folder, "last.pt"), Path(folder, "last.prev.pt")):
+        if not os.path.lexists(path):
+            continue
         try:
             state = load_checkpoint(path)
+            if not (isinstance(state.get("step"), int) and isinstance(state.get("config", {}), dict)):
+                raise ValueError(f"{path} holds no state of a run")
             states[state["step"]] = state
         except ValueError as error:
             problems.append(str(error))
+
     step = max(states, default=-1)
     if problems and not states:
-        raise ValueError(f"{'; '.join(problems)}: no whole checkpoint is left, --overwrite starts anew")
+        raise ValueError(f"{'; '.join(problems)}: no whole checkpoint is left, "
+                         "--overwrite starts anew")
     if ranks.agree(step, -step) != (step, -step):
-        raise ValueError(f"rank {ranks.rank} finds step {step} in {folder}, others do not: all nodes must share it")
+        raise ValueError(f"rank {ranks.rank} finds step {step} in {folder}, others do not: "
+                         "all nodes must share it")
     if problems and ranks.is_main:
-        print(f"warning: {'; '.join(problems)}: going on from the other one, step {step}", file=sys.stderr)
+        print(f"warning: {'; '.join(problems)}: going on from the other one, step {step}",
+              file=sys.stderr)
     return states.get(step)
 
 
-# ---------------------------------------------------------------- the output folder, its log and settings
+def compare_settings(saved, now, free):
+    """List each setting that differs from the checkpoint's, one line each.
+
+    ValueError with those that are not in `free`.
+    """
+    told, refused = [], []
+    for key in sorted(saved.keys() | now.keys()):
+        before, after = saved.get(key, "absent"), now.get(key, "absent")
+        if before == after or key in ("resume", "overwrite", "check"):
+            continue
+        line = f"{key}: {before} in the checkpoint, {after} now"
+        told.append(line)
+        if key not in free:
+            refused.append(line)
+    if refused:
+        raise ValueError(f"the checkpoint is of another run: {'; '.join(refused)}; "
+                         "use its settings or another --out")
+    return told
+
+
+# ---------------------------------------------------------------- the output folder and its log
 @contextlib.contextmanager
 def OutputFolder(folder, ranks, resume=False, overwrite=False):
-    """The one run that writes to a folder, as a context giving its Path; ValueError if it is in use or not writable.
-    One that holds a run asks for resume (implied when torchrun restarts) or else overwrite, which deletes RUN_FILES."""
-    with claim(Path(folder), resume, overwrite) if ranks.is_main else contextlib.nullcontext():
+    """Hold a folder as its one writer, as a context that gives its Path.
+
+    A folder that holds a run asks for resume (implied when torchrun restarts), or for overwrite,
+    which deletes what the run wrote there and nothing else. ValueError if the folder is in use or
+    not writable.
+    """
+    folder = Path(folder)
+    with claim(folder, resume, overwrite) if ranks.is_main else contextlib.nullcontext():
         ranks.agree()
-        yield Path(folder)
+        yield folder
 
 
 def claim(folder, resume, overwrite):
-    """Make, lock, try and clean a folder; returns the open lock, which the kernel frees with the process."""
+    """Make, lock, try and clean a folder; return the open lock, which ends with the process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+b", buffering=0)
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked loader workers would keep that alive
-        resume = resume or RESTARTS > 0 and os.pread(lock.fileno(), 999, 0).endswith(JOB.encode())
+        take_lock(lock, folder)
+        is_restart = restarts() > 0 and os.pread(lock.fileno(), 999, 0).endswith(job().encode())
         lock.truncate(0)
         lock.write(f"{os.uname().nodename} pid {os.getpid()}".encode())
         atomic_write(folder / ".probe.partial", bytes(1 << 16))  # a full disk shows now
@@ -138,50 +270,103 @@ def claim(folder, resume, overwrite):
         holder = (folder / ".lock").read_text().split(",")[0]
         raise ValueError(f"{folder} is in use by {holder}; give another with --out") from error
     except OSError as error:
-        reason = "a file or a link to nowhere" if isinstance(error, FileExistsError) else error.strerror or error
-        raise ValueError(f"output folder {folder} cannot be used: {reason}; give another with --out") from error
+        reason = error.strerror or error
+        if isinstance(error, FileExistsError):
+            reason = "a file or a link to nowhere"
+        raise ValueError(f"output folder {folder} cannot be used: {reason}; "
+                         "give another with --out") from error
+
+    resume = resume or is_restart
     found = [name for name in RUN_FILES if os.path.lexists(folder / name)]
     if found and not resume and not overwrite:
-        raise ValueError(f"{folder} holds a run ({', '.join(found)}): --resume continues it, --overwrite deletes it")
-    for path in [*folder.glob(".*.partial"), *(folder / name for name in found if not resume)]:
-        path.unlink()
-    lock.write(f", {JOB}".encode())
+        raise ValueError(f"{folder} holds a run ({', '.join(found)}): "
+                         "--resume continues it, --overwrite deletes it")
+    for partial in folder.glob(".*.partial"):
+        partial.unlink()
+    if not resume:
+        delete_run(folder)
+        (folder / LISTING).touch()
+    lock.write(f", {job()}".encode())
     return lock
 
 
+def take_lock(lock, folder):
+    """Lock an open file; BlockingIOError if another process has it."""
+    try:
+        # not flock: forked loader workers would keep that one alive
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn_once("lock", f"{folder}: this file system has no locks ({error.strerror}): "
+                  "see to it that no second run writes there")
+
+
+def delete_run(folder):
+    """Delete what a run wrote into a folder: its own files, and those that the listing names."""
+    names = set(RUN_FILES)
+    with contextlib.suppress(FileNotFoundError):
+        names |= set((folder / LISTING).read_text(errors="replace").splitlines())
+    names.add(LISTING)
+    for name in names:
+        # a listing from elsewhere must not lead out of the folder
+        path = folder / name
+        if path.parent == folder and (path.is_file() or path.is_symlink()):
+            path.unlink()
+
+
 class CsvLog:
-    """Rank 0's table, first column "step"; a row is in the file when `row` returns; floats have 9 digits.
-    resume_step: rows after it, and one cut by a crash, are dropped: the file becomes the uninterrupted run's again."""
+    """Write rank 0's table, whose first column is "step"; floats have 9 digits.
+
+    A row is on the disk when `row` returns. With resume_step the rows after it, and one cut by a
+    crash, are dropped: the file becomes that of the uninterrupted run again.
+    """
+
     def __init__(self, path, columns, ranks, resume_step=None):
         self.path, self.columns, self.is_main = Path(path), columns, ranks.is_main
-        header, rows = ",".join(columns) + "\n", []
-        if self.is_main and resume_step is not None and self.path.exists():
-            found, *rows = self.path.read_text(errors="replace").splitlines(keepends=True) or [""]
-            if found != header:
-                raise ValueError(f"{self.path} has the columns {found.strip()}: move it away, or --overwrite the run")
-            rows = [row for row in rows if re.fullmatch(r"\d+(,.*)?\n", row) and int(row.split(",")[0]) <= resume_step]
-        if self.is_main:
-            atomic_write(self.path, "".join([header, *rows]).encode())
+        if not self.is_main:
+            return
+        lines = [",".join(columns) + "\n"]
+        if resume_step is not None and self.path.exists():
+            lines += self.rows_until(resume_step)
+        atomic_write(self.path, "".join(lines).encode())
+
+    def rows_until(self, last_step):
+        """Return the whole rows up to a step, with a run's columns of today.
+
+        ValueError if a column that is no longer there holds anything.
+        """
+        text = self.path.read_text(errors="replace")
+        header, *lines = text.splitlines(keepends=True) or [""]
+        before = header.strip().split(",")
+        gone = set(before) - set(self.columns)
+
+        rows = []
+        for line in lines:
+            step = re.match(r"(\d+),?.*\n", line)
+            if not step or int(step[1]) > last_step:
+                continue
+            cells = dict(zip(before, line.rstrip("\n").split(",")))
+            if any(cells.get(column) for column in gone):
+                raise ValueError(f"{self.path} has the columns {header.strip()}: "
+                                 "move it away, or --overwrite the run")
+            rows.append(",".join(cells.get(column, "") for column in self.columns) + "\n")
+        return rows
 
     def row(self, **values):
-        cells = [values.pop(column, "") for column in self.columns]
+        cells = []
+        for column in self.columns:
+            value = values.pop(column, "")
+            cells.append(f"{value:.9g}" if isinstance(value, float) else str(value))
         if values:
             raise ValueError(f"{self.path} has no column {', '.join(values)}")
-        line = ",".join(f"{cell:.9g}" if isinstance(cell, float) else str(cell) for cell in cells)
         if self.is_main:
-            try:
-                with open(self.path, "ab", buffering=0) as file:
-                    file.write(f"{line}\n".encode())
-                    os.fsync(file.fileno())  # else a power loss takes rows that the checkpoint counts
-            except OSError as error:
-                raise OSError(f"{self.path} could not be written: {error.strerror}") from error
+            self.append(",".join(cells) + "\n")
 
-
-def compare_settings(saved, now, free):
-    """One line for each setting that differs from the checkpoint's; ValueError with those that are not in `free`."""
-    keys = sorted((saved.keys() | now.keys()) - {"resume", "overwrite", "check"})
-    lines = {key: f"{key}: {saved.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now" for key in keys
-             if saved.get(key, "absent") != now.get(key, "absent")}
-    if matter := [line for key, line in lines.items() if key not in free]:
-        raise ValueError(f"the checkpoint is of another run: {'; '.join(matter)}; use its settings or another --out")
-    return list(lines.values())
+    def append(self, line):
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(line.encode())
+                os.fsync(file.fileno())  # else a power loss takes rows that the checkpoint counts
+        except OSError as error:
+            raise OSError(f"{self.path} could not be written: {error.strerror}") from error

@@ -1,82 +1,163 @@
-"""What frozen tokens know of organs: a linear probe and nearest neighbours, no training [ours]. See study.py.
+"""Ask frozen tokens what they know of organs: a linear probe and nearest neighbours, untrained [ours].
 
-A token is its features of all stages at the first one's resolution (2^3 voxels), and its organ is that of its last
-voxel. Fitted on the labelled training volumes, scored on those held back; every class counts alike, the background too.
+A token is its features of all stages at the resolution of the first one (2^3 voxels); its organ is
+that of its last voxel. Fitted on the labelled training volumes, scored on those held back. Every
+class counts alike, the background too.
 """
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, pretrain, runtime, transforms
+from smit import data, pretrain, runtime, scoring
+from smit.study.scores import group
+from smit.study.tables import save
 
-BANK, QUERIES = 150, 60  # tokens of each organ to look among, and to ask for in each case
+BANK = 150                             # tokens of each organ to look for neighbours among
+QUERIES = 60                           # tokens of each organ to ask for in each case
 
 
-def load_encoder(path, seed):
-    """(encoder in eval mode, settings of its run) of a student.pt; `seed`: with weights drawn from it instead."""
+class Probe(NamedTuple):
+    """What the tokens of one encoder know, over all held-back cases."""
+    row: str
+    seed: int
+    linear_probe: float                # balanced accuracy
+    nearest_neighbour: float           # share whose nearest neighbour is of the same organ
+    n: int                             # cases
+
+
+def probe(out, checkpoints, with_random, volumes, modality, cache):
+    """Probe the encoders of {(row, seed): student.pt}, and write probe.md and cases.csv.
+
+    with_random: probe each seed's architecture with random weights too, as the row "rand".
+    """
+    probes = []
+    if with_random:
+        path_of_seed = {seed: path for (_, seed), path in checkpoints.items()}
+        for seed, path in path_of_seed.items():
+            probes.append(Probe("rand", seed, *probe_encoder(path, volumes, modality, cache, seed)))
+    for (row, seed), path in checkpoints.items():
+        probes.append(Probe(row, seed, *probe_encoder(path, volumes, modality, cache)))
+    if probes:
+        save(out, "probe", table(probes), probes)
+
+
+def table(probes):
+    """Format the mean over seeds of each row."""
+    lines = []
+    for row, part in group(probes, "row").items():
+        linear = np.mean([one.linear_probe for one in part])
+        nearest = np.mean([one.nearest_neighbour for one in part])
+        lines.append([row, f"{linear:.3f}", f"{nearest:.3f}", len(part), part[0].n])
+    head = ["row", "linear probe, balanced accuracy", "nearest neighbour of the same organ",
+            "seeds", "n"]
+    return scoring.markdown(head, lines)
+
+
+def probe_encoder(path, volumes, modality, cache, random_seed=None):
+    """Probe one encoder: (linear probe, nearest neighbour, cases scored)."""
+    encoder, config = load_encoder(path, random_seed)
+    settings = data.Preparation(tuple(config["spacing"]), modality, tuple(config["hu_window"]))
+    classes = max(data.label_names(volumes) or {13: ""}) + 1
+
+    def read(split):
+        for case in data.read_list(volumes, split):
+            image, label = data.cached(case, settings, cache, True, classes)
+            yield tokens(encoder, np.array(image), np.array(label))
+
+    features, organs = map(torch.cat, zip(*read("training")))
+    mean, deviation = features.mean(0), features.std(0) + 1e-6
+    features = (features - mean) / deviation
+    weights = fit_linear(features, organs, classes)
+    chosen = some_of_each(organs, BANK)
+    bank, bank_organs = F.normalize(features[chosen], dim=1), organs[chosen]
+
+    linear, nearest, cases = Hits(classes), Hits(classes), 0
+    for features, organs in read("validation"):
+        features = (features - mean) / deviation
+        linear.count(apply_linear(features, weights).argmax(1), organs)
+        asked = some_of_each(organs, QUERIES)
+        similarity = F.normalize(features[asked], dim=1) @ bank.T
+        nearest.count(bank_organs[similarity.argmax(1)], organs[asked])
+        cases += 1
+    return linear.balanced_accuracy(), nearest.balanced_accuracy(), cases
+
+
+def load_encoder(path, random_seed=None):
+    """Load a student.pt: (encoder in eval mode, settings of its run).
+
+    random_seed: draw the weights from it in place of loading them.
+    """
     state = runtime.load_checkpoint(path)
-    torch.manual_seed(seed or 0)
+    torch.manual_seed(random_seed or 0)
     student = pretrain.build_student(state["config"])
-    if seed is None:
+    if random_seed is None:
         student.load_state_dict(state["model"])
     return student.encoder.eval(), state["config"]
 
 
 @torch.no_grad()
 def tokens(encoder, image, label):
-    """Features (n, C) of a prepared volume's tokens, and their organs (n,)."""
+    """Compute the features (n, C) of a prepared volume's tokens, and read their organs (n,)."""
     side = encoder.patch * 2 ** (len(encoder.stages) - 1)
-    image, label = (np.pad(volume, [(0, -size % side) for size in volume.shape]) for volume in (image, label))
-    features = encoder(torch.from_numpy(image)[None, None] / 255, wanted=range(len(encoder.stages)))[:-1]
-    grid, last = features[0].shape[2:], slice(encoder.patch - 1, None, encoder.patch)
-    features = torch.cat([F.interpolate(f, size=grid) for f in features], 1)                       # (1, C, d, h, w)
-    return features[0].flatten(1).T.cpu(), torch.from_numpy(label[last, last, last].astype(np.int64)).flatten()
+    padding = [(0, -size % side) for size in image.shape]
+    image, label = np.pad(image, padding), np.pad(label, padding)
+
+    stages = range(len(encoder.stages))
+    maps = encoder(torch.from_numpy(image)[None, None] / 255, wanted=stages)[:-1]
+    grid = maps[0].shape[2:]
+    maps = torch.cat([F.interpolate(stage, size=grid) for stage in maps], 1)   # (1, C, d, h, w)
+
+    last = slice(encoder.patch - 1, None, encoder.patch)
+    organs = torch.from_numpy(label[last, last, last].astype(np.int64))        # (d, h, w)
+    return maps[0].flatten(1).T.cpu(), organs.flatten()
 
 
 def some_of_each(organs, most):
-    """Indices of up to `most` tokens of each organ, evenly spread: no draw."""
-    places = [(organs == organ).nonzero()[:, 0] for organ in organs.unique()]
-    return torch.cat([at[torch.linspace(0, len(at) - 1, min(most, len(at))).long()] for at in places])
+    """Choose up to `most` tokens of each organ, evenly spread, without a draw: their indices."""
+    chosen = []
+    for organ in organs.unique():
+        places = (organs == organ).nonzero()[:, 0]
+        chosen.append(places[torch.linspace(0, len(places) - 1, min(most, len(places))).long()])
+    return torch.cat(chosen)
 
 
-def fit_linear(x, organs, classes):
-    """Least squares to one-hot organs, each organ weighing alike, with a ridge: weights (C + 1, classes)."""
-    x = F.pad(x, (0, 1), value=1).double()
-    weight = (1 / organs.bincount(minlength=classes).clamp(min=1).double())[organs, None]
-    squares = x.T @ (x * weight)
+def fit_linear(features, organs, classes):
+    """Fit one-hot organs by least squares with a ridge, each organ weighing alike.
+
+    features (n, C), organs (n,) -> weights (C + 1, classes) float64, the last row for a constant.
+    """
+    x = with_constant(features)
+    weight = 1 / organs.bincount(minlength=classes).clamp(min=1).double()
+    weighted = x * weight[organs, None]
+    squares = x.T @ weighted
     ridge = .01 * squares.diagonal().mean() * torch.eye(len(squares), dtype=torch.float64)
-    return torch.linalg.solve(squares + ridge, x.T @ (F.one_hot(organs, classes).double() * weight))
+    return torch.linalg.solve(squares + ridge, weighted.T @ F.one_hot(organs, classes).double())
 
 
-def probe(encoder, settings, listed, cache, classes):
-    """(balanced accuracy of the linear probe, share of nearest neighbours of the same organ, cases scored)."""
-    def read(key):
-        for case in data.read_list(listed, key):
-            yield tokens(encoder, *map(np.array, data.cached(case, settings, cache, True, classes)))
-    x, organs = map(torch.cat, zip(*read("training")))
-    mean, deviation = x.mean(0), x.std(0) + 1e-6
-    x = (x - mean) / deviation
-    linear, chosen = fit_linear(x, organs, classes), some_of_each(organs, BANK)
-    bank, bank_organs = F.normalize(x[chosen], dim=1), organs[chosen]
-    hits, asked, cases = torch.zeros(2, classes), torch.zeros(2, classes), 0
-    for x, organs in read("validation"):
-        x, cases = (x - mean) / deviation, cases + 1
-        guess = (F.pad(x, (0, 1), value=1).double() @ linear).argmax(1)
-        some = some_of_each(organs, QUERIES)
-        nearest = bank_organs[(F.normalize(x[some], dim=1) @ bank.T).argmax(1)]
-        for row, (guessed, true) in enumerate(((guess, organs), (nearest, organs[some]))):
-            hits[row] += true[guessed == true].bincount(minlength=classes)
-            asked[row] += true.bincount(minlength=classes)
-    return *[(h / n)[n > 0].mean().item() for h, n in zip(hits, asked)], cases
+def apply_linear(features, weights):
+    """Compute the scores (n, classes) of features (n, C)."""
+    return with_constant(features) @ weights
 
 
-def table(checkpoints, listed, modality, cache):
-    """Rows {row, seed, linear_probe, nearest_neighbour, n}; checkpoints {(row, seed): (student.pt, whether random)}."""
-    rows = []
-    for (name, seed), (path, random) in checkpoints.items():
-        encoder, config = load_encoder(path, seed if random else None)
-        settings = transforms.Preparation(tuple(config["spacing"]), modality, tuple(config["hu_window"]))
-        classes = max(data.label_names(listed) or {0: "", 13: ""}) + 1
-        linear, nearest, n = probe(encoder, settings, listed, cache, classes)
-        rows.append({"row": name, "seed": seed, "linear_probe": linear, "nearest_neighbour": nearest, "n": n})
-    return rows
+def with_constant(features):
+    return F.pad(features, (0, 1), value=1).double()
+
+
+class Hits:
+    """Counts of right guesses and of all, class by class."""
+
+    def __init__(self, classes):
+        self.right = torch.zeros(classes)
+        self.all = torch.zeros(classes)
+
+    def count(self, guesses, truth):
+        """Add guesses (n,) of the truth (n,)."""
+        classes = len(self.all)
+        self.right += truth[guesses == truth].bincount(minlength=classes)
+        self.all += truth.bincount(minlength=classes)
+
+    def balanced_accuracy(self):
+        """Average the share of right guesses over the classes that there are."""
+        return (self.right / self.all)[self.all > 0].mean().item()

@@ -1,0 +1,186 @@
+"""Plan a study: rows of the comparisons, presets, and the steps that lead to each score [SMIT 3].
+
+Reading order: what there is to choose, Step and Cell, pretraining, cell, plan.
+"""
+import math
+import os
+import shlex
+from typing import NamedTuple
+
+from smit import data
+from smit.study.tables import TABLE2
+
+ROWS = {  # flags of train_ssl.py; Table 2's Swin columns first, then what Fig. 4 adds
+    "rand": None,                      # random weights: not pre-trained
+    "smit": "--method smit",
+    "simmim": "--method simmim",
+    "ibot": "--method ibot",
+    "dino": "--method dino",
+    "full": "--method full",
+    "mpd": "--method mpd",
+    "itd": "--method itd",
+    "moco": "--method moco",
+    "ml-mip": "--method simmim --voxel_head multilayer",
+    "ml-smit": "--method ml-mip",
+}
+FIGURE4 = ["full", "mpd", "itd", "ibot", "simmim", "ml-mip", "ml-smit", "moco", "smit"]
+
+
+class Preset(NamedTuple):
+    """Sizes of all runs, as flags of the two training scripts."""
+    pretrain: str
+    finetune: str
+
+
+PRESETS = {
+    # single runs of the paper's sizes want GPUs and days
+    "paper": Preset("", ""),
+    # Two CPU cores: voxels of 6 mm carry the large organs, and cells of 24 mm take a network of
+    # two stages. With cells of 48 mm MIP ended nearer to the visible median of each view. With
+    # crops of 32^3, twice as many, random weights came to a Dice of .22 in place of .41: half an
+    # abdomen must fit into one crop. [ours]
+    "small": Preset(
+        "--preset tiny --spacing 6 6 6 --embed_dim 16 --depths 2 4 --heads 2 4 "
+        "--view 32 --crop 44 --mask_cell 4 --batch 8 --lr 4e-3 --steps 1200 "
+        "--val_fraction .05 --val_every 300 --precision bf16 --workers 0",
+        "--preset tiny --embed_dim 16 --depths 2 4 --heads 2 4 "
+        "--crop 48 --crops_per_volume 1 --lr 4e-3 --steps 1200 --val_every 120 "
+        "--precision bf16 --workers 0"),
+}
+
+
+class Experiment(NamedTuple):
+    """A table or figure of the paper: its rows, and numbers of labelled volumes to fine-tune on."""
+    rows: list
+    labels: list
+
+
+EXPERIMENTS = {
+    "table2": Experiment(TABLE2, [21]),
+    "fig3a": Experiment(TABLE2, [3, 7, 14, 21]),
+    "fig3b": Experiment(["smit"], [21]),
+    "fig3c": Experiment(TABLE2, [21]),
+    "fig4": Experiment(FIGURE4, [21]),
+    "fig5": Experiment(["smit", "ml-smit"], []),
+    "probe": Experiment(TABLE2, []),
+}
+FROZEN = ("fig5", "probe")             # these look at pre-trained encoders without fine-tuning
+
+
+class Step(NamedTuple):
+    """One script with its flags. It writes the folder OUT/name, and prints to OUT/name.log."""
+    name: str
+    script: str
+    flags: list
+    needs: tuple = ()                  # names of steps that must be finished before
+
+
+class Cell(NamedTuple):
+    """One score of the study: what tells it from the others, and the steps that lead to it."""
+    row: str
+    labels: int
+    seed: int
+    fold: int
+    ratio: float
+    modality: str
+    steps: list                        # (pre-train,) fine-tune, evaluate
+
+    @property
+    def folder(self):
+        return self.steps[-1].name
+
+
+def ratio_suffix(ratio):
+    """Name the mask ratio in a step's name.
+
+    The default of .7 has no name, so that Fig. 3b shares its runs with the other experiments.
+    """
+    return "" if ratio in (None, .7) else f"-mask{ratio:g}"
+
+
+def pretraining(args, row, seed, ratio=None):
+    """Plan the step that makes OUT/name/student.pt; None for random weights and given checkpoints."""
+    if ROWS[row] is None or row in args.checkpoint:
+        return None
+    flags = shlex.split(f"{PRESETS[args.preset].pretrain} {args.pretrain_flags} {ROWS[row]}")
+    if ratio_suffix(ratio):
+        flags += ["--mask_ratio", ratio]
+    flags += ["--seed", seed, "--data", *map(os.path.abspath, args.pretrain_data)]
+    return Step(f"pretrain/{row}{ratio_suffix(ratio)}-seed{seed}", "train_ssl.py", flags)
+
+
+def student_path(args, row, step):
+    """Name the student.pt that a row begins with; None for random weights."""
+    if row in args.checkpoint:
+        return args.checkpoint[row]
+    return f"{args.out}/{step.name}/student.pt" if step else None
+
+
+def cell(args, row, labels, seed, fold=None, ratio=None):
+    """Plan one number of a table: pre-train, fine-tune, evaluate."""
+    first = pretraining(args, row, seed, ratio)
+    init = student_path(args, row, first)
+    data_path = os.path.abspath(args.data)
+    name = f"{row}{ratio_suffix(ratio)}-{args.modality}{labels}-seed{seed}"
+    if fold is not None:
+        name += f"-fold{fold}"
+
+    tune = shlex.split(f"{PRESETS[args.preset].finetune} {args.finetune_flags}")
+    tune += ["--seed", seed, "--data", data_path, "--num_train", labels, "--modality", args.modality]
+    if init:
+        tune += ["--init", os.path.abspath(init)]
+    if fold is not None:
+        tune += ["--folds", args.folds, "--fold", fold]
+
+    # the last checkpoint, so that no score picks one
+    weights = os.path.abspath(f"{args.out}/finetune/{name}/last.pt")
+    score = ["--weights", weights, "--data", data_path, "--held_out"]
+    if fold is not None:
+        score += ["--key", "training"]
+
+    steps = [Step(f"finetune/{name}", "finetune.py", tune, (first.name,) if first else ()),
+             Step(f"evaluate/{name}", "evaluate.py", score, (f"finetune/{name}",))]
+    if first:
+        steps = [first, *steps]
+    return Cell(row, labels, seed, fold, ratio, args.modality, steps)
+
+
+def labelled_volumes(args):
+    """Choose the numbers of volumes to fine-tune on: asked for, what every fold leaves, or the paper's."""
+    if args.labels:
+        return args.labels
+    if not args.folds:
+        return EXPERIMENTS[args.experiment].labels
+    n = len(data.read_list(args.data))
+    return [n - math.ceil(n / args.folds)]
+
+
+def plan(args):
+    """List the cells of an experiment, the most telling first: rand, smit and simmim in every seed.
+
+    Of these, seeds follow each other, within a seed the numbers of labels, and within those the rows.
+    """
+    ranked = [row for row in ROWS if row in args.rows]
+    folds = range(args.folds) if args.folds else [None]
+    ratios = args.ratios if args.experiment == "fig3b" else [None]
+    cells = []
+    for rows in (ranked[:3], ranked[3:]):
+        for seed in args.seeds:
+            for labels in labelled_volumes(args):
+                for row in rows:
+                    for fold in folds:
+                        cells += [cell(args, row, labels, seed, fold, ratio) for ratio in ratios]
+    return cells
+
+
+def pretrainings(args):
+    """Plan a pre-training for each row and seed without fine-tuning: {(row, seed): step or None}.
+
+    None stands for a checkpoint that was given. Random weights are not in it.
+    """
+    steps = {}
+    for row in args.rows:
+        if ROWS[row]:
+            for seed in args.seeds:
+                steps[row, seed] = pretraining(args, row, seed)
+    return steps

@@ -1,0 +1,82 @@
+"""Say how far seeds and cases let a difference be seen. Needs numpy and the standard library alone.
+
+A bootstrap over cases alone says what other cases would give with the same trained networks. One
+over seeds and cases says what other trainings would give as well.
+"""
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+
+def bootstrap_seeds_and_cases(values, level=.95, draws=10_000, seed=0):
+    """Draw seeds and cases again, both with replacement: interval (low, high) of their mean [ours].
+
+    values (seeds, cases): scores, or differences of two rows by the same seed and case; nan where
+    there is none. All seeds of a draw share its cases. (nan, nan) if there is no value at all.
+
+    With one seed this is the bootstrap over cases. With few it is too narrow: among m seeds the
+    bootstrap finds (m - 1) / m of their variance, half of it with two.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2 or np.isinf(values).any():
+        raise ValueError(f"bootstrap: give finite values (seeds, cases), not shape {values.shape}")
+    scored = ~np.isnan(values)
+    values = np.where(scored, values, 0)
+
+    rng = np.random.default_rng(seed)
+    case_counts = draw_counts(rng, draws, values.shape[1])              # (draws, cases)
+    seed_counts = draw_counts(rng, draws, values.shape[0])              # (draws, seeds)
+    sums = ((seed_counts @ values) * case_counts).sum(axis=1)
+    numbers = ((seed_counts @ scored.astype(float)) * case_counts).sum(axis=1)
+
+    means = sums[numbers > 0] / numbers[numbers > 0]
+    if not len(means):
+        return math.nan, math.nan
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def draw_counts(rng, draws, n):
+    """Draw n of n things with replacement: how often each came, (draws, n)."""
+    counts = np.zeros((draws, n))
+    rows = np.arange(draws)[:, None]
+    np.add.at(counts, (rows, rng.integers(n, size=(draws, n))), 1)
+    return counts
+
+
+def deviation(values):
+    """Estimate the standard deviation, with n - 1 below the sum; nan of fewer than two values."""
+    values = np.asarray(values, dtype=np.float64)
+    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
+
+
+def noise_and_draw(values):
+    """Part the deviation of runs into the training's noise and that of the draw: (noise, draw) [ours].
+
+    values (draws, seeds): each row's runs were trained on the same labelled volumes. The variance
+    within rows is noise^2, and rows' means vary by draw^2 + noise^2 / seeds: analysis of variance.
+    draw is 0 where they vary less than noise alone would make them. nan for what has one run only.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    draws, seeds = values.shape
+    noise = draw = math.nan
+    if seeds > 1:
+        noise = math.sqrt(values.var(axis=1, ddof=1).mean())
+        if draws > 1:
+            draw = math.sqrt(max(0., values.mean(axis=1).var(ddof=1) - noise ** 2 / seeds))
+    return noise, draw
+
+
+def seeds_needed(deviation, effect=.03, power=.8):
+    """Count the seeds that show a mean difference with this probability [ours].
+
+    deviation: over seeds, of the difference between two rows with the same seed. Two-sided test at
+    .05, by the normal approximation: ((z(.975) + z(power)) * deviation / effect)^2, rounded up, at
+    least two. Raises ValueError for a deviation that is not known, or an effect of 0.
+    """
+    if not deviation >= 0 or not effect:
+        raise ValueError(f"deviation {deviation}, effect {effect}: give a deviation of two seeds or "
+                         "more, and an effect above 0")
+    z = NormalDist().inv_cdf(.975) + NormalDist().inv_cdf(power)
+    return max(2, math.ceil((z * deviation / effect) ** 2))

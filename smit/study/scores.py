@@ -1,0 +1,171 @@
+"""Scores of finished cells: read, grouped, averaged over seeds, compared [SMIT Table 2].
+
+Seeds are averaged case by case before intervals and tests, so that n is the number of cases.
+Reading order: Score and Run, files, grouping, averages, intervals.
+"""
+import csv
+import io
+import json
+import math
+import operator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from smit import metrics, runtime, scoring
+
+
+class Score(NamedTuple):
+    """The Dice of one organ in one case, and the cell of the study that it belongs to."""
+    row: str
+    labels: int
+    seed: int
+    fold: int
+    ratio: float
+    modality: str
+    case: str
+    organ: str
+    dice: float                        # nan: absent from prediction and label
+
+
+class Run(NamedTuple):
+    """The logs of one cell: {column: numbers}, nan where a line says nothing."""
+    row: str
+    labels: int
+    seed: int
+    fold: int
+    ratio: float
+    modality: str
+    pretraining: dict                  # None for random weights and given checkpoints
+    finetuning: dict
+
+
+CELL = Score._fields[:6]               # what tells one cell from another
+
+
+# ------------------------------------------------------------------------------------------ files
+def write(path, text):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    runtime.atomic_write(path, text.encode())
+
+
+def write_csv(path, rows):
+    """Write named tuples of one kind, their fields as columns."""
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(rows[0]._fields)
+    writer.writerows(rows)
+    write(path, lines.getvalue())
+
+
+def facts_of(cell):
+    """List what tells a cell from another, by name."""
+    return {name: getattr(cell, name) for name in CELL}
+
+
+def complete_results(out, cell):
+    """Add settings and cost of every step that led to a cell to its results.json, once."""
+    path = Path(out, cell.folder, "results.json")
+    results = json.loads(path.read_text())
+    if "study" in results:
+        return
+    steps = {}
+    for step in cell.steps:
+        steps[step.name] = {}
+        for stem in ("step", "config"):
+            file = Path(out, step.name, f"{stem}.json")
+            if file.exists():
+                steps[step.name][stem] = json.loads(file.read_text())
+    results["study"] = {**facts_of(cell), "steps": steps}
+    write(path, json.dumps(results, indent=1))
+
+
+def read_cells(out, cells):
+    """Read the scores and the logs of finished cells: (list of Score, list of Run)."""
+    scores, runs = [], []
+    for cell in cells:
+        facts = facts_of(cell)
+        with open(Path(out, cell.folder, "cases.csv"), newline="") as file:
+            for line in csv.DictReader(file):
+                scores.append(Score(**facts, case=line["case"], organ=line["organ"],
+                                    dice=float(line["dice"])))
+        logs = [read_log(Path(out, step.name, "log.csv")) for step in cell.steps[:-1]]
+        runs.append(Run(**facts, pretraining=logs[0] if len(logs) > 1 else None,
+                        finetuning=logs[-1]))
+    return scores, runs
+
+
+def read_log(path):
+    """Read a log.csv: {column: [numbers]}, nan where a line says nothing."""
+    with open(path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    if not lines:
+        return {}
+    return {name: [float(line[name] or "nan") for line in lines] for name in lines[0]}
+
+
+# --------------------------------------------------------------------------------------- grouping
+def group(items, *fields):
+    """Part items by their fields: {value: [items]}, in order of first appearance.
+
+    A key is the value of one field, or a tuple of those of several.
+    """
+    value_of = operator.attrgetter(*fields)
+    groups = {}
+    for item in items:
+        groups.setdefault(value_of(item), []).append(item)
+    return groups
+
+
+# --------------------------------------------------------------------------------------- averages
+def average_seeds(scores):
+    """Average the Dice of each organ in each case over seeds: {(case, organ): Dice}.
+
+    A seed that could not score a case counts in neither. Cases are in the order of their names.
+    """
+    values = {}
+    for score in sorted(scores, key=lambda score: score.case):
+        if not math.isnan(score.dice):
+            values.setdefault((score.case, score.organ), []).append(score.dice)
+    return {pair: float(np.mean(dices)) for pair, dices in values.items()}
+
+
+def dice_by_organ(scores):
+    """Average over seeds: {organ: Dice of each case}, "AVG" (the mean of a case's organs) last.
+
+    All 13 organs of the paper go by its short names, others by their own.
+    """
+    rows = []
+    for (case, organ), dice in average_seeds(scores).items():
+        rows.append({"case": case, "organ": organ, "dice": dice})
+    table = scoring.columns(rows, "dice")
+    for derived in ("AG", "AVG12"):                    # Table 1's
+        table.pop(derived, None)
+    return table
+
+
+def dice_by_case(scores):
+    """Average over seeds and organs: {case: Dice}."""
+    cases = dict.fromkeys(case for case, _ in average_seeds(scores))
+    return dict(zip(cases, dice_by_organ(scores)["AVG"], strict=True))
+
+
+# -------------------------------------------------------------------------------------- intervals
+class Estimate(NamedTuple):
+    """A mean over cases with its 95 % bootstrap interval."""
+    mean: float
+    low: float
+    high: float
+
+
+def estimate_mean(values):
+    """Estimate the mean of what is finite over cases."""
+    low, high = metrics.bootstrap_interval(values)
+    return Estimate(float(scoring.finite_mean(values)), low, high)
+
+
+def paired_difference(first, second):
+    """Test first - second over the cases that both have, each {case: Dice}: as metrics.paired_test."""
+    cases = [case for case in first if case in second]
+    return metrics.paired_test([first[case] for case in cases], [second[case] for case in cases])

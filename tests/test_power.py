@@ -1,0 +1,72 @@
+"""Intervals over seeds and cases, and the number of seeds, against numbers made by hand."""
+import math
+
+import numpy as np
+import pytest
+
+from smit.metrics import bootstrap_interval
+from smit.study import power
+
+
+def test_two_seeds_that_differ_make_an_interval_from_one_to_the_other():
+    # Cases agree, so only the draw of seeds counts: .2 and .4 twice (p .25 each), or one of each
+    low, high = power.bootstrap_seeds_and_cases([[.2, .2, .2], [.4, .4, .4]])
+    assert low == pytest.approx(.2) and high == pytest.approx(.4)
+    # p .25 lies below the quantile of .3, the mean of both seeds above it
+    low, high = power.bootstrap_seeds_and_cases([[.2, .2, .2], [.4, .4, .4]], level=.4)
+    assert low == pytest.approx(.3) and high == pytest.approx(.3)
+
+
+def test_one_seed_is_the_bootstrap_over_cases():
+    dice = np.random.default_rng(0).random(9)
+    own = power.bootstrap_seeds_and_cases([dice])
+    assert own == pytest.approx(bootstrap_interval(dice), abs=1e-12)
+
+
+def test_the_interval_has_the_variance_of_seeds_and_of_cases():
+    # seeds +-.1 and cases +-.2 add: variance .1^2 / 2 + .2^2 / 2 of the bootstrapped mean
+    values = [[-.3, .1], [-.1, .3]]
+    low, high = power.bootstrap_seeds_and_cases(values, level=.9999, draws=100_000)
+    assert (low, high) == pytest.approx((-.3, .3))
+    counts = power.draw_counts(np.random.default_rng(1), 100_000, 2) / 2
+    others = power.draw_counts(np.random.default_rng(2), 100_000, 2) / 2
+    means = ((counts @ values) * others).sum(1)
+    assert means.var() == pytest.approx(.1 ** 2 / 2 + .2 ** 2 / 2, rel=.02)
+
+
+def test_a_case_that_one_seed_could_not_score_is_averaged_over_the_others():
+    # each draw holds (.5) alone, or (.5, .7), (.7) from the second seed
+    low, high = power.bootstrap_seeds_and_cases([[.5, math.nan], [.5, .7]], level=1)
+    assert low == pytest.approx(.5) and high == pytest.approx(.7)
+    assert all(map(math.isnan, power.bootstrap_seeds_and_cases([[math.nan]])))
+    with pytest.raises(ValueError, match="seeds, cases"):
+        power.bootstrap_seeds_and_cases([.1, .2])
+
+
+def test_twenty_two_seeds_show_three_points_where_seeds_deviate_by_five():
+    # (1.95996 + .84162) * .05 / .03 = 4.6693, and its square 21.80
+    assert power.seeds_needed(.05) == 22
+    # (1.95996 + 1.28155) * .02 / .03 = 2.1610, and its square 4.67
+    assert power.seeds_needed(.02, power=.9) == 5
+    assert power.seeds_needed(0.) == 2
+    with pytest.raises(ValueError, match="two seeds"):
+        power.seeds_needed(math.nan)
+
+
+def test_seeds_needed_give_the_power_they_promise():
+    rng = np.random.default_rng(0)
+    n = power.seeds_needed(.05)
+    means = rng.normal(.03, .05, size=(20_000, n)).mean(1)
+    found = np.abs(means) > 1.959964 * .05 / math.sqrt(n)
+    assert .79 < found.mean() < .82
+
+
+def test_the_draw_of_volumes_is_parted_from_the_noise_of_training():
+    # within: variances .02 and .02; means .4 and .6 vary by .02, of which noise makes .02 / 2
+    noise, draw = power.noise_and_draw([[.3, .5], [.5, .7]])
+    assert noise == pytest.approx(math.sqrt(.02)) and draw == pytest.approx(math.sqrt(.01))
+    assert power.noise_and_draw([[.3, .5], [.5, .3]])[1] == 0       # the means are one
+    noise, draw = power.noise_and_draw([[.3, .5]])
+    assert noise == pytest.approx(math.sqrt(.02)) and math.isnan(draw)
+    assert power.deviation([.3, .5]) == pytest.approx(math.sqrt(.02))
+    assert math.isnan(power.deviation([.3]))
