@@ -1,6 +1,7 @@
 """The fine-tuning network: the pre-trained encoder under a U-shaped decoder [SMIT 3, 28.19M parameters].
 
 Reading order: SegmentationNet, its decoder's Up and ResidualBlock, load_encoder; predict, to_file_grid.
+From Python, inference.py is the door.
 """
 
 import numpy as np
@@ -11,19 +12,19 @@ from torch.nn import functional as F
 from smit.sliding import sliding_window
 from smit.swin import SwinTransformer3D
 from smit.transforms import crop, crop_affine, from_ras, ras_grid, regrid, rotate90
-
-SIZES = ("embed_dim", "depths", "heads", "window")  # what the pre-trained and the fine-tuned encoder must share
+from smit.weights import SIZES, adopt, count, fill
 
 
 class SegmentationNet(nn.Module):
     """U-shaped network over the Swin encoder, 28,192,614 parameters with 14 classes [SMIT 3; release].
 
+    habits: of weights.habits.HABITS, for an imported encoder alone.
     encoder: arguments of SwinTransformer3D (in_channels, embed_dim, window, drop_path, ...).
     """
 
-    def __init__(self, num_classes=14, **encoder):
+    def __init__(self, num_classes=14, habits=(), **encoder):
         super().__init__()
-        self.encoder = SwinTransformer3D(**encoder, mask_token=False)
+        self.encoder = adopt(SwinTransformer3D(**encoder, mask_token=False), habits)
         channels = self.encoder.channels                              # 48, 96, 192, 384, 768
         self.ups = nn.ModuleList(Up(coarse, fine, skip=fine) for fine, coarse in zip(channels[-2::-1], channels[:0:-1]))
         self.last_up = Up(channels[0], channels[0] // 2, scale=self.encoder.patch)
@@ -41,13 +42,15 @@ class SegmentationNet(nn.Module):
 
 
 def build_network(config):
-    """The network that a fine-tuning run's settings describe, freshly initialised from torch's global generator.
+    """Build the network of a fine-tuning run's settings, drawn from torch's global generator.
 
     ValueError where they describe none: they may come from a stranger's checkpoint.
     """
     try:
+        encoder = {name: config[name] for name in SIZES}
+        encoder |= config.get("imported", {})                         # what an imported encoder has
         return SegmentationNet(config["num_classes"], drop_path=config["drop_path"],
-                               checkpointing=config["checkpointing"], **{name: config[name] for name in SIZES})
+                               checkpointing=config["checkpointing"], **encoder)
     except (RuntimeError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
         sizes = {name: config.get(name) for name in SIZES}
         raise ValueError(f"sizes {sizes} make no network: {str(error).splitlines()[0]}") from None
@@ -130,50 +133,23 @@ class NormaliseSpace(torch.autograd.Function):
 
 
 def load_encoder(net, state_dict, partial=False):
-    """Copies pre-trained weights into net.encoder, and reports which [ours].
+    """Copy pre-trained weights into net.encoder; returns a line with parameter counts [ours].
 
-    state_dict: of a student or teacher (names after `encoder.`; heads are dropped), or of an encoder alone. Its mask
-    token is dropped, and its patch embedding adapted to net's channels. partial: load what fits and leave the rest.
-    Returns the report, one line with parameter counts. Raises ValueError, with nothing loaded, unless every parameter
-    of either encoder has its counterpart (or partial=True), and for values that are not finite.
+    state_dict: of a student or teacher (names after `encoder.`; heads are dropped), or of an
+    encoder alone. Its mask token is dropped, and its patch embedding adapted to net's channels.
+    partial: load what fits and leave the rest.
+    ValueError, with nothing loaded, unless every parameter of either encoder has its counterpart
+    (or partial=True), and for values that are not finite.
     """
-    # differs: the release's fine-tuner loads nothing from its own checkpoints and reports success
-    own, has_heads = net.encoder.state_dict(), any(name.startswith("encoder.") for name in state_dict)
-    inside = {name.removeprefix("encoder."): w for name, w in state_dict.items()
-              if name.startswith("encoder.") or not has_heads}
+    has_heads = any(name.startswith("encoder.") for name in state_dict)
+    inside = {}
+    for name, weight in state_dict.items():
+        if name.startswith("encoder.") or not has_heads:
+            inside[name.removeprefix("encoder.")] = weight
     inside.pop("mask_token", None)
+    counts = fill(net.encoder, inside, partial)
     dropped = count(state_dict) - count(inside)
-    if "patch_embed.weight" in inside:
-        inside["patch_embed.weight"] = adapt_channels(inside["patch_embed.weight"], own["patch_embed.weight"].shape[1])
-    matched = {name: w for name, w in inside.items() if name in own and w.shape == own[name].shape}
-    missing = {name: w for name, w in own.items() if name not in matched}
-    unexpected = {name: w for name, w in inside.items() if name not in matched}
-    report = (f"encoder weights: {count(matched):,} of {count(own):,} matched; missing {listed(missing)}; "
-              f"unexpected {listed(unexpected)}; heads and mask token dropped: {dropped:,}")
-    if not partial and (missing or unexpected):
-        raise ValueError(f"{report}; build the network as the pre-trained one was, or ask for a partial load")
-    broken = [name for name, w in matched.items() if not w.isfinite().all()]
-    if broken:
-        raise ValueError(f"encoder weights that are not finite, first in {broken[0]}: use another checkpoint")
-    net.encoder.load_state_dict(matched, strict=False)
-    return report
-
-
-def adapt_channels(weight, channels):
-    """Patch embedding (C, c, *patch) for another number of channels: the same answer to one image in all of them."""
-    if weight.ndim != 5 or weight.shape[1] == channels:
-        return weight
-    return weight.sum(1, keepdim=True).repeat(1, channels, 1, 1, 1) / channels
-
-
-def count(weights):
-    return sum(w.numel() for w in weights.values())
-
-
-def listed(weights):
-    """Say how many parameters there are, and the first names."""
-    names = ", ".join(list(weights)[:3]) + (", ..." if len(weights) > 3 else "")
-    return f"{count(weights):,}" + (f" ({names})" if names else "")
+    return f"encoder weights: {counts}; heads and mask token dropped: {dropped:,}"
 
 
 @torch.no_grad()
