@@ -12,10 +12,8 @@ and the exit code is 2. Organs are matched by name, never by number. All headers
 with them is told; the good cases are predicted. Killed at any time it leaves whole predictions and no results.json;
 the same command makes everything anew.
 """
-import argparse
 import functools
 import hashlib
-import math
 import re
 from pathlib import Path
 
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from smit import data, figures, flags, runtime, scoring, segment
+from smit import data, figures, runtime, scoring, segment, settings, weights
 from smit.data.organs import CODES, case_key, case_name, numbered, organ_ids
 
 
@@ -31,42 +29,7 @@ CONFIG = {"num_classes", "labels", "train", "held_back", "spacing", "modality", 
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help, usage="%(prog)s [flags]")
-    parser.add_argument("--out", default="runs/evaluate", help="output folder [ours]")
-
-    add = parser.add_argument_group("predict").add_argument
-    add("--weights", metavar="PATH", help="best.pt of finetune.py: predict with it")
-    add("--data", nargs="+", default=[], metavar="PATH", help="NIfTI files, folders, text lists, dataset.json files")
-    add("--key", default="validation", help="split to read from a dataset.json [MSD]")
-    add("--held_out", action="store_true", help="of --data, only the cases that --weights was validated on")
-    add("--check", action="store_true", help="read and prepare every case, list all that is wrong, predict nothing")
-    add("--overlap", type=float, default=0.5, help="share of a window that the next one covers too [SMIT 3]")
-    add("--blend", choices=["gaussian", "constant"], default="gaussian",
-        help="weights within a window [nnU-Net]; constant [release]")
-    add("--tta", action="store_true", help="average the logits over the axial turns used in training [ours]")
-    add("--export_test", metavar="DIR", help="write label0061.nii.gz for img0061.nii.gz there too, in BTCV's numbers")
-    add("--batch", type=int, default=4, help="windows at a time [ours]")
-    add("--stitch_on_cpu", action="store_true", help="keep whole volumes off the GPU [ours]")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
-    add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
-        help="auto: bf16 where the card has it, else fp16; fp32 on CPU [ours]")
-
-    add = parser.add_argument_group("score").add_argument
-    add("--predictions", metavar="DIR", help="score these files, {case}.nii.gz, in place of predicting")
-    add("--labels", metavar="PATH", help="folder or dataset.json (its --key) with the labels of --predictions")
-    add("--names", metavar="JSON", help="dataset.json that names the numbers in both, where their folders have none")
-    add("--tolerance_mm", type=float, default=2.0, help="of the surface Dice [ours]")
-    add("--compare", nargs=2, metavar="DIR", help="two result folders: paired tests of their Dice, first - second")
-    args = parser.parse_args(argv)
-    if sum(map(bool, (args.weights, args.predictions, args.compare))) != 1:
-        parser.error("give one of --weights (with --data), --predictions (with --labels) and --compare")
-    if args.check and not args.weights:
-        parser.error("--check is of --data: it needs --weights too, for how they are prepared")
-    if not 0 <= args.overlap < 1 or args.batch < 1 or not 0 <= args.tolerance_mm < math.inf:
-        parser.error("--overlap lies in [0, 1), --batch starts at 1, --tolerance_mm is 0 or more")
-    if args.weights and not args.data or args.predictions and not args.labels:
-        parser.error("--weights needs --data, and --predictions needs --labels")
-    return args
+    return settings.parse_evaluation(__doc__, argv)
 
 
 def by_case(paths, key, where):
@@ -86,7 +49,8 @@ def load_network(path, device):
         raise ValueError(f"{path} holds no fine-tuned network: give the best.pt of finetune.py")
     try:
         net = segment.build_network(config)
-        net.load_state_dict(state["model"])
+        model, note = weights.upgrade(state["model"], config)
+        net.load_state_dict(model)
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # of settings not ours, too
         raise ValueError(f"{path}: weights and settings do not fit each other ({str(error).splitlines()[0]})") from None
     return net.to(device).eval(), config

@@ -23,8 +23,9 @@ from smit.runtime import progress
 
 METHODS, PRESETS = settings.METHODS, settings.PRETRAINING_PRESETS
 TERMS = ("mip", "mpd", "itd")
-COLUMNS = ("step epoch lr momentum teacher_temp loss mip mpd itd grad_norm skipped".split()
-           + monitors.COLUMNS)
+COLUMNS = ("step epoch lr momentum teacher_temp loss mip mpd itd grad_norm skipped "
+           "mpd_entropy mpd_mean_entropy mpd_center itd_entropy itd_mean_entropy itd_center "
+           "effective_rank val_mip val_mse val_constant val_median").split()
 
 
 def parse_arguments(argv=None):
@@ -81,6 +82,16 @@ def build_optimizer(student, args):
     return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
+def held_back_errors(args, student, val_pairs, precision, ranks):
+    """Measure MIP on this rank's share of the held-back volumes: {column of log.csv: number}."""
+    share = [[number] for number in range(ranks.rank, len(val_pairs), ranks.world)]
+    loader = samples.Batches(val_pairs, share, ranks, args.workers, args.max_bad)
+    errors = monitors.masked_image_errors(student, loader, args.mask_cell, args.mip_on == "all",
+                                          ranks.device, precision.autocast, ranks)
+    loader.check_bad()
+    return errors
+
+
 def u_then_v(pairs):
     """(B, 2, ...) -> (2B, ...): first every u, then every v."""
     return pairs.transpose(0, 1).flatten(0, 1)
@@ -114,10 +125,12 @@ def smit_losses(args, student, teacher, centers, batch, teacher_temp, precision)
         terms["mip"] = losses.mip_loss(learned.voxels, views, counted)                # Eq. 1
     if args.mpd:
         token = settings.patch_token(args)                          # 16 voxels per axis
-        hidden_tokens = expand_mask(cells, args.mask_cell // token).flatten(1)        # (2B, N)
+        hidden_tokens = expand_mask(u_then_v(batch["hidden"]), args.mask_cell // token).flatten(1)
+        # found on the CPU, where the mask was drawn: a GPU would have to be waited for
+        index = losses.hidden_index(hidden_tokens).to(device, non_blocking=True)
         terms["mpd"] = losses.mpd_loss(                                               # Eq. 2, 3
-            learned.patch_logits, taught.patch_logits, hidden_tokens,
-            centers["mpd"].value, args.student_temp, teacher_temp)
+            learned.patch_logits, taught.patch_logits, hidden_tokens.to(device),      # (2B, N)
+            centers["mpd"].value, args.student_temp, teacher_temp, index)
     if args.itd:
         of_other_view = taught.image_logits.roll(len(views) // 2, dims=0)
         terms["itd"] = losses.itd_loss(                                               # Eq. 4
@@ -222,8 +235,7 @@ def train(args, ranks, out):
                 row |= monitors.collapse(taught, centers, teacher_temp, ranks)
             row = ranks.mean_of(row)
             if measure:
-                row |= monitors.held_back(student, val_pairs, args.mask_cell, args.mip_on == "all",
-                                          args.max_bad, precision, ranks)
+                row |= held_back_errors(args, student, val_pairs, precision, ranks)
             epoch = step * per_step / len(cases)
             log.row(step=step, epoch=epoch, lr=lr, momentum=momentum, teacher_temp=teacher_temp,
                     skipped=skips.total, **row)

@@ -147,29 +147,6 @@ class Center(nn.Module):
         self.collected.clear()
 
 
-# ------------------------------------------------------------- the comparisons' loss
-def info_nce(predictions, keys, temperature=0.2):
-    """Contrast image tokens: each prediction against the keys of its micro-batch [MoCo v3 Alg. 1].
-
-    predictions, keys (B, K), row b of both from the two views of one volume, B >= 4;
-    keys carry no gradient.
-    """
-    # differs: the keys are this rank's micro-batch, where MoCo v3 gathers all ranks';
-    # and both sides are centred on their mean, in place of the batch norms inside
-    # MoCo v3's heads
-    predictions = centred_directions(predictions)                          # (B, K)
-    keys = centred_directions(keys.detach())                               # (B, K)
-    scores = predictions @ keys.T / temperature                            # (B, B)
-    own_key = torch.arange(len(scores), device=scores.device)
-    return 2 * temperature * F.cross_entropy(scores, own_key)
-
-
-def centred_directions(x):
-    """Subtract the mean row and scale each row to length 1: (B, K) -> (B, K) float32."""
-    x = x.float()
-    return F.normalize(x - x.mean(0), dim=-1)
-
-
 # --------------------------------------------------------------------- fine-tuning
 def dice_ce_loss(logits, label, smooth=1e-6):
     """Add Dice with squared denominators, background in, and cross-entropy [release].

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from smit.heads import LinearVoxelHead, MultiLayerVoxelHead, ProjectionHead, mlp
+from smit.heads import LinearVoxelHead, MultiLayerVoxelHead, ProjectionHead
 from smit.swin import SwinTransformer3D
 
 
@@ -22,7 +22,6 @@ class Outputs(NamedTuple):
     voxels: torch.Tensor = None        # (B, c, D, H, W): h^Pred
     patch_logits: torch.Tensor = None  # (B, N, K): h^Patch, before temperature
     image_logits: torch.Tensor = None  # (B, K): h^[CLS]
-    embedding: torch.Tensor = None     # (B, E): of the contrastive row
 
 
 class SMIT(nn.Module):
@@ -30,13 +29,12 @@ class SMIT(nn.Module):
 
     encoder: keyword arguments of SwinTransformer3D.
     voxel_head: "linear", "multilayer" or None.
-    patch_head, image_head, contrast_head: whether to build them.
+    patch_head, image_head: whether to build them.
     shared_head: one projection head for patches and image, iBOT's default.
     """
 
     def __init__(self, encoder, voxel_head="linear", patch_head=True, image_head=True,
-                 contrast_head=False, shared_head=False, head_width=2048, bottleneck=256,
-                 prototypes=8192):
+                 shared_head=False, head_width=2048, bottleneck=256, prototypes=8192):
         super().__init__()
         self.encoder = SwinTransformer3D(**encoder)
         doublings = len(self.encoder.stages) - 1
@@ -63,11 +61,6 @@ class SMIT(nn.Module):
         elif image_head:
             self.image_head = ProjectionHead(channels, head_width, bottleneck, prototypes)
 
-        self.projector = self.predictor = None
-        if contrast_head:
-            self.projector = mlp(channels, head_width, bottleneck)
-            self.predictor = mlp(bottleneck, head_width, bottleneck)
-
     def forward(self, views, hidden=None, noise=None):
         """Encode views and apply the heads.
 
@@ -87,21 +80,17 @@ class SMIT(nn.Module):
         # tokens, as in iBOT's Swin
         image = tokens.mean(1)                                             # (B, C)
 
-        voxels = patch_logits = image_logits = embedding = None
+        voxels = patch_logits = image_logits = None
         if self.voxel_head:
             voxels = self.voxel_head(features[level + 1])                  # (B, c, D, H, W)
         if self.patch_head:
             patch_logits = self.patch_head(tokens)                         # (B, N, K)
         if self.image_head:
             image_logits = self.image_head(image)                          # (B, K)
-        if self.projector:
-            embedding = self.projector(image)                              # (B, E)
-        if self.predictor:
-            embedding = self.predictor(embedding)                          # (B, E)
-        return Outputs(tokens, voxels, patch_logits, image_logits, embedding)
+        return Outputs(tokens, voxels, patch_logits, image_logits)
 
     def make_teacher(self):
-        """Copy the student as it is now: f_t, in eval mode, without the heads that only a student has.
+        """Copy the student as it is now: f_t, in eval mode, without the student's voxel head.
 
         Never call `train()` on it: it would drop paths.
         """
@@ -109,7 +98,6 @@ class SMIT(nn.Module):
         # in train mode, with drop path
         teacher = copy.deepcopy(self).requires_grad_(False).eval()
         teacher.voxel_head = None
-        teacher.predictor = None
         return teacher
 
 
@@ -122,7 +110,6 @@ def build_student(config):
                 voxel_head=config["voxel_head"] if config["mip"] else None,
                 patch_head=bool(config["mpd"]),
                 image_head=bool(config["itd"]),
-                contrast_head=bool(config["contrast"]),
                 shared_head=config["shared_head"],
                 head_width=config["head_width"],
                 bottleneck=config["bottleneck"],

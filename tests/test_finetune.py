@@ -1,6 +1,7 @@
 """finetune.py: what it loads, what it trains on, and that a run is repeatable whatever interrupts or divides it."""
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import finetune
 import train_ssl
 from conftest import SMALL as SMALL_SSL
-from smit import data, runtime, segment
+from smit import data, runtime, segment, settings
 
 SMALL = ("--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 --workers 0 --log_every 1 "
          "--device cpu --crops_per_volume 2").split()
@@ -66,7 +67,7 @@ def test_defaults_are_the_papers_and_the_releases():
 
 def test_the_tiny_presets_fit_each_other():
     here, there = parse("--preset", "tiny"), train_ssl.parse_arguments(["--preset", "tiny"])
-    for name in ("modality", "hu_window", *segment.SIZES):              # voxels are coarser here: a warning
+    for name in ("modality", "hu_window", *settings.SIZES):              # voxels are coarser here: a warning
         assert getattr(here, name) == getattr(there, name)
     assert here.crop == there.view
 
@@ -105,8 +106,8 @@ def test_the_decoder_starts_alike_for_every_method(pretrained, phantoms, tmp_pat
 
 def test_the_encoders_sizes_come_from_the_student(pretrained, phantoms, tmp_path):
     args = parse("--init", pretrained / "student.pt", "--preset", "tiny")
-    assert finetune.read_init(args, runtime.start("cpu")) is not None
-    assert (args.embed_dim, args.depths, args.heads) == (8, [1, 1], [2, 2])
+    weights, sizes = finetune.read_init(args, runtime.start("cpu"))
+    assert weights and (sizes["embed_dim"], sizes["depths"], sizes["heads"]) == (8, [1, 1], [2, 2])
     with pytest.raises(ValueError, match="--embed_dim 24: the encoder of .*student.pt has 8"):
         finetune.read_init(parse("--init", pretrained / "student.pt", "--embed_dim", 24), runtime.start("cpu"))
 
@@ -191,6 +192,7 @@ def test_few_label_subsets_are_nested_whatever_the_method(tmp_path):
     assert all(small == large[:len(small)] for small, large in zip(subsets, subsets[1:]))
     assert split(path, "--num_train", 4, "--init", "student.pt", "--lr", 1)[0] == subsets[3]
     assert split(path, "--num_train", 4, "--seed", 1)[0] != subsets[3]
+    assert split(path, "--num_train", 4, "--seed", 1, "--subset_seed", 0)[0] == subsets[3]
     with pytest.raises(ValueError, match="11 cases .* 10 are there"):
         split(path, "--num_train", 11)
 
@@ -239,14 +241,15 @@ def test_resume_refuses_other_settings(phantoms, tmp_path):
 
 
 @pytest.mark.parametrize("flags, why", [
-    ("--crop 24 24", "--crop"), ("--fold 5", "--fold 5"), ("--num_train 0", "0 cases"), ("--key test", "'test'"),
+    ("--crop 24 24", "--crop"), ("--fold 5", "--fold 5"), ("--num_train 0", "--num_train"), ("--key test", "'test'"),
     ("--layer_decay 0", "--layer_decay"), ("--freeze_encoder", "--init"), ("--batch 0", "--batch"),
     ("--fold 0 --split smit21_9", "--split"), ("--num_classes 5", "label value"),
     ("--num_classes 300", "2..256"), ("--spacing 1 1 -1", "spacing"), ("--hu_window 0 0", "HU window"),
     ("--clip nan", "--clip"), ("--log_every 0", "--log_every")])
-def test_settings_that_do_not_fit_are_refused_before_any_work(flags, why, phantoms, tmp_path):
-    with pytest.raises(ValueError, match=why):
+def test_settings_that_do_not_fit_are_refused_before_any_work(flags, why, phantoms, tmp_path, capsys):
+    with pytest.raises((ValueError, SystemExit)) as refusal:             # SystemExit: argparse, with its message printed
         tune(phantoms, tmp_path / "run", *flags.split(), "--steps", 1)
+    assert re.search(why, str(refusal.value) + capsys.readouterr().err)
     assert not (tmp_path / "run" / "log.csv").exists()
 
 

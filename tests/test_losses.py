@@ -142,13 +142,6 @@ def test_center_counts_micro_batches_as_one_batch():
 
 
 # ------------------------------------------------------------------------------------ the comparisons' losses
-def test_info_nce_by_hand():
-    rows = torch.eye(2)
-    expected = 2 * .8 * math.log(1 + math.exp(-2.5))                    # centred: own key's cosine 1, the other's -1
-    assert losses.info_nce(3 * rows + 1, rows, .8).item() == pytest.approx(expected, rel=1e-4)
-    assert losses.info_nce(rows, rows.flip(0), .2) > losses.info_nce(rows, rows, .2)
-
-
 def test_dice_ce_by_hand():
     logits, label = torch.zeros(1, 2, 1, 1, 2), torch.tensor([0, 1]).view(1, 1, 1, 2)
     dice = 1 - 2 * .5 / (2 * .25 + 1)                                   # per class: overlap .5, squares .5, truth 1

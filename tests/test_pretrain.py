@@ -69,9 +69,6 @@ def test_heads_that_are_not_asked_for_are_not_there():
     student = small(patch_head=False, image_head=False)
     out = student(torch.rand(1, 1, 16, 16, 16))
     assert out.patch_logits is None and out.image_logits is None and out.voxels is not None
-    contrast = small(voxel_head=None, patch_head=False, image_head=False, contrast_head=True)
-    assert contrast(torch.rand(2, 1, 16, 16, 16)).embedding.shape == (2, 8)
-    assert contrast.make_teacher().predictor is None
 
 
 @pytest.mark.parametrize("kind", ["linear", "multilayer"])

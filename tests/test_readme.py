@@ -1,4 +1,4 @@
-"""What the README says: its map, flags, commands and differences are the code's; files can be copied as it says."""
+"""What the four pages say: their map, flags, commands and differences are the code's; files can be copied as they say."""
 import ast
 import os
 import re
@@ -16,9 +16,14 @@ import evaluate
 import finetune
 import train_ssl
 from smit import phantom
+from smit.benchmark import __main__ as benchmark
+from smit.study import __main__ as study
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+ROOMS = (ROOT / "smit/README.md").read_text()
+PAGES = {name: (ROOT / name).read_text() for name in (
+    "README.md", "smit/README.md", "smit/study/README.md", "smit/benchmark/README.md")}
 SOURCES = [*sorted((ROOT / "smit").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
 LEAVES = {"swin", "masking", "heads", "losses", "ema", "transforms", "metrics", "sliding"}
 ALLOWED = {"torch", "numpy", "nibabel", "tqdm", "smit"}
@@ -68,9 +73,9 @@ USES = {  # of each leaf, alone in a folder
 }
 
 
-def commands():
-    """(words, text) of every command in the README's sh blocks, lines joined, $(...) replaced by a word."""
-    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S):
+def commands(page=README):
+    """(words, text) of every command in a page's sh blocks, lines joined, $(...) replaced by a word."""
+    for block in re.findall(r"```sh\n(.*?)```", page, flags=re.S):
         for line in block.replace("\\\n", " ").splitlines():
             yield shlex.split(re.sub(r"\$\(.*?\)", "host", line), comments=True), line
 
@@ -143,8 +148,29 @@ def test_help_has_groups_and_defaults_and_a_wrong_value_is_told_the_allowed_ones
     assert "auto, fp32, fp16, bf16" in capsys.readouterr().err.replace("'", "")
 
 
-def test_every_flag_that_the_readme_names_exists():
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", README))
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_parses(page):
+    for words, text in commands(PAGES[page]):
+        if words[0] in ("pip", "srun", "git", "cd"):
+            continue
+        script = next((place for place, word in enumerate(words) if word.endswith(".py") or word == "-m"), None)
+        assert script is not None, text
+        name = words[script + 1] if words[script] == "-m" else words[script]
+        flags = words[script + 1 + (words[script] == "-m"):]
+        parse = {"train_ssl.py": train_ssl.parse_arguments, "finetune.py": finetune.parse_arguments,
+                 "evaluate.py": evaluate.parse_arguments, "smit.study": study.parse_arguments,
+                 "smit.benchmark": benchmark.parse_arguments}[name]
+        parse(flags)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES[page]):
+        assert (ROOT / page).parent.joinpath(target).exists(), f"{page} points to {target}"
+
+
+def test_every_flag_that_a_page_names_exists():
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", "".join(PAGES.values())))
     launchers = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
                  "--max-restarts"}
     assert len(flags) > 20
@@ -159,12 +185,10 @@ def test_the_map_has_each_part_of_the_paper_once(item):
     assert len(rows) == 1 and "`" in rows[0].split("|")[2], rows
 
 
-def test_the_map_names_methods_that_exist_and_files_that_are_there():
-    listed = re.findall(r"`train_ssl.py --method`: ([^|]*)", MAP)
-    named = {word.split()[0] for words in listed for word in words.split(", ")} | {"ml-mip"}
-    assert named == {name for name in train_ssl.METHODS} and "--method ml-mip" in MAP
-    for file in re.findall(r"`((?:smit/)?(?:\w+/)?\w+\.py)", README):
-        assert (ROOT / file).is_file(), file
+def test_files_that_the_pages_name_are_there():
+    for page, text in PAGES.items():
+        for file in re.findall(r"`((?:\w+/)*\w+\.py)", text):
+            assert any((folder / file).is_file() for folder in (ROOT, (ROOT / page).parent)), f"{page}: {file}"
 
 
 def defined(path):
@@ -192,8 +216,8 @@ def test_every_target_of_the_map_exists():
 
 def test_each_difference_is_listed_once_and_tagged_once():
     tagged = sum(path.read_text().count("# differs:") for path in SOURCES)
-    section = README.split("## Where this differs")[1].split("\n## ")[0]
-    listed = re.findall(r"^(\d+)\. .*`([\w/]+\.py)`", section, flags=re.M)
+    section = ROOMS.split("## Where this differs")[1].split("\n## ")[0]
+    listed = re.findall(r"^(\d+)\. [^`]*(?:`[^`]*`[^`]*)*?`([\w/]+\.py)`$", section, flags=re.M)
     assert [int(number) for number, _ in listed] == list(range(1, tagged + 1))
     for path in SOURCES:
         name = str(path.relative_to(ROOT))
@@ -218,4 +242,4 @@ def test_a_leaf_does_its_work_when_its_file_is_copied_alone(leaf, tmp_path):
     lines = [f"import {leaf}, torch, numpy as np", *map(str.strip, USES[leaf].splitlines()), "print('used')"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "used\n", done.stderr
-    assert f"`smit/{leaf}.py`" in README.split("## Copying a module")[1]
+    assert f"`smit/{leaf}.py`" in ROOMS.split("## Copying a module")[1]

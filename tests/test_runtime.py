@@ -455,14 +455,11 @@ def test_a_setting_that_came_or_went_is_read_as_its_default(tmp_path):
         runtime.resume(tmp_path, parts, {"lr": 1, "offset": 0}, set(), ALONE, defaults)
 
 
-def test_a_state_of_an_older_format_is_upgraded_before_it_is_loaded(tmp_path):
-    def doubled(state, parts):
-        return {**state, "net": {name: 2 * weight for name, weight in state["net"].items()}}
-
-    saved, fresh = parts_at(1), parts_at(2)
-    runtime.save_state(tmp_path / "last.pt", saved, step=7, config={})
-    runtime.resume(tmp_path, fresh, {}, set(), ALONE, upgrade=doubled)
-    assert torch.equal(fresh["net"].weight, 2 * saved["net"].weight)
+def test_a_run_in_an_older_layout_is_refused_with_the_way_out(tmp_path):
+    parts = parts_at(1)
+    runtime.save_state(tmp_path / "last.pt", parts, step=7, config={"lr": 1})
+    with pytest.raises(ValueError, match="layout 1.*layout 2.*new run from its weights"):
+        runtime.resume(tmp_path, parts, {"lr": 1, "format": 2}, set(), ALONE)
 
 
 @pytest.mark.parametrize("state", [{"model": 1}, {"step": "1", "config": {}}, {"step": 1, "config": 2}])

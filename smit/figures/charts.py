@@ -269,7 +269,6 @@ CHARTS = (
            "val_median": "visible median"}),
     Chart("token_losses", "Token losses", "cross-entropy, nats",
           {"mpd": "MPD, patches", "itd": "ITD, image"}),
-    Chart("contrast", "Contrast", "InfoNCE, nats", {"contrast": "training"}),
     Chart("entropy", "Entropy of the teacher's outputs", "share of ln K",
           {"mpd_entropy": "patch", "mpd_mean_entropy": "mean of patches", "itd_entropy": "image",
            "itd_mean_entropy": "mean of images"}, limits=(0, 1)),

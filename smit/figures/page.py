@@ -35,7 +35,6 @@ CHART_CAPTIONS = {  # in the order of the page
     "mip": "The best constant and the visible median know nothing of anatomy: the error should "
            "fall below both.",
     "token_losses": "At ln K the teacher says nothing, or the student hears nothing.",
-    "contrast": "The student's view should be told from other volumes' ever better.",
     "entropy": "All near 1: the teacher says nothing. A mean near 0: it says the same of "
                "everything.",
     "rank": "Below about 2 the features have collapsed.",
@@ -49,7 +48,6 @@ MEANINGS = {  # of the columns of log.csv
     "mip": "MIP: mean absolute error of masked image prediction",
     "mpd": "MPD: cross-entropy of patch tokens, nats",
     "itd": "ITD: cross-entropy of image tokens, nats",
-    "contrast": "InfoNCE of image tokens, nats",
     "val_mip": "MIP on held-back volumes",
     "val_mse": "Its mean squared error",
     "val_constant": "Error of the best single grey value",

@@ -20,14 +20,15 @@ import argparse
 import shlex
 from pathlib import Path
 
-from smit import flags, runtime
+from smit import runtime
+from smit.settings import Help
 from smit.study import probe, reconstruction, scores, tables
 from smit.study.plan import EXPERIMENTS, FROZEN, PRESETS, ROWS, plan, pretrainings, student_path
 from smit.study.run import command, estimate, finished, run
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Help,
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
                                      usage="%(prog)s EXPERIMENT [flags]")
     add = parser.add_argument
     add("experiment", choices=EXPERIMENTS, help="what to reproduce")

@@ -19,11 +19,10 @@ ROWS = {  # flags of train_ssl.py; Table 2's Swin columns first, then what Fig. 
     "full": "--method full",
     "mpd": "--method mpd",
     "itd": "--method itd",
-    "moco": "--method moco",
     "ml-mip": "--method simmim --voxel_head multilayer",
     "ml-smit": "--method ml-mip",
 }
-FIGURE4 = ["full", "mpd", "itd", "ibot", "simmim", "ml-mip", "ml-smit", "moco", "smit"]
+FIGURE4 = ["full", "mpd", "itd", "ibot", "simmim", "ml-mip", "ml-smit", "smit"]
 
 
 class Preset(NamedTuple):
