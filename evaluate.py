@@ -3,6 +3,7 @@
     python evaluate.py --weights runs/finetune/best.pt --data dataset.json                # predict and score
     python evaluate.py --weights best.pt --data scan.nii.gz                               # predict: no label needed
     python evaluate.py --weights best.pt --data dataset.json --key training --held_out    # what a fold held back
+    python evaluate.py --weights fold*/best.pt --data scan.nii.gz                         # the folds' mean softmax
     python evaluate.py --predictions DIR --labels dataset.json                            # score another system
     python evaluate.py --compare DIR_A DIR_B                                              # paired test of two results
 
@@ -12,20 +13,15 @@ and the exit code is 2. Organs are matched by name, never by number. All headers
 with them is told; the good cases are predicted. Killed at any time it leaves whole predictions and no results.json;
 the same command makes everything anew.
 """
-import functools
 import hashlib
 import re
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from smit import data, figures, runtime, scoring, segment, settings, weights
+from smit import data, figures, inference, runtime, scoring, settings
 from smit.data.organs import CODES, case_key, case_name, numbered, organ_ids
-
-
-CONFIG = {"num_classes", "labels", "train", "held_back", "spacing", "modality", "hu_window", "crop", *segment.SIZES}
 
 
 def parse_arguments(argv=None):
@@ -41,63 +37,43 @@ def by_case(paths, key, where):
     return found
 
 
-def load_network(path, device):
-    """(network in eval mode, settings of its run) of finetune.py's checkpoint; ValueError for any other file."""
-    state = runtime.load_checkpoint(path)
-    config = state.get("config")
-    if "model" not in state or not isinstance(config, dict) or not CONFIG <= config.keys():
-        raise ValueError(f"{path} holds no fine-tuned network: give the best.pt of finetune.py")
-    try:
-        net = segment.build_network(config)
-        model, note = weights.upgrade(state["model"], config)
-        net.load_state_dict(model)
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # of settings not ours, too
-        raise ValueError(f"{path}: weights and settings do not fit each other ({str(error).splitlines()[0]})") from None
-    return net.to(device).eval(), config
+def load_networks(paths, device):
+    """Load networks of finetune.py that prepare volumes and number organs alike."""
+    nets = [inference.load_network(path, device) for path in paths]
+    inference.check_alike(nets)
+    return nets
 
 
-def select_cases(args, config):
+def select_cases(args, nets):
     """The cases to predict, each with the "names" of its list, {id: name} or None; and those that training has seen."""
     cases = [{**case, "names": data.label_names(path), "file": Path(case["image"]).name}
              for path in args.data for case in data.read_list(path, args.key)]
     if args.held_out:
-        cases = [case for case in cases if case["file"] in config["held_back"]]
+        cases = [case for case in cases if all(case["file"] in net.config["held_back"] for net in nets)]
     if not cases:
-        raise ValueError(f"--held_out: none of {', '.join(args.data)} ({args.key}) was held back from {args.weights}")
-    seen = [case_name(case["file"]) for case in cases if case["file"] in config["train"]]
+        raise ValueError(f"--held_out: none of {', '.join(args.data)} ({args.key}) was held back from "
+                         f"{', '.join(args.weights)}")
+    seen = [case_name(case["file"]) for case in cases if any(case["file"] in net.config["train"] for net in nets)]
     if seen:
         print(f"warning: training saw images of the same name as {len(seen)} of {len(cases)} cases: {', '.join(seen)}")
     return cases, seen
 
 
-def preparation(config):
-    return data.Preparation(tuple(config["spacing"]), config["modality"], tuple(config["hu_window"]))
-
-
 def check(args):
     """--check: the weights, every header, voxel and label of --data; ValueError names all that is wrong."""
-    config = load_network(args.weights, "cpu")[1]
-    cases, _ = select_cases(args, config)
-    data.check_voxels(cases, preparation(config), labels=None)
+    nets = load_networks(args.weights, "cpu")
+    cases, _ = select_cases(args, nets)
+    data.check_voxels(cases, nets[0].preparation, labels=None)
     print(f"checked: {len(cases)} cases, all good")
-
-
-def predict_case(net, case, settings, window, autocast, turns, **sliding):
-    """Label map (X, Y, Z) uint8 on the grid of the case's image. BadVolume for a file that cannot be used."""
-    made = data.load_case(case, settings)
-    with autocast():
-        logits = segment.predict(net, made["image"].numpy(), window, turns, **sliding)
-    return segment.to_file_grid(logits, made["affine"], made["original_shape"], made["original_affine"])
 
 
 def predict_all(args, device):
     """Predict and write every case: (cases with their "prediction", organs' names, what failed, facts to record)."""
     runtime.keep_freed_memory(device)
-    net, config = load_network(args.weights, device)
-    digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()          # now: a run may replace its best.pt
-    settings, precision = preparation(config), runtime.pick_precision(args.precision, device)
-    autocast = functools.partial(torch.autocast, device.type, precision, precision != torch.float32)
-    cases, seen = select_cases(args, config)
+    nets = load_networks(args.weights, device)
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.weights]  # now: a run may go on
+    config, precision = nets[0].config, runtime.Precision(args.precision, device).name
+    cases, seen = select_cases(args, nets)
     out, failed, names = Path(args.out), {}, config["labels"] or numbered(config["num_classes"])
     targets = [out / f"{name}.nii.gz" for name in by_case([case["image"] for case in cases], case_name, "--data")]
     written = [*targets]
@@ -111,16 +87,17 @@ def predict_all(args, device):
     for problem in data.find_problems(cases, lambda case: data.check_case(case, bool(case["label"]))):
         print(f"warning: {problem}", flush=True)                         # now, not after an hour's predictions
     scoring.clear(out)
-    print(f"{len(cases)} cases, network of {sum(p.numel() for p in net.parameters()):,} parameters in windows of "
-          f"{config['crop']}, {config['num_classes']} classes; {device.type}, {str(precision)[6:]}", flush=True)
+    networks = "network" if len(nets) == 1 else f"{len(nets)} networks, the first"
+    print(f"{len(cases)} cases, {networks} of {sum(p.numel() for p in nets[0].parameters()):,} parameters in windows "
+          f"of {config['crop']}, {config['num_classes']} classes; {device.type}, {precision}", flush=True)
     bar = tqdm(cases, unit="case", disable=None)
     for number, (case, target) in enumerate(zip(bar, targets), 1):
         if bar.disable:                                              # output is no terminal: a line in place of the bar
             print(f"case {number} of {len(cases)}: {case_name(target)}", flush=True)
         try:
-            label = predict_case(net, case, settings, tuple(config["crop"]), autocast, range(4) if args.tta else (0,),
-                                 overlap=args.overlap, blend=args.blend, batch=args.batch,
-                                 stitch_on_cpu=args.stitch_on_cpu)
+            label = inference.segment(nets, case["image"], tta=args.tta, precision=args.precision,
+                                      overlap=args.overlap, blend=args.blend, batch=args.batch,
+                                      stitch_on_cpu=args.stitch_on_cpu)
         except data.BadVolume as error:
             failed[case_name(target)] = str(error)
             continue
@@ -128,10 +105,12 @@ def predict_all(args, device):
         case["prediction"] = target
         if args.export_test:
             data.write_label(exports / f"label{case_key(target)}.nii.gz", table[label.numpy()], case["image"])
-    facts = {"weights": args.weights, "weights_sha256": digest, "models": 1,
+    one = len(nets) == 1                                                 # of several networks, lists
+    facts = {"weights": args.weights[0] if one else args.weights,
+             "weights_sha256": digests[0] if one else digests, "models": len(nets),
              "data": args.data, "split": args.key, "held_out": args.held_out, "seen_in_training": seen,
              **{name: config[name] for name in ("spacing", "modality", "hu_window", "crop")}, "overlap": args.overlap,
-             "blend": args.blend, "tta": args.tta, "precision": str(precision)[6:]}
+             "blend": args.blend, "tta": args.tta, "precision": precision}
     return [case for case in cases if "prediction" in case], names, failed, facts
 
 

@@ -1,5 +1,6 @@
 """Use trained networks from Python: a checkpoint, a volume, and its features or organs [ours].
 
+    from smit.inference import features, load_encoder, load_network, segment
     encoder = load_encoder("runs/ssl/student.pt")          # or any file that smit.weights reads
     maps, affines = features(encoder, "scan.nii.gz")       # five maps of tokens, and where they lie
     net = load_network("runs/finetune/best.pt")

@@ -1,4 +1,6 @@
 """smit.inference: three lines of Python give what the scripts give."""
+import shutil
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -108,6 +110,18 @@ def test_published_weights_segment_as_the_checkpoint_does(networks, scan, tmp_pa
     (tmp_path / "net.safetensors").write_bytes(export.to_safetensors(weights.read_encoder(networks[0])))
     there, here = (inference.segment(inference.load_network(path), scan) for path in (tmp_path / "net.safetensors", networks[0]))
     assert torch.equal(there, here)
+
+
+def test_the_lines_that_are_shown_to_readers_run(student, networks, scan, tmp_path, monkeypatch):
+    shown = "\n".join(line[4:] for line in inference.__doc__.splitlines() if line.startswith("    "))
+    for path, source in (("runs/ssl/student.pt", student[0]), ("runs/finetune/best.pt", networks[0]),
+                         ("scan.nii.gz", scan)):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, tmp_path / path)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(shown, names)
+    assert names["label"].shape == nib.load(scan).shape and len(names["maps"]) == len(names["affines"]) == 3
 
 
 @pytest.mark.parametrize("volume, affine, why", [

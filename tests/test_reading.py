@@ -154,7 +154,7 @@ def test_a_student_of_this_project_comes_back_to_the_bit(tmp_path):
     found = weights.read_encoder(path)
     x = torch.rand(1, 1, 8, 16, 12)
     assert all(torch.equal(a, b) for a, b in zip(found.build()(x), encoder(x)))
-    assert found.habits == [] and found.foreign_settings() == {} and found.arguments["window"] == [2, 4, 3]
+    assert found.habits == [] and "imported" not in found.settings() and found.arguments["window"] == [2, 4, 3]
     assert "merge order: row-major" in found.report and "left out 3 (voxel_head.project.weight)" in found.report
 
 
@@ -188,6 +188,8 @@ NAN = torch.full((12,), float("nan"))
 
 @pytest.mark.parametrize("change, why", [
     (lambda state: state.pop("layers2.0.blocks.1.attn.qkv.bias"), r"missing 72 \(stages.1.blocks.1.attention.qkv.bias\)"),
+    (lambda state: state.pop("patch_embed.proj.weight"), r"missing 96 \(patch_embed.weight\)"),
+    (lambda state: state.pop("layers1.0.blocks.0.mlp.linear1.weight"), r"missing 576 \(stages.0.blocks.0.mlp.0.weight\)"),
     (lambda state: state.update({"layers2.0.blocks.1.attn.gate": torch.ones(5)}), r"unexpected 5 \(layers2.0.blocks.1.attn"),
     (lambda state: state.update({"layers4.0.downsample.norm.bias": torch.ones(760)}), "missing 768 .*unexpected 760"),
     (lambda state: state.update({"layers1.0.blocks.0.norm1.bias": NAN}), "holds NaN"),

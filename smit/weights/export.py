@@ -4,7 +4,6 @@ import json
 from smit.swin import relative_position_index
 from smit.weights import names, orders, safetensors_file
 from smit.weights.habits import HABITS
-from smit.weights.reading import SIZES
 
 # of a run's settings, what others need: no path, and no name of a case
 PUBLISHED = ("spacing", "modality", "hu_window", "crop", "view", "num_classes", "labels",
@@ -14,10 +13,7 @@ PUBLISHED = ("spacing", "modality", "hu_window", "crop", "view", "num_classes", 
 def to_smit(encoder):
     """Make a checkpoint {"model", "config"}: of an encoder, or the fine-tuned network around it."""
     config = {name: encoder.config[name] for name in PUBLISHED if name in encoder.config}
-    config |= {name: encoder.arguments[name] for name in SIZES}
-    config |= {"format": orders.FORMAT}
-    if encoder.foreign_settings():
-        config |= {"imported": encoder.foreign_settings()}
+    config |= {**encoder.settings(), "format": orders.FORMAT}
 
     model = {f"encoder.{name}": tensor for name, tensor in encoder.weights.items()}
     if "last_up.up.weight" in encoder.left_out:                            # a decoder

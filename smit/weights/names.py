@@ -79,19 +79,15 @@ TO_MONAI = [
 
 
 def find_encoder(names):
-    """Return the family of the encoder that these names are of, and the prefix of its names.
+    """Find the encoder that these names are of: (its family, the prefix of its names).
 
     ValueError if there is none, or none that fits.
     """
-    first_weight = re.compile(rf"({ANY_PREFIX})patch_embed\.(?:proj\.)?weight")
-    prefixes = []
-    for name in names:
-        match = first_weight.fullmatch(name)
-        if match:
-            prefixes.append(match[1])
+    embedding = re.compile(rf"({ANY_PREFIX})patch_embed\.(?:proj\.)?(?:weight|bias)")
+    prefixes = {match[1] for match in map(embedding.fullmatch, names) if match}
     if len(prefixes) != 1:
-        raise ValueError(f"{len(prefixes)} patch embeddings of a Swin encoder where one is expected, "
-                         f"among {', '.join(list(names)[:3])}, ...")
+        raise ValueError(f"{len(prefixes)} patch embeddings of a Swin encoder where one is "
+                         f"expected, among {', '.join(list(names)[:3])}, ...")
 
     (prefix,) = prefixes
     inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]

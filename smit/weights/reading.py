@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 
 from smit.runtime import load_checkpoint
+from smit.settings import SIZES
 from smit.swin import SwinTransformer3D
 from smit.weights import names, orders, safetensors_file
 from smit.weights.habits import HABITS, adopt
 
-SIZES = ("embed_dim", "depths", "heads", "window")  # shared by a pre-trained and a fine-tuned encoder
 WRAPPERS = ("state_dict", "model", "student", "teacher", "net", "network_weights")
 
 
@@ -34,24 +34,25 @@ class Encoder(NamedTuple):
         fill(encoder, self.weights)
         return encoder
 
-    def foreign_settings(self):
-        """List what no encoder of this project has: arguments beyond SIZES, habits; {} for its own."""
+    def settings(self):
+        """List a run's settings of this encoder: SIZES, and "imported" if no run here makes such."""
+        sizes = {name: self.arguments[name] for name in SIZES}
         own = {"patch": 2, "mlp_ratio": 4, "qkv_bias": False, "habits": []}
         given = {**self.arguments, "habits": self.habits}
-        if all(given[name] == own[name] for name in own):
-            return {}
-        return {name: given[name] for name in own}
+        imported = {name: given[name] for name in own}
+        return sizes if imported == own else {**sizes, "imported": imported}
 
 
-def read_encoder(path, part=None, merge=None, drop=()):
+def read_encoder(path, part=None, merge=None, drop=(), state=None):
     """Read the encoder in a file: an Encoder whose weights are whole and finite.
 
     part: "student" or "teacher", of a last.pt.
+    state: what read_file gives, if it is at hand.
     merge: a key of orders.ORDERS, where the file does not tell.
     drop: how the names of tensors begin that may be left out, beyond those known.
     ValueError, one line, where a tensor is missing, unknown, of a wrong shape or not finite.
     """
-    state = read_file(path)
+    state = read_file(path) if state is None else state
     try:
         return recognise(path, state, part, merge, tuple(drop))
     # a stranger's settings raise anything
@@ -234,9 +235,12 @@ def find_habits(family, order, weights):
 def deduce_arguments(weights, window=None):
     """Read SwinTransformer3D's arguments off an encoder's weights; window: if known.
 
-    Wrong shapes are not noticed here but by `compare`.
+    Missing tensors and wrong shapes are not noticed here but by `compare`.
     """
-    patch_embed = weights["patch_embed.weight"]
+    if "patch_embed.weight" in weights:
+        patch_embed = weights["patch_embed.weight"]
+    else:
+        patch_embed = torch.empty(len(weights["patch_embed.bias"]), 1, 2, 2, 2)
     if patch_embed.ndim != 5 or len(set(patch_embed.shape[2:])) != 1:
         raise ValueError(f"a patch embedding of shape {tuple(patch_embed.shape)}, where one of "
                          "3-D cubes is needed")
@@ -251,7 +255,8 @@ def deduce_arguments(weights, window=None):
     if sorted(blocks) != list(range(len(blocks))) or not blocks:
         raise ValueError(f"bias tables of stages {sorted(blocks)}, where all from 0 on are needed")
 
-    widened = weights["stages.0.blocks.0.mlp.0.weight"].shape[0]
+    mlp = weights.get("stages.0.blocks.0.mlp.0.weight")
+    mlp_ratio = 4 if mlp is None else max(1, mlp.shape[0] // patch_embed.shape[0])
     return {
         "in_channels": patch_embed.shape[1],
         "embed_dim": patch_embed.shape[0],
@@ -259,7 +264,7 @@ def deduce_arguments(weights, window=None):
         "heads": [tables[stage].shape[1] for stage in range(len(blocks))],
         "window": list(window or cubic_window(len(tables[0]))),
         "patch": patch_embed.shape[2],
-        "mlp_ratio": max(1, widened // patch_embed.shape[0]),
+        "mlp_ratio": mlp_ratio,
         "qkv_bias": "stages.0.blocks.0.attention.qkv.bias" in weights,
     }
 
