@@ -110,9 +110,9 @@ def prepare_cases(args, train, held_back, num_classes, ranks):
 
 # ------------------------------------------------------------------------- network, optimiser
 def read_pretrained(path, network, ranks):
-    """Read a checkpoint of train_ssl.py: (weights of its student or teacher, settings of its run).
+    """Read a checkpoint of train_ssl.py that may lack tensors: (weights, settings of its run).
 
-    ValueError for any other file.
+    network: "student" or "teacher". ValueError for any other file.
     """
     state = runtime.load_checkpoint(path)
     alone = "model" in state                                    # student.pt holds one network
@@ -131,21 +131,25 @@ def read_pretrained(path, network, ranks):
 
 
 def read_init(args, ranks):
-    """Read what --init names: (weights, encoder sizes), or (None, the flags' sizes) without it."""
-    if not args.init:
-        return None, {name: getattr(args, name) for name in settings.SIZES}
-    pretrained, theirs = read_pretrained(args.init, args.weights, ranks)
+    """Read what --init names: (weights, settings of their encoder, a report on them).
 
-    for name, size in args.sizes_given.items():
-        settings.require(size == theirs[name], f"--{name} {size}: the encoder of {args.init} has "
-                                               f"{theirs[name]}; drop the flag")
-    differences = [f"{name} {getattr(args, name)} here, {theirs.get(name)} there"
-                   for name in ("spacing", "modality", "hu_window")
-                   if getattr(args, name) != theirs.get(name)]
-    if differences and ranks.is_main:
-        print(f"warning: {args.init} was trained on volumes prepared otherwise: "
-              f"{'; '.join(differences)}")
-    return pretrained, {name: theirs[name] for name in settings.SIZES}
+    Without --init the weights are None and the settings the flags'.
+    """
+    if not args.init:
+        return None, {name: getattr(args, name) for name in settings.SIZES}, ""
+    if args.partial_init:
+        pretrained, config = read_pretrained(args.init, args.weights, ranks)
+        encoder, report = {name: config[name] for name in settings.SIZES}, f"{args.init}:"
+    else:
+        found = weights.read_encoder(args.init, args.weights)
+        pretrained, config, report = found.weights, found.config, found.report
+        encoder = found.settings()
+
+    settings.check_sizes(args, encoder)
+    warning = settings.preparation_warning(args, config)
+    if warning and ranks.is_main:
+        print(warning)
+    return pretrained, encoder, report
 
 
 def build_optimizer(net, args):
@@ -195,7 +199,7 @@ def predict(net, image, args, precision):
 
 def train(args, ranks, out):
     # ---------------------------------------------------------------------------------- data
-    pretrained, sizes = read_init(args, ranks)
+    pretrained, encoder, report = read_init(args, ranks)
     cases, held_back, names = load_cases(args, ranks)
     num_classes = count_classes(args, names)
     prepare_cases(args, cases, held_back, num_classes, ranks)
@@ -206,14 +210,15 @@ def train(args, ranks, out):
 
     # --------------------------------------------------------------------- network, optimiser
     identities = organs.identities([case["image"] for case in cases + held_back])
-    config = {**vars(args), **sizes, "num_classes": num_classes, "labels": names,
+    config = {**vars(args), **encoder, "num_classes": num_classes, "labels": names,
               "global_batch": per_step, "total": total, "format": weights.FORMAT,
               "train": identities[:len(cases)], "held_back": identities[len(cases):]}
     torch.manual_seed(args.seed)        # --init replaces the encoder alone: methods share a decoder
     net = segment.build_network(config)
-    report = "encoder weights: random"
     if pretrained:
-        report = segment.load_encoder(net, pretrained, args.partial_init)
+        report += "\n" + segment.load_encoder(net, pretrained, args.partial_init)
+    else:
+        report = "encoder weights: random"
     net.to(ranks.device).encoder.requires_grad_(not args.freeze_encoder)
     average = copy.deepcopy(net).requires_grad_(False) if args.average else None
     kept = average or net                           # what is validated, saved and shown
@@ -299,7 +304,8 @@ def train(args, ranks, out):
             image, label = data.cached(case, preparation(args), args.cache, True, num_classes)
             if pred is None and last:
                 pred = predict(kept.eval(), image, args, precision)
-            figures.finetuning_report(out, config, image, label, pred, organs.case_name(case["image"]))
+            figures.finetuning_report(out, config, image, label, pred,
+                                      organs.case_name(case["image"]))
 
         (leaving,) = ranks.agree(stop.asked)
         if ranks.is_main and improved:

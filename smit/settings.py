@@ -161,6 +161,35 @@ def parse(parser, argv, presets, methods=None):
     return args
 
 
+def typed_sizes(parser, argv):
+    """List the encoder's sizes that were typed, no defaults: {name: value}."""
+    # argparse gives a default to no attribute that is there already: what is None now was not typed
+    blank = argparse.Namespace(**dict.fromkeys(SIZES))
+    argv = sys.argv[1:] if argv is None else argv
+    typed = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")], blank))
+    return {name: typed[name] for name in SIZES if typed[name] is not None}
+
+
+def check_sizes(args, sizes):
+    """Refuse sizes that were typed and are not those of the encoder that --init names."""
+    for name, size in args.sizes_given.items():
+        require(size == sizes[name], f"--{name} {size}: the encoder of {args.init} has "
+                                     f"{sizes[name]}; drop the flag")
+
+
+def preparation_warning(args, config):
+    """Warn of an --init whose volumes, by its run's settings, were prepared otherwise; else ""."""
+    names = ("spacing", "modality", "hu_window")
+    if not any(name in config for name in names):
+        return f"warning: {args.init} does not say how its volumes were prepared"
+    differences = [f"{name} {getattr(args, name)} here, {config.get(name)} there"
+                   for name in names if getattr(args, name) != config.get(name)]
+    if not differences:
+        return ""
+    return (f"warning: {args.init} was trained on volumes prepared otherwise: "
+            f"{'; '.join(differences)}")
+
+
 # ------------------------------------------------------------------------------- train_ssl.py
 PRETRAINING_PRESETS = {   # what differs from the flags' defaults
     "paper": {},
@@ -182,7 +211,7 @@ METHODS = {   # loss weights of the rows of Table 2 and Fig. 4 on the Swin backb
     "ml-mip": dict(mip=1.0, mpd=0.1, itd=0.1, voxel_head="multilayer"),   # Fig. 5's decoder
 }
 PRETRAINING_FREE = FREE_ON_RESUME | {"method", "max_bad", "batch", "accumulate", "val_every",
-                                       "monitor_every"}
+                                       "monitor_every", "sizes_given"}
 
 
 def parse_pretraining(description, argv=None):
@@ -229,6 +258,9 @@ def parse_pretraining(description, argv=None):
     add("--center_momentum", type=share, default=0.9, help="of the centres [DINO]")
 
     add = add_encoder_flags(parser, drop_path=0.3)
+    add("--init", metavar="PATH",
+        help="begin with the weights of a student.pt, a last.pt (teacher, heads and centres, too) "
+             "or an encoder that smit.weights reads; without it, random [ours]")
     add("--voxel_head", choices=["linear", "multilayer"], default="linear",
         help="h^Pred [SMIT 2]; multilayer: the ablation's")
     add("--shared_head", action="store_true",
@@ -251,7 +283,10 @@ def parse_pretraining(description, argv=None):
     add("--weight_decay", type=not_negative, default=0.01, help="on matrices only [release]")
     add("--clip", type=not_negative, default=3.0,
         help="largest gradient norm [DINO]; 0 clips nothing")
-    return parse(parser, argv, PRETRAINING_PRESETS, METHODS)
+    typed = typed_sizes(parser, argv)
+    args = parse(parser, argv, PRETRAINING_PRESETS, METHODS)
+    args.sizes_given = typed
+    return args
 
 
 def patch_token(args):
@@ -323,11 +358,12 @@ def parse_finetuning(description, argv=None):
 
     add = add_encoder_flags(parser, drop_path=0.0)
     add("--init", metavar="PATH",
-        help="student.pt or last.pt of train_ssl.py [SMIT 3]; without it, random weights")
+        help="student.pt or last.pt of train_ssl.py [SMIT 3], or an encoder that smit.weights "
+             "reads, as MONAI's model_swinvit.pt; without it, random weights")
     add("--weights", choices=["student", "teacher"], default="student",
         help="which network of a last.pt [SMIT 2]")
     add("--partial_init", action="store_true",
-        help="load what fits of --init, in place of refusing what does not")
+        help="load what fits of a student's --init, in place of refusing what does not")
     add("--freeze_encoder", action="store_true", help="train the decoder alone [ours]")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -351,13 +387,9 @@ def parse_finetuning(description, argv=None):
         help="momentum of an average of the weights, validated and saved in their place [ours]; "
              "0: none")
 
-    # argparse gives a default to no attribute that is there already: what is None now was not typed
-    blank = argparse.Namespace(**dict.fromkeys(SIZES))
-    argv = sys.argv[1:] if argv is None else argv
-    typed = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")], blank))
-
+    typed = typed_sizes(parser, argv)
     args = parse(parser, argv, FINETUNING_PRESETS)
-    args.sizes_given = {name: typed[name] for name in SIZES if typed[name] is not None}
+    args.sizes_given = typed
     return args
 
 
@@ -382,7 +414,8 @@ def parse_evaluation(description, argv=None):
     parser.add_argument("--out", default="runs/evaluate", help="output folder [ours]")
 
     add = parser.add_argument_group("predict").add_argument
-    add("--weights", metavar="PATH", help="best.pt of finetune.py: predict with it")
+    add("--weights", nargs="+", metavar="PATH",
+        help="best.pt of finetune.py: predict with it, or with several, whose softmax is averaged")
     add("--data", nargs="+", default=[], metavar="PATH",
         help="NIfTI files, folders, text lists, dataset.json files")
     add("--key", default="validation", help="split to read from a dataset.json [MSD]")
