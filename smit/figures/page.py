@@ -17,7 +17,8 @@ PANELS = {  # pictures of volumes, in the order of the page: name and what to se
         "look odd elsewhere."),
     "restoration": (
         "Restoration",
-        "A view, the disturbed form that the network saw, and its attempt to restore the view."),
+        "A disturbed view, and the network's restoration of it. What the disturbance destroyed "
+        "should come back in the shape of organs."),
     "tokens": (
         "Tokens",
         "Each square is a token of the whole view. Where the features know anatomy, one tissue has "
