@@ -14,27 +14,16 @@ with them is told; the good cases are predicted. Killed at any time it leaves wh
 the same command makes everything anew.
 """
 import hashlib
-import re
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from smit import data, figures, inference, runtime, scoring, settings
-from smit.data.organs import CODES, case_key, case_name, numbered, organ_ids
+from smit.data.organs import btcv_numbers, case_key, case_names, is_among, numbered
 
 
 def parse_arguments(argv=None):
     return settings.parse_evaluation(__doc__, argv)
-
-
-def by_case(paths, key, where):
-    """{key(path): path}; ValueError where two files are one case."""
-    found = {}
-    for path in paths:
-        if found.setdefault(key(path), path) != path:
-            raise ValueError(f"{where}: {path} and {found[key(path)]} are both case {key(path)}; rename or drop one")
-    return found
 
 
 def load_networks(paths, device):
@@ -45,15 +34,28 @@ def load_networks(paths, device):
 
 
 def select_cases(args, nets):
-    """The cases to predict, each with the "names" of its list, {id: name} or None; and those that training has seen."""
-    cases = [{**case, "names": data.label_names(path), "file": Path(case["image"]).name}
-             for path in args.data for case in data.read_list(path, args.key)]
+    """Return the cases to predict, and the names of those that training has seen.
+
+    Each has a "name" of its own, and the "names" of its list's labels, {id: name} or None.
+    """
+    cases = []
+    for path in args.data:
+        names = data.label_names(path, ignore=True)
+        for case in data.read_list(path, args.key, args.data_root):
+            case["names"] = names
+            cases.append(case)
     if args.held_out:
-        cases = [case for case in cases if all(case["file"] in net.config["held_back"] for net in nets)]
+        for net in nets:
+            held_back = set(net.config["held_back"])
+            cases = [case for case in cases if is_among(case["image"], held_back)]
     if not cases:
-        raise ValueError(f"--held_out: none of {', '.join(args.data)} ({args.key}) was held back from "
-                         f"{', '.join(args.weights)}")
-    seen = [case_name(case["file"]) for case in cases if any(case["file"] in net.config["train"] for net in nets)]
+        raise ValueError(f"--held_out: none of {', '.join(args.data)} ({args.key}) was held back "
+                         f"from {', '.join(args.weights)}")
+    for case, name in zip(cases, case_names([case["image"] for case in cases])):
+        case["name"] = name
+
+    train = {case for net in nets for case in net.config["train"]}
+    seen = [case["name"] for case in cases if is_among(case["image"], train)]
     if seen:
         print(f"warning: training saw images of the same name as {len(seen)} of {len(cases)} cases: {', '.join(seen)}")
     return cases, seen
@@ -64,21 +66,22 @@ def check(args):
     nets = load_networks(args.weights, "cpu")
     cases, _ = select_cases(args, nets)
     data.check_voxels(cases, nets[0].preparation, labels=None)
-    print(f"checked: {len(cases)} cases, all good")
+    print(f"checked: {data.count(len(cases), 'case')}, {data.verdict()}")
 
 
 def predict_all(args, device):
     """Predict and write every case: (cases with their "prediction", organs' names, what failed, facts to record)."""
     runtime.keep_freed_memory(device)
     nets = load_networks(args.weights, device)
-    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.weights]  # now: a run may go on
+    # now, for a run may replace its best.pt
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.weights]
     config, precision = nets[0].config, runtime.Precision(args.precision, device).name
     cases, seen = select_cases(args, nets)
-    out, failed, names = Path(args.out), {}, config["labels"] or numbered(config["num_classes"])
-    targets = [out / f"{name}.nii.gz" for name in by_case([case["image"] for case in cases], case_name, "--data")]
+    out, failed, names = Path(args.out), {}, network_names(config)
+    targets = [out / f"{case['name']}.nii.gz" for case in cases]
     written = [*targets]
     if args.export_test:
-        table, exports = btcv_numbers(names, [case["image"] for case in cases]), Path(args.export_test)
+        table, exports = btcv_numbers(names or {}, [case["image"] for case in cases]), Path(args.export_test)
         exports.mkdir(parents=True, exist_ok=True)
         written += [exports / f"label{case_key(target)}.nii.gz" for target in targets]
     sources = {Path(case[kind]).resolve() for case in cases for kind in ("image", "label") if case[kind]}
@@ -93,13 +96,13 @@ def predict_all(args, device):
     bar = tqdm(cases, unit="case", disable=None)
     for number, (case, target) in enumerate(zip(bar, targets), 1):
         if bar.disable:                                              # output is no terminal: a line in place of the bar
-            print(f"case {number} of {len(cases)}: {case_name(target)}", flush=True)
+            print(f"case {number} of {len(cases)}: {case['name']}", flush=True)
         try:
             label = inference.segment(nets, case["image"], tta=args.tta, precision=args.precision,
                                       overlap=args.overlap, blend=args.blend, batch=args.batch,
                                       stitch_on_cpu=args.stitch_on_cpu)
         except data.BadVolume as error:
-            failed[case_name(target)] = str(error)
+            failed[case["name"]] = str(error)
             continue
         data.write_label(target, label, case["image"])
         case["prediction"] = target
@@ -114,37 +117,11 @@ def predict_all(args, device):
     return [case for case in cases if "prediction" in case], names, failed, facts
 
 
-def btcv_numbers(names, images):
-    """(256,) uint8: BTCV's number of each of ours, for a submission; ValueError where one or an image has no place."""
-    ids = organ_ids(names, "--weights")
-    odd = [image for image in images if not re.fullmatch(r"img\d+", case_name(image))]
-    if odd or not ids.keys() <= CODES.keys():
-        raise ValueError(f"--export_test takes images named as img0061.nii.gz, and BTCV's organs: {odd[:1]}, {[*ids]}")
-    table = np.zeros(256, np.uint8)
-    table[list(ids.values())] = [list(CODES).index(name) + 1 for name in ids]
-    return table
-
-
-def folder_names(path):
-    """{id: name} for a folder of label files, of its results.json or dataset.json; or of a JSON itself; or None."""
-    near = (Path(path), Path(path, "results.json"), Path(path, "dataset.json"), Path(path).parent / "dataset.json")
-    return next((data.label_names(file) for file in near if file.is_file() and file.suffix == ".json"), None)
-
-
-def find_predictions(args):
-    """Pair another system's files with labels: (cases with their "prediction", names, what failed, facts)."""
-    listed = data.read_list(args.labels, args.key)
-    folder = Path(args.labels).is_dir()                              # its files are the labels themselves
-    labels = [case["image" if folder else "label"] for case in listed if folder or case["label"]]
-    labels = by_case(labels, case_key, args.labels)
-    files = by_case([case["image"] for case in data.read_list(args.predictions)], case_key, args.predictions)
-    theirs = data.label_names(args.names) if args.names else folder_names(args.labels)
-    failed = {case_name(label): f"{label}: has no prediction in {args.predictions}"
-              for key, label in labels.items() if key not in files}
-    cases = [{"image": files[key], "prediction": files[key], "label": label, "names": theirs}
-             for key, label in labels.items() if key in files]
-    names = data.label_names(args.names) if args.names else folder_names(args.predictions) or theirs
-    return cases, names, failed, {"predictions": args.predictions, "labels_of": args.labels, "split": args.key}
+def network_names(config):
+    """Return {id: organ} of a network's classes, those without a name by their numbers; None if it has no names."""
+    if not config["labels"]:
+        return None
+    return {**numbered(config["num_classes"]), **config["labels"]}
 
 
 def main(args):
@@ -162,21 +139,27 @@ def main(args):
 
 def evaluate(args, out, device):
     """Predict, score, write, tell what failed; ValueError if anything did."""
-    cases, names, failed, facts = predict_all(args, device) if args.weights else find_predictions(args)
-    rows, labelled = [], [case for case in cases if case["label"]]
+    if args.weights:
+        cases, names, failed, facts = predict_all(args, device)
+    else:
+        cases, names, failed, facts = scoring.find_predictions(args.predictions, args.labels, args.key, args.names)
+    labelled = [case for case in cases if case["label"]]
+    facts["unmatched"] = scoring.unmatched(labelled, names)
+    rows = []
     for case in labelled:
         try:
             rows += scoring.score_case(case, names, args.tolerance_mm)
         except ValueError as error:
-            failed[case_name(case["prediction"])] = str(error)
+            failed[case["name"]] = str(error)
     text = scoring.write_results(out, rows, names, failed, facts, args.tolerance_mm)
     figures.evaluation_report(out, cases, rows, names, facts)
-    print(f"{text}\n{len(cases)} predictions, {len(labelled)} with a label; results in {out}")
+    print(f"{text}\n{scoring.unmatched_text(facts['unmatched'])}"
+          f"{data.count(len(cases), 'prediction')}, {len(labelled)} with a label; results in {out}")
     for reason in failed.values():
         print(f"not done: {reason}")
     if failed:
-        everything = failed.keys() | {case_name(case["prediction"]) for case in cases}
-        raise ValueError(f"{len(failed)} of {len(everything)} cases failed: {', '.join(failed)}")
+        everything = failed.keys() | {case["name"] for case in cases}
+        raise ValueError(f"{len(failed)} of {data.count(len(everything), 'case')} failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ held-back cases), OUT/last.pt (everything; --resume goes on from it), OUT/log.cs
 and OUT/index.html (curves, a case with its truth and prediction). Every setting stands in
 smit/settings.py.
 """
+import copy
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from smit import data, ema, figures, losses, metrics, phantom, runtime, segment, settings, weights
-from smit.data import samples
-from smit.data.organs import case_name
+from smit.data import organs, samples
 from smit.runtime import progress
 
 PRESETS = settings.FINETUNING_PRESETS
@@ -33,14 +32,16 @@ def parse_arguments(argv=None):
 
 # ---------------------------------------------------------------------------------------- data
 def preparation(args):
-    return data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window))
+    return data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window),
+                            hu_offset=args.hu_offset)
 
 
 def read_lists(args, sources):
     """Read all lists: (cases of --key, cases of --val_key where a list has it, what is wrong)."""
-    cases, problems = data.read_lists(sources, args.key)
+    cases, problems = data.read_lists(sources, args.key, args.data_root, args.modality)
     with_val_key = [path for path in sources if data.has_split(path, args.val_key)]
-    listed, more_problems = data.read_lists(with_val_key, args.val_key)
+    listed, more_problems = data.read_lists(with_val_key, args.val_key, args.data_root,
+                                            args.modality)
     return cases, listed, problems + more_problems
 
 
@@ -208,10 +209,10 @@ def train(args, ranks, out):
     val_steps = args.val_every * len(cases) / per_step
 
     # --------------------------------------------------------------------- network, optimiser
+    identities = organs.identities([case["image"] for case in cases + held_back])
     config = {**vars(args), **encoder, "num_classes": num_classes, "labels": names,
               "global_batch": per_step, "total": total, "format": weights.FORMAT,
-              "train": [Path(case["image"]).name for case in cases],
-              "held_back": [Path(case["image"]).name for case in held_back]}
+              "train": identities[:len(cases)], "held_back": identities[len(cases):]}
     torch.manual_seed(args.seed)        # --init replaces the encoder alone: methods share a decoder
     net = segment.build_network(config)
     if pretrained:
@@ -219,11 +220,13 @@ def train(args, ranks, out):
     else:
         report = "encoder weights: random"
     net.to(ranks.device).encoder.requires_grad_(not args.freeze_encoder)
+    average = copy.deepcopy(net).requires_grad_(False) if args.average else None
+    kept = average or net                           # what is validated, saved and shown
     optimizer = build_optimizer(net, args)
     precision = runtime.Precision(args.precision, ranks.device)
 
     # ---------------------------------------------------------------------- resume, outputs
-    state = dict(model=net, optimizer=optimizer, scaler=precision.scaler)
+    state = dict(model=net, average=average, optimizer=optimizer, scaler=precision.scaler)
     resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks)
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
     best = resumed.get("best", -1.0)
@@ -263,7 +266,8 @@ def train(args, ranks, out):
         optimizer.zero_grad()
         with precision.autocast():
             logits = wrapped(images, noise)                         # (B, num_classes, D, H, W)
-        loss = losses.dice_ce_loss(logits, labels)
+        loss = losses.dice_ce_loss(logits, labels, background_weight=args.background_weight,
+                                   dice_on=args.dice_on)
         precision.scaler.scale(loss).backward()
 
         precision.scaler.unscale_(optimizer)
@@ -271,6 +275,10 @@ def train(args, ranks, out):
         finite = bool(norm.isfinite())              # alike on all ranks: gradients are their mean
         if finite:
             precision.scaler.step(optimizer)
+            if average:
+                # fewer steps count at first, so that the random start is soon forgotten
+                momentum = min(args.average, (step + 1) / (step + 10))
+                ema.update_teacher(average, net, momentum)
         precision.scaler.update()
         step += 1
 
@@ -279,7 +287,7 @@ def train(args, ranks, out):
         bar.advance()
         last, row, pred = step == total, {}, None
         if held_back and (last or step // val_steps > (step - 1) // val_steps):
-            row["val_dice"], pred = validate(net, held_back, args, num_classes, precision, ranks)
+            row["val_dice"], pred = validate(kept, held_back, args, num_classes, precision, ranks)
         # differs: one checkpoint for all organs; the release keeps the best one for each organ
         improved = row.get("val_dice", -1.0) > best or (last and not held_back)
         best = max(best, row.get("val_dice", -1.0))
@@ -295,13 +303,13 @@ def train(args, ranks, out):
             case = (held_back or cases)[0]
             image, label = data.cached(case, preparation(args), args.cache, True, num_classes)
             if pred is None and last:
-                pred = predict(net.eval(), image, args, precision)
-            figures.finetuning_report(out, config, image, label, pred, case_name(case["image"]))
+                pred = predict(kept.eval(), image, args, precision)
+            figures.finetuning_report(out, config, image, label, pred, organs.case_name(case["image"]))
 
         (leaving,) = ranks.agree(stop.asked)
         if ranks.is_main and improved:
             runtime.save_checkpoint(out / "best.pt", {
-                "model": net.state_dict(), "config": config, "step": step, "val_dice": best})
+                "model": kept.state_dict(), "config": config, "step": step, "val_dice": best})
         if ranks.is_main and (leaving or clock.due(step)):
             runtime.save_state(out / "last.pt", state, step=step, samples=step * per_step,
                                skipped=skips.total, best=best, config=config)
@@ -317,7 +325,7 @@ def check(args):
     cases, listed, problems = read_lists(args, args.data)
     num_classes = count_classes(args, organ_names(args.data))
     data.check_voxels(cases + listed, preparation(args), True, num_classes, problems, args.workers)
-    print(f"checked: {len(cases + listed)} cases, all good")
+    print(f"checked: {data.count(len(cases + listed), 'case')}, {data.verdict()}")
 
 
 def main(args):

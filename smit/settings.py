@@ -108,12 +108,16 @@ def add_data_flags(parser, what):
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=[], metavar="PATH", help=f"{what}; without it, phantoms")
     add("--key", default="training", help="split to read from a dataset.json [MSD]")
+    add("--data_root", metavar="DIR",
+        help="folder of the files that lists name; default: the list's own [MONAI]")
     add("--modality", choices=["ct", "mr"], default="ct",
         help="ct: by the HU window; mr: by percentiles [SMIT 3]")
     add("--spacing", nargs=3, type=float, default=[1.5, 1.5, 2.0], metavar="MM",
         help="voxel size [SMIT 3]")
     add("--hu_window", nargs=2, type=float, default=[-175.0, 250.0], metavar="HU",
         help="mapped to [0, 1] [release]")
+    add("--hu_offset", type=float, default=0.0, metavar="HU",
+        help="added to stored values: -1024 for CT stored from 0 on [ours]")
     add("--cache", default="runs/cache", help="folder of prepared volumes, shared by runs [ours]")
     add("--phantoms", type=count, default=40,
         help="synthetic patients to make without --data [ours]")
@@ -175,7 +179,8 @@ def check_sizes(args, sizes):
 
 def preparation_warning(args, config):
     """Warn of an --init whose volumes, by its run's settings, were prepared otherwise; else ""."""
-    names = ("spacing", "modality", "hu_window")
+    names = ("spacing", "modality", "hu_window", "hu_offset")
+    config = {"hu_offset": 0.0, **config} if config else {}
     if not any(name in config for name in names):
         return f"warning: {args.init} does not say how its volumes were prepared"
     differences = [f"{name} {getattr(args, name)} here, {config.get(name)} there"
@@ -375,6 +380,14 @@ def parse_finetuning(description, argv=None):
     add("--clip", type=not_negative, default=0.0,
         help="largest gradient norm; 0 clips nothing [release]")
 
+    add("--background_weight", type=positive, default=1.0,
+        help="of the background's voxels in the cross-entropy [release]")
+    add("--dice_on", choices=["all", "organs"], default="all",
+        help="classes whose Dice counts in the loss [release]")
+    add("--average", type=share, default=0.0,
+        help="momentum of an average of the weights, validated and saved in their place [ours]; "
+             "0: none")
+
     typed = typed_sizes(parser, argv)
     args = parse(parser, argv, FINETUNING_PRESETS)
     args.sizes_given = typed
@@ -407,6 +420,8 @@ def parse_evaluation(description, argv=None):
     add("--data", nargs="+", default=[], metavar="PATH",
         help="NIfTI files, folders, text lists, dataset.json files")
     add("--key", default="validation", help="split to read from a dataset.json [MSD]")
+    add("--data_root", metavar="DIR",
+        help="folder of the files that lists name; default: the list's own [MONAI]")
     add("--held_out", action="store_true",
         help="of --data, only the cases that --weights was validated on")
     add("--check", action="store_true",

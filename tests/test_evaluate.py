@@ -68,7 +68,7 @@ def round_trip(case, spacing):
     settings = data.Preparation(spacing)
     made = data.load_case(case, settings, with_label=True)
     logits = made["label"] == torch.arange(14).view(-1, 1, 1, 1)
-    back = segment.to_file_grid(logits, made["affine"], made["original_shape"], made["original_affine"])
+    back = transforms.to_file_grid(logits, made["affine"], made["original_shape"], made["original_affine"])
     return metrics.dice(back, data.read_label(case["label"])[0], 14)
 
 
@@ -85,7 +85,7 @@ def test_a_real_liver_survives_preparation_and_the_way_back():
 
 def test_the_arg_max_comes_after_resampling():
     logits = torch.tensor([[0., 0.], [-1., 4.]])[:, :, None, None].expand(2, 2, 3, 2)     # class 1 wins on the right
-    label = segment.to_file_grid(logits, np.eye(4), (11, 3, 2), np.diag([.25, 1., 1., 1.]))
+    label = transforms.to_file_grid(logits, np.eye(4), (11, 3, 2), np.diag([.25, 1., 1., 1.]))
     assert label[:, 0, 0].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]  # from .2 on; nothing from 2 on
 
 

@@ -254,6 +254,23 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(phantoms, tmp_path):
     assert (tmp_path / "whole" / "log.csv").read_bytes() == (tmp_path / "resumed" / "log.csv").read_bytes()
 
 
+def test_an_average_of_the_weights_is_saved_in_their_place_and_resumed(phantoms, tmp_path):
+    flags = ["--average", .5, "--steps", 4, "--save_steps", 2, "--val_every", .5]
+    tune(phantoms, tmp_path / "one", "--average", .5, "--steps", 1)
+    state = runtime.load_checkpoint(tmp_path / "one" / "last.pt")
+    torch.manual_seed(0)
+    start = segment.build_network(state["config"]).state_dict()
+    for name, value in state["average"].items():                        # after the first step, a tenth of the start
+        torch.testing.assert_close(value, .1 * start[name] + .9 * state["model"][name])
+        assert torch.equal(value, model(tmp_path / "one", "best.pt")[name])
+    tune(phantoms, tmp_path / "run", *flags)
+    whole = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+    (tmp_path / "run" / "last.prev.pt").rename(tmp_path / "run" / "last.pt")
+    tune(phantoms, tmp_path / "run", *flags, "--resume")
+    again = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert all(torch.equal(whole["average"][name], again["average"][name]) for name in whole["average"])
+
+
 def test_resume_refuses_other_settings(phantoms, tmp_path):
     tune(phantoms, tmp_path / "run", "--steps", 1)
     with pytest.raises(ValueError, match="num_train: None in the checkpoint, 2 now"):

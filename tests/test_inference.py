@@ -64,7 +64,7 @@ def test_several_networks_vote_with_their_mean_softmax(networks, scan):
     scores = inference.class_scores(nets, image)
     torch.testing.assert_close(scores, (softmax[0] + softmax[1]) / 2)
     torch.testing.assert_close(scores.sum(0), torch.ones(scores.shape[1:]))
-    expected = segment.to_file_grid(scores, case["affine"], case["original_shape"], case["original_affine"])
+    expected = transforms.to_file_grid(scores, case["affine"], case["original_shape"], case["original_affine"])
     assert torch.equal(inference.segment(nets, scan), expected)
     nets[1].config = {**nets[1].config, "labels": {1: "liver"}}
     with pytest.raises(ValueError, match="different labels cannot vote"):

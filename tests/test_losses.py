@@ -159,3 +159,12 @@ def test_dice_ce_equals_the_one_hot_formula():
     fast = losses.dice_ce_loss(logits, label)
     assert fast.item() == pytest.approx(plain.item(), abs=1e-5)
     torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (fast, plain)), atol=1e-6, rtol=1e-5)
+
+
+def test_the_background_can_weigh_less_and_be_left_out_of_dice():
+    logits, label = torch.randn(2, 3, 2, 3, 4), torch.randint(3, (2, 2, 3, 4))
+    p, truth = logits.softmax(1), torch.nn.functional.one_hot(label, 3).movedim(-1, 1)
+    dice = 2 * (p * truth).sum((2, 3, 4)) / (p.square() + truth).sum((2, 3, 4))           # (2 samples, 3 classes)
+    weighted = torch.nn.functional.cross_entropy(logits, label, torch.tensor([.05, 1, 1]))
+    loss = losses.dice_ce_loss(logits, label, background_weight=.05, dice_on="organs")
+    torch.testing.assert_close(loss, (1 - dice[:, 1:]).mean() + weighted)

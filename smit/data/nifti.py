@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from smit.data.concerns import Concern
 from smit.runtime.files import atomic_write
 from smit.transforms import MAX_SIDE, MAX_VOXELS, spacing_of
 
@@ -29,10 +30,24 @@ MAX_VALUE = 1e30                       # larger ones would overflow in float32 a
 CHUNK = 2 ** 16                        # voxels converted at a time
 MIN_MM, MAX_MM = .01, 50               # voxel sizes that are believed
 MAX_FIELD_MM, MAX_FIELD_MM3 = 5e3, 2e9  # and fields of view: no patient is longer than 5 m
+QUATERNION_EXCESS = 1e-4               # of a squared length over 1 that is rounding: five digits were kept
+SKEW_DEGREES = 1                       # a larger shear is told
 TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+FORMATS = (                            # name, converter, where its magic stands and what it is
+    ("DICOM", "dcm2niix", 128, b"DICM"),
+    ("DICOM", "dcm2niix", 0, b"\x08\x00\x05\x00"),        # without its preamble
+    ("MetaImage (.mha, .mhd)", "SimpleITK", 0, b"ObjectType"),
+    ("MetaImage (.mha, .mhd)", "SimpleITK", 0, b"NDims"),
+    ("NRRD", "SimpleITK", 0, b"NRRD000"),
+    ("FreeSurfer's MGH or MGZ", "mri_convert", 0, b"\x00\x00\x00\x01\x00\x00"),
+    ("HDF5 or MINC", "mnc2nii", 0, b"\x89HDF"),
+    ("MINC", "mnc2nii", 0, b"CDF\x01"),
+    ("a numpy array", "nibabel", 0, b"\x93NUMPY"),
+    ("a zip archive", "unpacking", 0, b"PK\x03\x04"),
+)
 
 # body: the file with the voxels; offset: of the first of them, in bytes; nifti: the raw header
-Header = namedtuple("Header", "path body shape affine dtype slope inter offset nifti")
+Header = namedtuple("Header", "path body shape affine dtype slope inter offset nifti concerns")
 
 
 class BadVolume(ValueError):
@@ -71,6 +86,19 @@ def open_unpacked(path):
     return gzip.open(path) if packed else open(path, "rb")
 
 
+def name_format(path):
+    """Return the name of a file's format and what converts it, if it is a known one and not NIfTI; else None."""
+    try:
+        with open_unpacked(path) as file:
+            block = file.read(512)
+    except (OSError, EOFError, zlib.error, ValueError):
+        return None
+    for name, converter, offset, magic in FORMATS:
+        if block[offset:].startswith(magic):
+            return f"{name}, which {converter} converts to NIfTI"
+    return None
+
+
 # -------------------------------------------------------------------------------------------- header
 def read_header(path):
     """Read a NIfTI file's header and hold it against the file's size: a Header. BadVolume if it is not sound.
@@ -86,8 +114,9 @@ def read_header(path):
     offset = check_offset(path, nifti, single=head == body)
     check_length(path, offset + int(np.prod(shape)) * dtype.itemsize, size, packed)
     affine = read_affine(path, nifti)
-    check_field_of_view(path, shape, affine)
-    return Header(path, body, shape, affine, dtype, slope, inter, offset, nifti)
+    check_field_of_view(path, shape, affine, nifti)
+    found = geometry_concerns(path, shape, affine, nifti)
+    return Header(path, body, shape, affine, dtype, slope, inter, offset, nifti, found)
 
 
 def read_header_block(path, head, body):
@@ -112,7 +141,8 @@ def parse_header(path, block, single):
     little, big = (int.from_bytes(block[:4], order) for order in ("little", "big"))
     kind = nib.Nifti2Header if 540 in (little, big) else nib.Nifti1Header
     if kind.sizeof_hdr not in (little, big) or len(block) < kind.sizeof_hdr:
-        raise BadVolume(f"{path}: not a NIfTI file; convert it")
+        known = name_format(path)
+        raise BadVolume(f"{path}: {f'is {known}' if known else 'not a NIfTI file'}; convert it")
     order = "<" if little == kind.sizeof_hdr else ">"
     nifti = kind(block[:kind.sizeof_hdr], order, check=False)
     if nifti["magic"] != (kind.single_magic if single else kind.pair_magic):
@@ -126,9 +156,13 @@ def check_shape(path, nifti):
     if not 3 <= ndim <= 7 or any(side != 1 for side in sides[3:ndim]):
         raise BadVolume(f"{path}: {ndim}-D, sides {sides[:ndim]}; give one 3-D volume (one frame)")
     shape = tuple(sides[:3])
-    if min(shape) < 1 or max(shape) > MAX_SIDE or np.prod(shape, dtype=float) > MAX_VOXELS:
-        raise BadVolume(f"{path}: sides {shape} are not 1..{MAX_SIDE} and {MAX_VOXELS} voxels at most; "
-                        "crop it or repair the header")
+    voxels = np.prod(shape, dtype=float)
+    if min(shape) < 1 or max(shape) > MAX_SIDE:
+        raise BadVolume(f"{path}: sides {shape} are not 1..{MAX_SIDE}; crop it or repair the header")
+    limit = int(os.environ.get("SMIT_MAX_VOXELS", MAX_VOXELS))
+    if voxels > limit:
+        raise BadVolume(f"{path}: sides {shape} are {voxels:.0f} voxels, more than {limit}; crop it, or allow it with "
+                        f"the environment's SMIT_MAX_VOXELS={voxels:.0f}, at about 12 bytes of memory a voxel")
     return shape
 
 
@@ -171,28 +205,98 @@ def check_length(path, claimed, size, packed):
 def read_affine(path, nifti):
     """Return the affine of voxels to mm in RAS+ space. BadVolume if it is singular, not finite or far off.
 
-    A qfac of 0 is written as 1 into `nifti`, as the standard reads it.
+    Mends `nifti` as the standard reads it: a qfac of 0 is 1, a quaternion that rounding made too long is
+    shortened.
     """
     nifti["pixdim"][0] = nifti["pixdim"][0] or 1
+    shorten_quaternion(nifti)
     try:
         with np.errstate(all="ignore"):
             affine = nifti.get_best_affine().astype(np.float64)
+            affine[:3] *= unit_mm(nifti)
             skew = abs(np.linalg.det(affine[:3, :3] / spacing_of(affine)))
     except (ValueError, nib.spatialimages.HeaderDataError) as error:
         raise BadVolume(f"{path}: orientation: {error}; repair sform or qform") from None
     has_sizes = nifti["sform_code"] or nifti["pixdim"][1:4].min() > 0
     if not (np.abs(affine).max() < 1e5 and skew > .1 and has_sizes):
-        raise BadVolume(f"{path}: affine is singular, not finite or far off; repair sform, qform or pixdim")
+        raise BadVolume(f"{path}: affine is singular, not finite or far off{units_text(nifti)}; "
+                        "repair sform, qform or pixdim")
     return affine
 
 
-def check_field_of_view(path, shape, affine):
+def shorten_quaternion(nifti):
+    """Scale a header's (b, c, d) to length 1 where rounding made it longer, as NIfTI's own library does.
+
+    Only a hair is rounding: a longer one is left for nibabel to refuse, for it is no rotation.
+    """
+    fields = [f"quatern_{letter}" for letter in "bcd"]
+    b, c, d = (float(nifti[field]) for field in fields)
+    square = b * b + c * c + d * d
+    if 1 < square < 1 + QUATERNION_EXCESS:
+        for field, value in zip(fields, (b, c, d)):
+            nifti[field] = value / np.sqrt(square)
+
+
+def unit_mm(nifti):
+    """Return the length in mm of the header's unit of space: metre, mm (the default) or micron."""
+    return {1: 1000., 3: .001}.get(int(nifti["xyzt_units"]) & 7, 1.)
+
+
+def units_text(nifti):
+    """Return ", its unit being the metre" if a header names another unit than mm, else ""."""
+    name = {1: "metre", 3: "micron"}.get(int(nifti["xyzt_units"]) & 7)
+    return f", its unit being the {name} (xyzt_units)" if name else ""
+
+
+def check_field_of_view(path, shape, affine, nifti):
     """Raise BadVolume for voxels or a field of view of a size that would ask for all memory once resampled."""
     spacing = spacing_of(affine)
     field = spacing * shape
     sizes_fit = MIN_MM <= spacing.min() and spacing.max() <= MAX_MM
     if not (sizes_fit and field.max() <= MAX_FIELD_MM and field.prod() <= MAX_FIELD_MM3):
-        raise BadVolume(f"{path}: spacing {spacing} mm, or the field of view {field} mm, is absurd; repair the header")
+        raise BadVolume(f"{path}: spacing {spacing} mm, or the field of view {field} mm, is absurd{units_text(nifti)}; "
+                        "repair the header")
+
+
+def geometry_concerns(path, shape, affine, nifti):
+    """Return what is odd about a sound header: no orientation, two that differ, axes not at right angles."""
+    found = []
+    has_qform, has_sform = int(nifti["qform_code"]) > 0, int(nifti["sform_code"]) > 0
+    if not has_qform and not has_sform:
+        axes = "".join(nib.aff2axcodes(affine))
+        found.append(Concern(path, "left and right are unknown: qform_code and sform_code are 0", f"taken as {axes}",
+                             "set the orientation in the header"))
+    if has_qform and has_sform:
+        found += differing_forms(path, shape, affine, nifti)
+    degrees = skew_degrees(affine)
+    if degrees > SKEW_DEGREES:
+        found.append(Concern(path, "its axes are not at right angles: gantry tilt?", f"{degrees:.1f} degrees",
+                             "use dcm2niix's file of corrected tilt"))
+    return tuple(found)
+
+
+def differing_forms(path, shape, affine, nifti):
+    """Return a concern if the qform puts the volume elsewhere than the sform, which is used."""
+    try:
+        qform = nifti.get_qform() * unit_mm(nifti)
+    except (ValueError, nib.spatialimages.HeaderDataError):
+        return []                                                    # not used, so not needed
+    qform[3, 3] = 1
+    apart_mm = (np.abs((qform - affine)[:3]) @ [*shape, 1]).max()
+    if not apart_mm > spacing_of(affine).max():
+        return []
+    codes = ["".join(nib.aff2axcodes(form)) for form in (affine, qform)]
+    mirrored = np.linalg.det(affine[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0 or codes[0][0] != codes[1][0]
+    what = "qform and sform differ, even in left and right" if mirrored else "qform and sform differ"
+    return [Concern(path, f"{what}; the sform is used", f"{codes[0]} by sform, {codes[1]} by qform, "
+                    f"{apart_mm:.4g} mm apart", "make them agree")]
+
+
+def skew_degrees(affine):
+    """Return by how many degrees the axes of a grid depart from right angles, at most."""
+    axes = affine[:3, :3] / spacing_of(affine)
+    cosines = (axes.T @ axes)[np.triu_indices(3, 1)]
+    return float(np.degrees(np.arcsin(np.clip(np.abs(cosines).max(), 0, 1))))
 
 
 # -------------------------------------------------------------------------------------------- voxels
@@ -244,17 +348,20 @@ def read_volume(path):
     return torch.from_numpy(volume.reshape(header.shape, order="F")), header.affine
 
 
-def read_label(path, num_classes=None, allow_empty=False):
+def read_label(path, num_classes=None, allow_empty=True):
     """Read a label: (uint8 (X, Y, Z), affine float64).
 
-    BadVolume if it is damaged, empty, or not whole numbers in 0..num_classes - 1.
+    BadVolume if it is damaged, or not whole numbers in 0..num_classes - 1; if empty, unless allowed.
     """
     header = read_header(path)
     highest = (num_classes or 256) - 1
+    # scaled integers are whole to half a step; half a class is never forgiven
+    step = abs(header.slope) if header.dtype.kind in "iu" else 0
+    tolerance = max(1e-4, step * .5001) if step < .5 else 1e-4
     label = np.empty(int(np.prod(header.shape)), np.uint8)
     for start, values in read_pieces(header):
-        whole = values.round()                                       # what is scaled may be a hair off
-        wrong = values[(np.abs(values - whole) > 1e-4) | (whole < 0) | (whole > highest)]
+        whole = values.round()
+        wrong = values[(np.abs(values - whole) > tolerance) | (whole < 0) | (whole > highest)]
         if len(wrong):
             raise BadVolume(f"{path}: label value {wrong[0]} is not a whole number in 0..{highest}; repair the label")
         label[start:start + len(values)] = whole

@@ -17,7 +17,10 @@ import numpy as np
 import torch
 
 from smit.data import cases as case_files
+from smit.data import concerns
+from smit.data.concerns import Concern
 from smit.data.nifti import BadVolume, pair
+from smit.data.organs import case_names, identities
 from smit.masking import random_block_mask
 from smit.runtime.ranks import ignore_stop_signals
 from smit.transforms import crop, rotate90
@@ -82,12 +85,35 @@ def first_number(path):
 
 
 def fold_split(cases, fold, folds):
-    """Split for cross-validation: (train, held back); nnU-Net's folds if the cases are sorted by name [nnU-Net]."""
-    order = np.arange(len(cases))
-    np.random.RandomState(FOLD_SEED).shuffle(order)
-    held_back = sorted(np.array_split(order, folds)[fold].tolist())
-    train = [i for i in range(len(cases)) if i not in held_back]
-    return [cases[i] for i in train], [cases[i] for i in held_back]
+    """Split for cross-validation: (train, held back), nnU-Net's folds [nnU-Net].
+
+    If the lists give each case its "fold", as MONAI's do and nnU-Net's splits_final.json, theirs are taken
+    and `folds` does not count. Else the names are sorted as plain text, so that case_10 comes before case_2,
+    and shuffled by a fixed seed, whatever the order of the list.
+    ValueError if only some cases have a fold, or none has this one.
+    """
+    listed = [case.get("fold") for case in cases]
+    if any(number is not None for number in listed):
+        held_back = listed_fold(cases, listed, fold)
+    else:
+        names = case_names([case["image"] for case in cases])
+        order = np.array(sorted(range(len(cases)), key=names.__getitem__))
+        np.random.RandomState(FOLD_SEED).shuffle(order)
+        held_back = set(np.array_split(order, folds)[fold].tolist())
+    train = [case for i, case in enumerate(cases) if i not in held_back]
+    return train, [case for i, case in enumerate(cases) if i in held_back]
+
+
+def listed_fold(cases, listed, fold):
+    """Return the indices of the cases that their list puts into this fold."""
+    without = [case["image"] for case, number in zip(cases, listed) if type(number) is not int]
+    if without:
+        raise ValueError(f"{without[0]} has no whole number as its fold, though other cases have: {len(without)} cases "
+                         "without; complete the list, or drop all its folds")
+    if fold not in listed:
+        raise ValueError(f"--fold {fold}: the list has the folds {sorted(set(listed))}; name one of them")
+    concerns.note(f"fold {fold} is the list's own: {listed.count(fold)} of {len(cases)} cases are held back")
+    return {i for i, number in enumerate(listed) if number == fold}
 
 
 def random_split(cases, held, seed):
@@ -106,7 +132,7 @@ def nested_subset(cases, n, seed):
 
 def list_digest(cases):
     """Return twelve hex digits that change with the names and the order of images, not with their folder."""
-    names = [Path(case["image"]).name for case in cases]
+    names = identities([case["image"] for case in cases])
     return hashlib.sha256(repr(names).encode()).hexdigest()[:12]
 
 
@@ -162,7 +188,8 @@ class ViewPairs(torch.utils.data.Dataset):
         noise        (2, drops) uniform in [0, 1), for drop path
         volume       index of its case
         passed_over  number of unreadable volumes before that one in the list
-        skipped      what is wrong with them, a line each
+        skipped      what is wrong with them, a list of lines
+        concerns     what is odd about the volume, a list
     If no volume can be read, or the cache's disk fails, the sample is the error.
     """
 
@@ -180,7 +207,7 @@ class ViewPairs(torch.utils.data.Dataset):
 
     def __getitem__(self, sample):
         try:
-            volume, index, problems = self.first_readable(self.index_of(sample))
+            volume, index, problems, found = self.first_readable(self.index_of(sample))
         except (BadVolume, OSError) as error:
             return error                                # `load_batches` raises it in the main process
         rng = generator(self.seed, self.split, sample)
@@ -189,7 +216,8 @@ class ViewPairs(torch.utils.data.Dataset):
         return {"views": torch.stack(views)[:, None],
                 "hidden": random_block_mask(2, self.grid, self.mask_ratio, rng),
                 "noise": torch.rand(2, self.drops, generator=rng),
-                "volume": index, "passed_over": len(problems), "skipped": "\n".join(problems)}
+                "volume": index, "passed_over": len(problems), "skipped": problems,
+                "concerns": found + self.slab_concerns(index, volume.shape)}
 
     def index_of(self, sample):
         """Return the index of a sample's volume: shuffled in training, else the sample itself."""
@@ -199,7 +227,7 @@ class ViewPairs(torch.utils.data.Dataset):
         return epoch_order(n, self.seed, sample // n)[sample % n]
 
     def first_readable(self, index):
-        """Return (volume, its index, problems of the volumes passed over), searching from `index` on.
+        """Return (volume, its index, problems of volumes passed over, its concerns), searching from `index` on.
 
         BadVolume of the last one if none can be read.
         """
@@ -208,11 +236,19 @@ class ViewPairs(torch.utils.data.Dataset):
         for place in range(index, index + n):
             try:
                 case = unchanged(self.cases[place % n], self.written[place % n])
-                volume, _ = case_files.cached(case, self.settings, self.cache)
-                return volume, place % n, problems
+                volume, _, found = case_files.cached_with_concerns(case, self.settings, self.cache)
+                return volume, place % n, problems, found
             except BadVolume as error:
                 problems.append(str(error))
         raise BadVolume(problems[-1])
+
+    def slab_concerns(self, index, shape):
+        """Return a concern if the volume, of `shape` voxels once prepared, fills less than half of a view's side."""
+        if all(2 * n >= v for n, v in zip(shape, self.view)):
+            return []
+        return [Concern(self.cases[index]["image"], "is so thin that its views are mostly padding",
+                        f"{tuple(shape)} voxels prepared, views of {tuple(self.view)}",
+                        "leave it out, or lower --view or --spacing")]
 
     def images(self, batch):
         """Return the paths of a batch's volumes."""
@@ -281,6 +317,7 @@ class LabelledCrops(torch.utils.data.Dataset):
         labels        (n, D, H, W) uint8
         noise         (n, drops) uniform in [0, 1), for drop path
         volume        index of its case
+        concerns      what is odd about the volume, a list
     No volume is passed over: if it cannot be used, the sample is the error.
     """
 
@@ -299,7 +336,8 @@ class LabelledCrops(torch.utils.data.Dataset):
         index = epoch_order(n, self.seed, sample // n)[sample % n]
         try:
             case = unchanged(self.cases[index], self.written[index])
-            image, label = case_files.cached(case, self.settings, self.cache, True, self.num_classes)
+            image, label, found = case_files.cached_with_concerns(
+                case, self.settings, self.cache, True, self.num_classes)
         except (BadVolume, OSError) as error:           # a bad file, or the cache's disk
             return error
         rng = generator(self.seed, "labelled", sample)
@@ -310,7 +348,7 @@ class LabelledCrops(torch.utils.data.Dataset):
                 "shift": torch.tensor(shift).view(-1, 1, 1, 1, 1),
                 "labels": torch.stack(labels),
                 "noise": torch.rand(self.crops, self.drops, generator=rng),
-                "volume": index}
+                "volume": index, "concerns": found}
 
     def images(self, batch):
         """Return the paths of a batch's volumes."""
@@ -319,11 +357,15 @@ class LabelledCrops(torch.utils.data.Dataset):
 
 # -------------------------------------------------------------------------------------------- batches
 def collate(samples):
-    """Stack samples; hand on the first error among them, for the main process to raise."""
+    """Stack samples and join their lists; hand on the first error among them, for the main process to raise."""
+    batch = {}
     for sample in samples:
         if isinstance(sample, Exception):
             return sample
-    return torch.utils.data.default_collate(samples)
+        for name in [name for name in sample if isinstance(sample[name], list)]:
+            batch.setdefault(name, []).extend(sample[name])
+    tensors = [{name: value for name, value in sample.items() if name not in batch} for sample in samples]
+    return batch | torch.utils.data.default_collate(tensors)
 
 
 def load_batches(dataset, numbers, workers=0, pin=False):
@@ -357,7 +399,7 @@ class Batches:
 
     def __next__(self):
         batch = next(self.loaded)
-        tell_skipped(batch, self.told)
+        tell_about(batch, self.told)
         if "passed_over" in batch:
             self.count_bad(batch)
         return batch
@@ -390,10 +432,11 @@ class Batches:
                              "mend or remove them")
 
 
-def tell_skipped(batch, told):
-    """Print what is wrong with the volumes that a batch passed over, unless it is in the set `told`; add it there."""
-    for problem in "\n".join(batch.get("skipped", [])).splitlines():
-        if problem and problem not in told:
+def tell_about(batch, told):
+    """Print what is odd about a batch's volumes, and each skipped volume that is not in the set `told`; add it there."""
+    concerns.tell(batch["concerns"])
+    for problem in batch.get("skipped", []):
+        if problem not in told:
             print(f"warning: skipped: {problem}", file=sys.stderr, flush=True)
             told.add(problem)
 
@@ -402,7 +445,7 @@ def batches(dataset, numbers, workers=0, pin=False):
     """Yield micro-batches as `load_batches`, crops augmented already."""
     told = set()
     for batch in load_batches(dataset, numbers, workers, pin):
-        tell_skipped(batch, told)
+        tell_about(batch, told)
         if "scale" in batch:
             batch["images"] = augmented(batch)
         yield batch

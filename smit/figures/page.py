@@ -22,8 +22,8 @@ PANELS = {  # pictures of volumes, in the order of the page: name and what to se
         "collapse."),
     "overlay": (
         "Segmentation",
-        "Outlines of the label and of the prediction in one case, with each organ's Dice in its "
-        "whole volume."),
+        "Outlines of the label and, after the first validation, of the prediction. The legend has "
+        "each organ's Dice in the whole volume."),
     "worst": ("Worst case", "The case of the lowest mean Dice: look for what went wrong."),
     "median": ("Median case", "The case in the middle: this is what to expect."),
     "best": ("Best case", "The case of the highest mean Dice.")}
@@ -72,7 +72,7 @@ body { font: 16px/1.5 sans-serif; max-width: 1900px; margin: 1.5em auto; padding
        color: #222 }
 h1 { margin-bottom: 0 } h2 { margin-top: 1.6em }
 figure { margin: 1em 0 1.6em; overflow-x: auto } figcaption { color: #444; max-width: 60em }
-svg { max-width: 100%; height: auto; border: 1px solid #ddd }
+svg { max-width: 100%; height: auto; border: 1px solid #ddd; box-sizing: border-box }
 .charts { display: grid; column-gap: 1.2em;
           grid-template-columns: repeat(auto-fit, minmax(min(100%, 560px), 1fr)) }
 .charts figure { margin: 0 0 1.2em } .charts svg { width: 100% }
@@ -82,14 +82,15 @@ svg { max-width: 100%; height: auto; border: 1px solid #ddd }
 .facts b { font: 14px/1.7 monospace; flex: 0 0 auto; max-width: 60%; overflow-wrap: anywhere;
            text-align: right }
 .scroll { overflow-x: auto }
-table { border-collapse: collapse } th { text-align: left; vertical-align: bottom }
+table { border-collapse: collapse } th { text-align: left } th + th { text-align: right }
 th, td { padding: 0.15em 1.2em 0.15em 0; border-top: 1px solid #ddd }
 td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-td small, th small { color: #666; font-weight: normal } tr.mean { font-weight: bold }
+td small, th small { color: #666; font-weight: normal; margin-left: 0.5em }
+tr.mean { font-weight: bold }
 """
 
 
-# ----------------------------------------------------------------------------------- parts of a page
+# --------------------------------------------------------------------------------- parts of a page
 def number_text(value, digits=None):
     """Write a value: four significant digits, or so many decimals; a dash if it is not known."""
     if value is None or isinstance(value, float) and not math.isfinite(value):

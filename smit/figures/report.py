@@ -17,7 +17,7 @@ from smit.masking import expand_mask
 from smit.metrics import to_numpy
 
 
-# ------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------- training
 def run_page(out, config, title, expected=()):
     """Write OUT/index.html with charts of OUT/log.csv and the pictures that OUT has [ours].
 
@@ -105,7 +105,7 @@ def finetuning_report(out, config, image=None, label=None, pred=None, case=None)
     run_page(out, config, "Fine-tuning", expected)
 
 
-# ---------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------------- evaluation
 def evaluation_report(out, cases, rows, names, facts):
     """Write OUT/index.html with scores and the cases of worst, median and best mean Dice [ours].
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, figures, metrics, pretrain, runtime, scoring
+from smit import data, figures, metrics, pretrain, runtime, scoring, weights
 from smit.data.organs import case_name
 from smit.data.samples import ViewPairs
 from smit.masking import expand_mask
@@ -96,7 +96,8 @@ def load_student(path):
     """Load a student.pt: (student in eval mode, settings of its run)."""
     state = runtime.load_checkpoint(path)
     student = pretrain.build_student(state["config"]).eval()
-    student.load_state_dict(state["model"])
+    found, _ = weights.upgrade(state["model"], state["config"])
+    student.load_state_dict(found)
     return student, state["config"]
 
 

@@ -1,6 +1,7 @@
-"""Scores of finished cells: read, grouped, averaged over seeds, compared [SMIT Table 2].
+"""Read, group and average the scores of finished cells [SMIT Table 2].
 
-Seeds are averaged case by case before intervals and tests, so that n is the number of cases.
+Seeds are averaged case by case before the tests and the intervals over cases, so that their n is the
+number of cases. Intervals over seeds and cases keep both. A run is told by its seed and its draw.
 Reading order: Score and Run, files, grouping, averages, intervals.
 """
 import csv
@@ -24,6 +25,8 @@ class Score(NamedTuple):
     fold: int
     ratio: float
     modality: str
+    draw: int                          # of the labelled volumes; None: by the seed
+    recipe: str                        # of fine-tuning, or of what stands on a frozen encoder
     case: str
     organ: str
     dice: float                        # nan: absent from prediction and label
@@ -37,11 +40,13 @@ class Run(NamedTuple):
     fold: int
     ratio: float
     modality: str
+    draw: int
+    recipe: str
     pretraining: dict                  # None for random weights and given checkpoints
     finetuning: dict
 
 
-CELL = Score._fields[:6]               # what tells one cell from another
+CELL = Score._fields[:8]               # what tells one cell from another
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -151,6 +156,11 @@ def dice_by_case(scores):
     return dict(zip(cases, dice_by_organ(scores)["AVG"], strict=True))
 
 
+def dice_by_run_and_case(scores):
+    """Average over organs only: {(seed, draw): {case: Dice}}."""
+    return {run: dice_by_case(part) for run, part in group(scores, "seed", "draw").items()}
+
+
 # -------------------------------------------------------------------------------------- intervals
 class Estimate(NamedTuple):
     """A mean over cases with its 95 % bootstrap interval."""
@@ -169,3 +179,23 @@ def paired_difference(first, second):
     """Test first - second over the cases that both have, each {case: Dice}: as metrics.paired_test."""
     cases = [case for case in first if case in second]
     return metrics.paired_test([first[case] for case in cases], [second[case] for case in cases])
+
+
+def differences_by_run(first, second):
+    """Subtract {(seed, draw): {case: Dice}}: an array (runs, cases), nan where one of them lacks.
+
+    Only runs that both have count: their fine-tunings share volumes, order and decoder.
+    """
+    runs = [run for run in first if run in second]
+    differences = []
+    for run in runs:
+        pairs = {case: dice - second[run].get(case, math.nan) for case, dice in first[run].items()}
+        differences.append(pairs)
+    return as_array(differences)
+
+
+def as_array(dice):
+    """Array (runs, cases) of a list of {case: value}, nan where a run lacks a case."""
+    cases = sorted(set().union(*dice))
+    values = [[by_case.get(case, math.nan) for case in cases] for by_case in dice]
+    return np.array(values, dtype=float).reshape(len(dice), len(cases))
