@@ -4,7 +4,7 @@
     encoder = load_encoder("runs/ssl/student.pt")          # or any file that smit.weights reads
     maps, affines = features(encoder, "scan.nii.gz")       # five maps of tokens, and where they lie
     net = load_network("runs/finetune/best.pt")
-    label = segment(net, "scan.nii.gz")                    # (X, Y, Z) uint8, on the grid of the file
+    label = segment(net, "scan.nii.gz")                    # (X, Y, Z) uint8, on the file's grid
 
 A volume is a NIfTI file, or an array (X, Y, Z) with its affine. It is prepared as the network's
 training volumes were: spacing, orientation and intensities come from the checkpoint. evaluate.py
@@ -18,7 +18,6 @@ import torch
 
 from smit import data, runtime, transforms, weights
 from smit.segment import build_network, predict
-from smit.transforms import to_file_grid
 
 SETTINGS = {"num_classes", "spacing", "modality", "hu_window", "crop", *weights.SIZES}
 
@@ -95,11 +94,12 @@ def prepare_volume(volume, affine=None, settings=None):
 
     image = torch.as_tensor(np.asarray(volume), dtype=torch.float32)
     if affine is None or np.shape(affine) != (4, 4) or image.ndim != 3:
-        raise ValueError(f"an array of shape {tuple(image.shape)}: give (X, Y, Z) and its affine, (4, 4)")
+        raise ValueError(f"an array of shape {tuple(image.shape)}: give (X, Y, Z) and its affine, "
+                         "(4, 4)")
     affine = np.asarray(affine, dtype=np.float64)
     if not image.isfinite().all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-9:
         raise ValueError("the array or its affine is not finite, or the affine is singular")
-    prepared, grid = transforms.prepare(image, affine, settings, "the array")
+    prepared, grid = transforms.prepare(image + settings.hu_offset, affine, settings, "the array")
     return {"image": prepared, "affine": grid, "label": None,
             "original_affine": affine, "original_shape": tuple(image.shape)}
 
@@ -147,8 +147,8 @@ def segment(nets, volume, affine=None, tta=False, precision="auto", **sliding):
     turns = range(4) if tta else (0,)
     with runtime.Precision(precision, next(nets[0].parameters()).device).autocast():
         scores = class_scores(nets, prepared["image"].numpy(), turns, **sliding)
-    return to_file_grid(scores, prepared["affine"], prepared["original_shape"],
-                        prepared["original_affine"])
+    return transforms.to_file_grid(scores, prepared["affine"], prepared["original_shape"],
+                                   prepared["original_affine"])
 
 
 def class_scores(nets, image, turns=(0,), **sliding):
@@ -167,8 +167,9 @@ def class_scores(nets, image, turns=(0,), **sliding):
 
 def check_alike(nets):
     """Raise ValueError unless networks prepare volumes alike and number organs alike."""
-    for name in ("spacing", "modality", "hu_window", "hu_offset", "num_classes", "labels"):
-        values = [net.config.get(name) for net in nets]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"networks of different {name} cannot vote together: {values[0]} and "
-                             f"{next(value for value in values if value != values[0])}")
+    for net in nets[1:]:
+        for name in ("spacing", "modality", "hu_window", "hu_offset", "num_classes", "labels"):
+            first, other = nets[0].config.get(name, 0), net.config.get(name, 0)
+            if first != other:
+                raise ValueError(f"networks of different {name} cannot vote together: {first} and "
+                                 f"{other}")

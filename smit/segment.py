@@ -62,7 +62,7 @@ def build_network(config):
     """
     try:
         encoder = {name: config[name] for name in SIZES}
-        encoder |= config.get("imported", {})            # what an imported encoder has besides
+        encoder |= config.get("imported", {})            # what only an imported encoder has
         return SegmentationNet(config["num_classes"], drop_path=config["drop_path"],
                                checkpointing=config["checkpointing"], **encoder)
     except (RuntimeError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
@@ -139,6 +139,8 @@ def load_encoder(net, state_dict, partial=False):
     nothing loaded, unless every parameter of either encoder has its counterpart (or
     partial=True), and for values that are not finite.
     """
+    # differs: the release's fine-tuner loads nothing from its own checkpoints and
+    # reports success
     given = encoder_weights(state_dict)
     counts = fill(net.encoder, given, partial)
     dropped = count(state_dict) - count(given)

@@ -179,7 +179,8 @@ def check_sizes(args, sizes):
 
 def preparation_warning(args, config):
     """Warn of an --init whose volumes, by its run's settings, were prepared otherwise; else ""."""
-    names = ("spacing", "modality", "hu_window")
+    names = ("spacing", "modality", "hu_window", "hu_offset")
+    config = {"hu_offset": 0.0, **config} if config else {}
     if not any(name in config for name in names):
         return f"warning: {args.init} does not say how its volumes were prepared"
     differences = [f"{name} {getattr(args, name)} here, {config.get(name)} there"

@@ -1,8 +1,8 @@
 """Say what a file of weights is, and convert it.
 
-    python -m smit.weights model_swinvit.pt                          # what of it would be used?
+    python -m smit.weights model_swinvit.pt                          # what would be used?
     python -m smit.weights model_swinvit.pt --to smit                # for --init
-    python -m smit.weights runs/ssl/student.pt --to monai            # for MONAI's SwinUNETR, 1.5.0 on
+    python -m smit.weights runs/ssl/student.pt --to monai            # for SwinUNETR, MONAI 1.5.0 on
     python -m smit.weights runs/finetune/best.pt --to safetensors    # to publish
 
 Reads torch files and safetensors with an encoder of this project, MONAI's SwinViT, alone or within

@@ -6,8 +6,8 @@ from smit.weights import names, orders, safetensors_file
 from smit.weights.habits import HABITS
 
 # of a run's settings, what others need: no path, and no name of a case
-PUBLISHED = ("spacing", "modality", "hu_window", "crop", "view", "num_classes", "labels",
-             "drop_path", "checkpointing")
+PUBLISHED = ("spacing", "modality", "hu_window", "hu_offset", "crop", "view", "num_classes",
+             "labels", "drop_path", "checkpointing")
 
 
 def to_smit(encoder):

@@ -53,7 +53,7 @@ def adopt(encoder, habits):
 
 
 class DuplicatedMerging(PatchMerging):
-    """Join the neighbours that MONAI joined from version 0.9 to 1.4: two of the eight twice, two never."""
+    """Join the neighbours that MONAI joined from 0.9.0 to 1.4: two of eight twice, two never."""
 
     def forward(self, x):
         """x (B, D, H, W, C) -> (B, D/2, H/2, W/2, 2C)."""
@@ -114,5 +114,5 @@ def scatter_windows(windows, window, grid):
     d, h, w = window
     C = windows.shape[-1]
     x = windows.view(-1, D // d, H // h, W // w, d, h, w, C)
-    x = x.permute(0, 1, 3, 5, 2, 4, 6, 7)                               # the inverse: 0 1 4 2 5 3 6 7
+    x = x.permute(0, 1, 3, 5, 2, 4, 6, 7)                         # the inverse: 0 1 4 2 5 3 6 7
     return x.reshape(-1, D, H, W, C)

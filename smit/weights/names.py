@@ -1,6 +1,7 @@
-"""This project's, MONAI's and the authors' names of the same tensors [ours]. Needs the standard library alone.
+"""Translate MONAI's and the authors' names of tensors to this project's [ours].
 
-MONAI's SwinViT counts its stages from 1, layers1.0 to layers4.0; the release from 0, layers.0 on.
+Needs the standard library alone. MONAI's SwinViT counts its stages from 1, layers1.0 to layers4.0;
+the release counts from 0, layers.0 on.
 In this project a tensor is called as SwinTransformer3D's state dict has it.
 """
 import re
@@ -92,12 +93,13 @@ def find_encoder(names):
     (prefix,) = prefixes
     inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     if any(re.match(r"layers\dc\.", name) for name in inside):
-        raise ValueError("a convolution stands before each stage (MONAI's use_v2=True, as in VoCo); "
-                         "the encoder here has none, so these weights have no place in it")
+        raise ValueError("a convolution stands before each stage (MONAI's use_v2=True, as in "
+                         "VoCo); the encoder here has none, so these weights have no place in it")
     for family, start in FIRST_STAGE.items():
         if any(name.startswith(start) for name in inside):
             return family, prefix
-    raise ValueError(f"a patch embedding, but no stage of a known name among {', '.join(inside[:3])}")
+    raise ValueError(f"a patch embedding, but no stage of a known name among "
+                     f"{', '.join(inside[:3])}")
 
 
 def our_name(name, family, prefix):

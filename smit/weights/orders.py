@@ -1,5 +1,6 @@
-"""Bring the inputs of patch merging from other people's order to row-major [ours]. Needs torch alone.
+"""Bring the inputs of patch merging from other people's order to row-major [ours].
 
+Needs torch alone.
 Patch merging concatenates eight neighbours, and its norm and reduction weigh them
 in that order. The order is a convention: swin.py uses row-major, others use their own.
 """

@@ -1,6 +1,6 @@
 """Read the encoder in a file of any known kind, whole or not at all [ours].
 
-Reading order: Encoder, read_encoder; the file; its settings and the encoder's sizes; into a network.
+Reading order: Encoder, read_encoder; the file; its settings, the encoder's sizes; into a network.
 """
 import json
 import re
@@ -15,11 +15,12 @@ from smit.swin import SwinTransformer3D
 from smit.weights import names, orders, safetensors_file
 from smit.weights.habits import HABITS, adopt
 
-WRAPPERS = ("state_dict", "model", "student", "teacher", "net", "network_weights")
+# keys that hold weights; an average of a fine-tuning run goes before its newest ones
+WRAPPERS = ("average", "state_dict", "model", "student", "teacher", "net", "network_weights")
 
 
 class Encoder(NamedTuple):
-    """The encoder in a file: its weights, named as in SwinTransformer3D, and what is known of it."""
+    """Hold the encoder in a file: its weights, named as in SwinTransformer3D, and facts on it."""
     weights: dict       # {name: tensor}; mask_token may lack
     arguments: dict     # of SwinTransformer3D: SIZES, in_channels, patch, mlp_ratio, qkv_bias
     habits: list        # of habits.HABITS; empty for this project's own
@@ -35,7 +36,7 @@ class Encoder(NamedTuple):
         return encoder
 
     def settings(self):
-        """List a run's settings of this encoder: SIZES, and "imported" if no run here makes such."""
+        """Make a run's settings of this encoder: SIZES, and "imported" where it is no own one."""
         sizes = {name: self.arguments[name] for name in SIZES}
         own = {"patch": 2, "mlp_ratio": 4, "qkv_bias": False, "habits": []}
         given = {**self.arguments, "habits": self.habits}
@@ -56,7 +57,8 @@ def read_encoder(path, part=None, merge=None, drop=(), state=None):
     try:
         return recognise(path, state, part, merge, tuple(drop))
     # a stranger's settings raise anything
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError,
+            ArithmeticError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} holds no pre-trained {part or 'encoder'} that can be used: "
                          f"{reason}") from None
@@ -74,7 +76,7 @@ def recognise(path, state, part, merge, drop):
                          "give student.pt or last.pt of train_ssl.py, or best.pt of finetune.py")
 
     if "mask_token" in weights:
-        weights["mask_token"] = weights["mask_token"].flatten()            # (1, 1, C) in the release
+        weights["mask_token"] = weights["mask_token"].flatten()      # (1, 1, C) in the release
     order, reason = merge_order(family, config, tensors, merge)
     weights = orders.merges_row_major(weights, orders.ORDERS[order])
     arguments = deduce_arguments(weights, config.get("window"))
@@ -296,14 +298,13 @@ def expected_weights(arguments, habits, weights):
 
 # --------------------------------------------------------------- into a network
 def fill(encoder, weights, partial=False):
-    """Write weights, named as in SwinTransformer3D, into an encoder; returns the parameters' counts.
+    """Write weights, named as in SwinTransformer3D, into an encoder; returns how many fit.
 
     The mask token is left out where the encoder has none, and the patch embedding adapted to its
     channels. partial: write what fits and leave the rest.
     ValueError, with nothing written, unless every parameter of either has its counterpart (or
     partial=True), and for values that are not finite.
     """
-    # differs: the release's fine-tuner loads nothing from its own checkpoints and reports success
     own = encoder.state_dict()
     weights = dict(weights)
     if "mask_token" not in own:
@@ -314,8 +315,8 @@ def fill(encoder, weights, partial=False):
 
     alike, counts = compare(own, weights)
     if not alike and not partial:
-        raise ValueError(f"encoder weights: {counts}; build the network as the pre-trained one was, "
-                         "or ask for a partial load")
+        raise ValueError(f"encoder weights: {counts}; build the network as the pre-trained one "
+                         "was, or ask for a partial load")
     matched = matching(own, weights)
     for name, tensor in matched.items():
         if not tensor.isfinite().all():
@@ -326,7 +327,7 @@ def fill(encoder, weights, partial=False):
 
 
 def compare(own, weights):
-    """Compare an encoder's tensors with others: (whether all have their counterpart, the counts)."""
+    """Compare an encoder's tensors with others: (whether each has a counterpart, the counts)."""
     matched = matching(own, weights)
     missing = {name: tensor for name, tensor in own.items() if name not in matched}
     unexpected = {name: tensor for name, tensor in weights.items() if name not in matched}

@@ -1,11 +1,12 @@
 """Read and write safetensors files, which hold tensors and text and no code [ours].
 
-The format: eight bytes with the header's length, little-endian; the header, JSON, padded with spaces to a multiple of
-eight; then the tensors' bytes, one after the other. The header maps each name to its dtype, its shape and its first
-and last byte after the header. "__metadata__" maps text to text. Needs torch and the standard library alone.
+The format has three parts: eight bytes with the header's length, little-endian; the header, JSON,
+padded with spaces to a multiple of eight; the tensors' bytes, one after the other. The header maps
+each name to its dtype, its shape, and where its bytes begin and end, counted after the header.
+"__metadata__" maps text to text. Needs torch and the standard library alone.
 
-No file is trusted: sizes are compared before memory is taken, and every byte must belong to exactly one tensor.
-Compared with the format's own package in tests/test_safetensors_file.py.
+No file is trusted: sizes are compared before memory is taken, and every byte must belong to
+exactly one tensor. Compared with the format's own package in tests/test_safetensors_file.py.
 """
 import json
 import math
@@ -26,12 +27,13 @@ MAX_HEADER = 2 ** 25  # bytes; ten thousand tensors need one million [ours]
 def encode(tensors, metadata):
     """Return the bytes of a safetensors file.
 
-    tensors: {name: tensor}; metadata: {text: text}. Wide types come first, so that each tensor starts at a multiple
-    of its own width. ValueError names a tensor whose dtype the format lacks here.
+    tensors: {name: tensor}; metadata: {text: text}. Wide types come first, so that each tensor
+    starts at a multiple of its own width. ValueError names a tensor of a dtype not known here.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in CODES:
-            raise ValueError(f"{name} is {tensor.dtype}, which this writer does not know; convert it first")
+            raise ValueError(f"{name} is {tensor.dtype}, which this writer does not know; "
+                             "convert it first")
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
     header, pieces, position = {"__metadata__": metadata}, [], 0
@@ -54,8 +56,8 @@ def encode(tensors, metadata):
 def read(path):
     """Return the tensors, {name: tensor} on CPU, and the metadata, {text: text}.
 
-    ValueError names the file and its fault: a header that is cut or no JSON, bytes that belong to no tensor or to two,
-    a shape that does not fit its bytes, values that are not finite.
+    ValueError names the file and its fault: a header that is cut or no JSON, bytes that belong to
+    no tensor or to two, a shape that does not fit its bytes, values that are not finite.
     """
     try:
         with open(path, "rb") as file:
@@ -63,10 +65,13 @@ def read(path):
             metadata = header.pop("__metadata__", {})
             check_metadata(metadata)
             check_ranges(header, os.fstat(file.fileno()).st_size - start)
-            tensors = {name: read_tensor(file, start, name, entry) for name, entry in header.items()}
+            tensors = {}
+            for name, entry in header.items():
+                tensors[name] = read_tensor(file, start, name, entry)
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} is refused as safetensors: {reason}; use another file or make it anew") from None
+        raise ValueError(f"{path} is refused as safetensors: {reason}; use another file or make it "
+                         "anew") from None
     return tensors, metadata
 
 
@@ -84,14 +89,17 @@ def read_header(file):
     except UnicodeDecodeError:
         raise ValueError("its header is not UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"its header is no JSON ({error.msg} at character {error.pos})") from None
+        raise ValueError(f"its header is no JSON ({error.msg} at {error.pos})") from None
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     return header, 8 + length
 
 
 def without_duplicates(pairs):
-    """Make a dict of a JSON object; ValueError for a name that comes twice, which two readers could take differently."""
+    """Make a dict of a JSON object; ValueError for a name that comes twice.
+
+    Two readers could take it differently.
+    """
     result = dict(pairs)
     if len(result) < len(pairs):
         raise ValueError("its header names something twice")
@@ -100,12 +108,13 @@ def without_duplicates(pairs):
 
 def check_metadata(metadata):
     """Raise ValueError unless the metadata maps text to text."""
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    texts = metadata.values() if isinstance(metadata, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError("its metadata is not text for text")
 
 
 def check_ranges(header, available):
-    """Raise ValueError unless the tensors fill the `available` bytes after the header: no gap, no byte twice."""
+    """Raise ValueError unless tensors fill the bytes after the header: no gap, no byte twice."""
     for name, entry in header.items():
         check_entry(name, entry)
     position = 0
@@ -121,25 +130,27 @@ def check_ranges(header, available):
 
 
 def check_entry(name, entry):
-    """Raise ValueError unless an entry's dtype is known and its shape needs the bytes that its offsets span."""
+    """Raise ValueError unless the dtype is known and the shape fills the bytes it claims."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} is not described by dtype, shape and data_offsets alone")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise ValueError(f"{name!r} is of dtype {entry['dtype']!r}, which this reader does not know")
+    if entry["dtype"] not in list(DTYPES):
+        raise ValueError(f"{name!r} is of dtype {entry['dtype']!r}, which this reader does not "
+                         "know")
     for field in ("shape", "data_offsets"):
-        numbers = entry[field]
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2 ** 48 for n in numbers):
+        numbers = entry[field] if isinstance(entry[field], list) else [None]
+        if not all(type(number) is int and 0 <= number < 2 ** 48 for number in numbers):
             raise ValueError(f"the {field} of {name!r} are no list of whole numbers from 0 on")
     if len(entry["data_offsets"]) != 2:
         raise ValueError(f"the data_offsets of {name!r} are not two")
     begin, end = entry["data_offsets"]
     needed = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
     if end - begin != needed:
-        raise ValueError(f"{name!r} of shape {entry['shape']} needs {needed} bytes and claims {end - begin}")
+        raise ValueError(f"{name!r} of shape {entry['shape']} needs {needed} bytes and claims "
+                         f"{end - begin}")
 
 
 def read_tensor(file, start, name, entry):
-    """Read one tensor whose entry was checked; ValueError if it is not finite or the file ends early."""
+    """Read a tensor whose entry was checked; ValueError if not finite, or if the file ends."""
     begin, end = entry["data_offsets"]
     file.seek(start + begin)
     buffer = bytearray(file.read(end - begin))
