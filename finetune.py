@@ -13,15 +13,13 @@ smit/settings.py.
 import copy
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from smit import data, ema, figures, losses, metrics, phantom, runtime, segment, settings, weights
-from smit.data import samples
-from smit.data.organs import case_name
+from smit.data import organs, samples
 from smit.runtime import progress
 
 PRESETS = settings.FINETUNING_PRESETS
@@ -34,14 +32,16 @@ def parse_arguments(argv=None):
 
 # ---------------------------------------------------------------------------------------- data
 def preparation(args):
-    return data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window))
+    return data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window),
+                            hu_offset=args.hu_offset)
 
 
 def read_lists(args, sources):
     """Read all lists: (cases of --key, cases of --val_key where a list has it, what is wrong)."""
-    cases, problems = data.read_lists(sources, args.key)
+    cases, problems = data.read_lists(sources, args.key, args.data_root, args.modality)
     with_val_key = [path for path in sources if data.has_split(path, args.val_key)]
-    listed, more_problems = data.read_lists(with_val_key, args.val_key)
+    listed, more_problems = data.read_lists(with_val_key, args.val_key, args.data_root,
+                                            args.modality)
     return cases, listed, problems + more_problems
 
 
@@ -205,10 +205,10 @@ def train(args, ranks, out):
     val_steps = args.val_every * len(cases) / per_step
 
     # --------------------------------------------------------------------- network, optimiser
+    identities = organs.identities([case["image"] for case in cases + held_back])
     config = {**vars(args), **sizes, "num_classes": num_classes, "labels": names,
               "global_batch": per_step, "total": total, "format": weights.FORMAT,
-              "train": [Path(case["image"]).name for case in cases],
-              "held_back": [Path(case["image"]).name for case in held_back]}
+              "train": identities[:len(cases)], "held_back": identities[len(cases):]}
     torch.manual_seed(args.seed)        # --init replaces the encoder alone: methods share a decoder
     net = segment.build_network(config)
     report = "encoder weights: random"
@@ -299,7 +299,7 @@ def train(args, ranks, out):
             image, label = data.cached(case, preparation(args), args.cache, True, num_classes)
             if pred is None and last:
                 pred = predict(kept.eval(), image, args, precision)
-            figures.finetuning_report(out, config, image, label, pred, case_name(case["image"]))
+            figures.finetuning_report(out, config, image, label, pred, organs.case_name(case["image"]))
 
         (leaving,) = ranks.agree(stop.asked)
         if ranks.is_main and improved:
@@ -320,7 +320,7 @@ def check(args):
     cases, listed, problems = read_lists(args, args.data)
     num_classes = count_classes(args, organ_names(args.data))
     data.check_voxels(cases + listed, preparation(args), True, num_classes, problems, args.workers)
-    print(f"checked: {len(cases + listed)} cases, all good")
+    print(f"checked: {data.count(len(cases + listed), 'case')}, {data.verdict()}")
 
 
 def main(args):

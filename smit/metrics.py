@@ -61,10 +61,10 @@ def hd95(pred, label, spacing):
 
 
 def surface_dice(pred, label, spacing, tolerance_mm):
-    """Return the share of both surfaces' voxels within tolerance_mm of the other surface [ours, as MONAI].
+    """Return the share of both surfaces that lies near the other surface [ours, as MONAI].
 
-    Surface voxels are counted, each once, whatever area it stands for. nan if both masks
-    are empty, 0 if one is.
+    Near: within tolerance_mm. Surface voxels are counted, each once, however large an
+    area it stands for. nan if both masks are empty, 0 if one is.
     """
     return share_within(*surface_distances(pred, label, spacing), tolerance_mm)
 
@@ -126,7 +126,10 @@ def to_mask(values):
 
 
 def bounding_box(mask):
-    """Return three slices around the True voxels of mask (D, H, W); empty slices if there are none."""
+    """Return three slices around the True voxels of mask (D, H, W).
+
+    They are empty slices if there are none.
+    """
     flat = mask.any(0)                                                     # (H, W)
     lines = [mask.flatten(1).any(1), flat.any(1), flat.any(0)]
     box = []
@@ -160,8 +163,9 @@ def nearest(query, target, spacing):
     needed only in planes, rows and voxels that hold a query.
     """
     flat = target.any(0)                                                   # (H, W)
-    rows = flat.any(1).nonzero()[:, 0]                                     # of target's H that hold a voxel
-    columns = flat.any(0).nonzero()[:, 0]                                  # of its W
+    # places on the second and third axis that hold a voxel of target
+    rows = flat.any(1).nonzero()[:, 0]
+    columns = flat.any(0).nonzero()[:, 0]
     if not len(rows):
         return torch.full((int(query.sum()),), math.inf)
     first = steps_along_first(target[:, rows][:, :, columns])              # (D, rows, columns)
@@ -174,7 +178,8 @@ def nearest(query, target, spacing):
         h, w = mask.nonzero(as_tuple=True)
         lines, line = h.unique(return_inverse=True)
         best = torch.full((len(lines), len(columns)), math.inf)
-        for row, offset in zip(plane, second[:, lines]):                   # a loop: the sums for all rows miss the cache
+        # a loop, for the sums of all rows at once would miss the cache
+        for row, offset in zip(plane, second[:, lines]):
             best = torch.minimum(best, row + offset[:, None])
         distances.append((best[line] + third[:, w].T).amin(1).sqrt())
     return torch.cat(distances)

@@ -16,12 +16,13 @@ from smit.swin import SwinTransformer3D
 class Outputs(NamedTuple):
     """Hold the results of one forward; a head that was not built gives None.
 
-    B views, N patch tokens of 16^3 voxels, C channels, K prototypes.
+    B views, N patch tokens of 16^3 voxels, C channels, K prototypes. The tokens are the
+    last stage's, before its merge: 6^3 of 384 channels at 96^3.
     """
-    tokens: torch.Tensor               # (B, N, C): the last stage's, before its merge; 6^3 of 384 at 96^3
-    voxels: torch.Tensor = None        # (B, c, D, H, W): h^Pred
-    patch_logits: torch.Tensor = None  # (B, N, K): h^Patch, before temperature
-    image_logits: torch.Tensor = None  # (B, K): h^[CLS]
+    tokens: torch.Tensor               # (B, N, C)
+    voxels: torch.Tensor = None        # (B, c, D, H, W), of h^Pred
+    patch_logits: torch.Tensor = None  # (B, N, K), of h^Patch
+    image_logits: torch.Tensor = None  # (B, K), of h^[CLS]
 
 
 class SMIT(nn.Module):
@@ -68,7 +69,8 @@ class SMIT(nn.Module):
         hidden (B, D/2, H/2, W/2) bool, at token resolution, or None to hide nothing.
         noise (B, drops): the draws of drop path, or None.
         """
-        level = len(self.encoder.stages) - 1             # of the last stage; the merge comes after it
+        # the last stage's output, and if need be the merge's after it
+        level = len(self.encoder.stages) - 1
         wanted = [level]
         if self.voxel_head:
             wanted.append(level + 1)
@@ -90,9 +92,9 @@ class SMIT(nn.Module):
         return Outputs(tokens, voxels, patch_logits, image_logits)
 
     def make_teacher(self):
-        """Copy the student as it is now: f_t, in eval mode, without the student's voxel head.
+        """Copy the student as it is now: f_t, without the voxel head.
 
-        Never call `train()` on it: it would drop paths.
+        It is in eval mode. Never call `train()` on it: it would drop paths.
         """
         # differs: the release starts its teacher from other random weights and leaves it
         # in train mode, with drop path

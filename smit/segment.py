@@ -1,5 +1,6 @@
-"""The fine-tuning network: the pre-trained encoder under a U-shaped decoder [SMIT 3, 28.19M parameters].
+"""The fine-tuning network: the pre-trained encoder under a U-shaped decoder [SMIT 3].
 
+It has the paper's 28.19M parameters.
 Reading order: SegmentationNet, its decoder's Up and ResidualBlock, load_encoder,
 predict. The tricks for speed stand at the end.
 """
@@ -12,7 +13,7 @@ from smit.sliding import sliding_window
 from smit.swin import SwinTransformer3D
 from smit.transforms import rotate90
 
-# what the pre-trained and the fine-tuned encoder must share
+# settings that the pre-trained and the fine-tuned encoder must share
 SIZES = ("embed_dim", "depths", "heads", "window")
 
 
@@ -46,12 +47,12 @@ class SegmentationNet(nn.Module):
             # they come channels-last, which only the CPU convolves fastest
             features = [feature.contiguous() for feature in features]
 
-        y = features.pop()                                                 # (B, 768, D/32, H/32, W/32)
+        y = features.pop()                                              # (B, 768, D/32, H/32, W/32)
         for up in self.ups:
             skip = features.pop()
-            y = up(y, skip.shape[2:], skip)                                # (B, 384, D/16, ...), ...
+            y = up(y, skip.shape[2:], skip)                               # (B, 384, D/16, ...), ...
         y = self.last_up(y, x.shape[2:])                                   # (B, 24, D, H, W)
-        return self.out(y)                                                 # (B, num_classes, D, H, W)
+        return self.out(y)                                               # (B, num_classes, D, H, W)
 
 
 def build_network(config):
@@ -86,7 +87,8 @@ class Up(nn.Module):
         grid (D, H, W): of the result; skip (B, skip, D, H, W) or None.
         """
         D, H, W = grid
-        x = self.up(x)[:, :, :D, :H, :W]                                   # odd grids were padded on their way down
+        # an odd grid was padded on its way down
+        x = self.up(x)[:, :, :D, :H, :W]
         if skip is not None:
             x = torch.cat([x, skip], 1)
         return self.block(x)

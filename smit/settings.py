@@ -116,6 +116,8 @@ def add_data_flags(parser, what):
         help="voxel size [SMIT 3]")
     add("--hu_window", nargs=2, type=float, default=[-175.0, 250.0], metavar="HU",
         help="mapped to [0, 1] [release]")
+    add("--hu_offset", type=float, default=0.0, metavar="HU",
+        help="added to stored values: -1024 for CT stored from 0 on [ours]")
     add("--cache", default="runs/cache", help="folder of prepared volumes, shared by runs [ours]")
     add("--phantoms", type=count, default=40,
         help="synthetic patients to make without --data [ours]")

@@ -35,14 +35,14 @@ def sliding_window(net, volume, window, overlap=.5, blend="gaussian", batch=1, s
     padded, inner = pad_to_window(volume, window)
 
     places = window_places(padded.shape, window, overlap)
-    one_window = len(places) == len(volume)                                # nothing to weigh or divide
+    one_window = len(places) == len(volume)                             # nothing to weigh or divide
     importance = importance_map(window, blend).to(home)
     total = None
     weight = torch.zeros(padded.shape[2:], device=home)
     for first in range(0, len(places), batch):
         chunk = places[first:first + batch]
         crops = torch.stack([padded[place] for place in chunk])            # (n, C, *window)
-        logits = net(crops.to(device))                                     # (n, num_classes, *window)
+        logits = net(crops.to(device))                                   # (n, num_classes, *window)
         if logits.shape[:1] + logits.shape[2:] != (len(chunk), *window):
             raise ValueError(f"the network turned {len(chunk)} windows of {tuple(window)} into "
                              f"{tuple(logits.shape)}")
@@ -91,7 +91,7 @@ def pad_to_window(volume, window):
 
     Returns (the padded volume, the slices that cut the volume out of it again).
     """
-    padding = []                                                           # last axis first, as F.pad has it
+    padding = []                                                  # last axis first, as F.pad has it
     inner = []
     for size, side in zip(volume.shape[2:], window):
         missing = max(side - size, 0)

@@ -34,7 +34,7 @@ def ras_axes(affine):
     Nearest: of the six assignments, the one of the largest total |cosine|.
     Returns (order, reverse), three axes and three bools.
     """
-    cosine = affine[:3, :3] / spacing_of(affine)                           # rows R A S, columns array axes
+    cosine = affine[:3, :3] / spacing_of(affine)                    # rows R A S, columns array axes
 
     def total(axes):
         return sum(abs(cosine[way, axis]) for way, axis in enumerate(axes))
@@ -51,7 +51,7 @@ def ras_grid(shape, affine):
     ras = affine.astype(np.float64)
     ras[:3, :3] = affine[:3, order]
     for way in range(3):
-        if reverse[way]:                                                   # the last voxel becomes the first
+        if reverse[way]:                                          # the last voxel becomes the first
             ras[:3, 3] += ras[:3, way] * (ras_shape[way] - 1)
             ras[:3, way] *= -1
     return ras_shape, ras
@@ -115,7 +115,7 @@ def regrid(volume, affine, target_affine, target_shape, mode="linear"):
     "nearest" (for labels; keeps the dtype). Outside the volume its edge voxels repeat.
     Returns (..., *target_shape). Raises ValueError when the axes differ in direction.
     """
-    index = np.linalg.solve(affine, target_affine)                         # target index -> input index
+    index = np.linalg.solve(affine, target_affine)                     # target index -> input index
     step, start = index.diagonal()[:3], index[:3, 3]
     tilt = np.abs(index[:3, :3] - np.diag(step)).max()
     if step.min() <= 0 or tilt * max(target_shape) > .05:
@@ -138,7 +138,10 @@ def regrid(volume, affine, target_affine, target_shape, mode="linear"):
 
 
 def take_nearest(volume, centres):
-    """Take the voxels of (..., X, Y, Z) nearest to three axes' centres; a tie goes to the higher one."""
+    """Take the voxels of (..., X, Y, Z) nearest to the centres of three axes.
+
+    A tie goes to the higher one.
+    """
     for axis, centre in zip((-3, -2, -1), centres):
         last = volume.shape[axis] - 1
         nearest = np.floor(centre + .5).clip(0, last).astype(np.int64)
@@ -156,7 +159,7 @@ def interpolation_matrix(centre, step, n_in):
     width = max(1., step)
     reach = int(np.ceil(width))
     source = np.arange(-reach, n_in + reach)
-    distance = np.abs(source - centre.clip(0, n_in - 1)[:, None])          # (n_out, n_in + 2 * reach)
+    distance = np.abs(source - centre.clip(0, n_in - 1)[:, None])        # (n_out, n_in + 2 * reach)
     weight = np.clip(1 - distance / width, 0, None)
 
     # beyond the edge: the edge voxel
@@ -275,7 +278,7 @@ class Preparation:
     It is the same for training, validation and prediction.
     """
     spacing_mm: tuple = (1.5, 1.5, 2.)
-    modality: str = "ct"                 # "ct": by hu_window; "mr": by percentiles of the foreground
+    modality: str = "ct"  # "ct": by hu_window; "mr": by percentiles of the foreground
     hu_window: tuple = (-175., 250.)
     percentiles: tuple = (0., 99.5)
     hu_offset: float = 0.                            # added to stored values by `data.load_case`: -1024 for some CT
@@ -336,7 +339,7 @@ def to_file_grid(logits, affine, file_shape, file_affine):
     number of classes.
     """
     shape, ras = ras_grid(file_shape, file_affine)
-    index = np.linalg.solve(affine, ras)                                   # the file's index -> the logits'
+    index = np.linalg.solve(affine, ras)                           # the file's index -> the logits'
 
     # the part of the file's grid that the logits reach
     first, size = [], []

@@ -317,7 +317,7 @@ def test_a_study_runs_each_step_once_and_keeps_what_a_cell_depends_on(phantoms, 
     assert records() == before
 
     done = call("fig5", "--mr_data", phantoms, *flags, cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "study/fig5/smit-mr.png").exists()
+    assert done.returncode == 0 and (tmp_path / "study/fig5/smit-mr.svg").exists()
     assert "| smit | ct | 1 | 1 | " in done.stdout
     table = (tmp_path / "study/fig5/fig5.md").read_text().strip().splitlines()
     assert {line.count("|") for line in table} == {10}     # the header names every column

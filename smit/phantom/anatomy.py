@@ -17,7 +17,7 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
-from smit.data.organs import CODES
+from smit.data.organs import ORGANS
 from smit.phantom.shapes import (
     Array, Difference, Ellipsoid, Grown, HalfSpace, Intersection, Outside, Point, Shape, Tube,
     Union)
@@ -25,7 +25,6 @@ from smit.runtime import atomic_write
 
 Rng = np.random.Generator
 
-ORGANS = tuple(CODES)                                                   # BTCV's 1 to 13
 MODALITIES = ("ct", "mr")
 RIGHT, LEFT = 1, -1                                                     # the sign of x
 
