@@ -132,11 +132,16 @@ def read_pretrained(path, network, ranks):
 
 def read_init(args, ranks):
     """Read what --init names: (weights, encoder sizes), or (None, the flags' sizes) without it."""
+    names = settings.UNET_SIZES if args.network == "unet" else settings.SIZES
     if not args.init:
-        return None, {name: getattr(args, name) for name in settings.SIZES}
+        return None, {name: getattr(args, name) for name in names}
     pretrained, theirs = read_pretrained(args.init, args.weights, ranks)
 
-    for name, size in args.sizes_given.items():
+    network = theirs.get("network", "swin")
+    settings.require(network == args.network and theirs.keys() >= set(names),
+                     f"--net {args.network}: {args.init} holds a {network}; give --net {network}")
+    for name in names:
+        size = args.sizes_given.get(name, theirs[name])
         settings.require(size == theirs[name], f"--{name} {size}: the encoder of {args.init} has "
                                                f"{theirs[name]}; drop the flag")
     differences = [f"{name} {getattr(args, name)} here, {theirs.get(name)} there"
@@ -145,7 +150,7 @@ def read_init(args, ranks):
     if differences and ranks.is_main:
         print(f"warning: {args.init} was trained on volumes prepared otherwise: "
               f"{'; '.join(differences)}")
-    return pretrained, {name: theirs[name] for name in settings.SIZES}
+    return pretrained, {name: theirs[name] for name in names}
 
 
 def build_optimizer(net, args):
@@ -214,6 +219,8 @@ def train(args, ranks, out):
     report = "encoder weights: random"
     if pretrained:
         report = segment.load_encoder(net, pretrained, args.partial_init)
+        if args.network == "unet" and not args.encoder_only:
+            report += "\n" + segment.load_decoder(net, pretrained)
     net.to(ranks.device).encoder.requires_grad_(not args.freeze_encoder)
     average = copy.deepcopy(net).requires_grad_(False) if args.average else None
     kept = average or net                           # what is validated, saved and shown
@@ -222,7 +229,9 @@ def train(args, ranks, out):
 
     # ---------------------------------------------------------------------- resume, outputs
     state = dict(model=net, average=average, optimizer=optimizer, scaler=precision.scaler)
-    resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks)
+    # runs from before there was a U-Net do not name their network
+    before = {"network": "swin", "width": args.width, "encoder_only": False}
+    resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks, before)
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
     best = resumed.get("best", -1.0)
     if ranks.is_main:
