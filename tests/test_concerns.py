@@ -51,7 +51,7 @@ def test_an_mr_raises_no_concern_as_mr_though_a_few_voxels_lie_below_zero(tmp_pa
     ((body().clip(-175, 250) + 175) / 212.5 - 1, "scaled before", "original HU"),
     ((body() - 90) / 140, "scaled before", "original HU"),
     (body().clip(0, 250), "grey values", "--modality mr"),
-    (body().clip(-125, 275), "air was cut off", "full range")])
+    (body().clip(-125, 275), "air was cut off", "full HU")])
 def test_a_ct_that_is_not_in_hu_is_told_with_its_way_out(volume, what, way_out, tmp_path):
     found, = found_in(volume, tmp_path)
     assert what in found.what and way_out in found.way_out and found.path == str(tmp_path / "scan.nii")

@@ -62,6 +62,16 @@ def test_an_organ_that_the_predictions_do_not_name_is_a_miss_and_told(tmp_path, 
     assert "missed wherever a label has it: spleen, pancreas" in printed and "not scored: duodenum" in printed
 
 
+def test_a_network_whose_numbers_have_gaps_is_scored_by_its_own_numbers(tmp_path):
+    names = evaluate.network_names({"labels": {0: "background", 6: "liver", 8: "aorta"}, "num_classes": 9})
+    save(tmp_path / "label.nii.gz", blocks(1, 2))
+    save(tmp_path / "pred.nii.gz", np.where(blocks(6, 8) == 0, 3, blocks(6, 8)))        # 3 has no name
+    case = {"label": tmp_path / "label.nii.gz", "prediction": tmp_path / "pred.nii.gz",
+            "names": {1: "Liver", 2: "aorta"}}
+    assert [(row["organ"], row["dice"]) for row in scoring.score_case(case, names, 2.)] == [("liver", 1), ("aorta", 1)]
+    assert scoring.unmatched([case], names) == {"in_labels_only": [], "in_predictions_only": []}
+
+
 def test_a_mean_over_fewer_organs_than_the_labels_name_is_marked(tmp_path, capsys):
     save(tmp_path / "label/a.nii.gz", blocks(1, 0))
     save(tmp_path / "pred/a.nii.gz", blocks(1, 0))

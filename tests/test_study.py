@@ -289,7 +289,7 @@ def test_a_segmentation_by_frozen_features_lies_where_the_organ_is_in_the_file(t
         found = probe.segment(frozen, classifier, maps, 2, prepared)
         assert found.shape == label.shape
         dice = probe.organ_dice(found, case, names)
-        assert min(dice.values()) > .85, (classifier, dice)
+        assert min(dice.values()) > .75, (classifier, dice)
         for axis, step in ((0, -1), (0, 1), (1, -1), (1, 1), (2, -1), (2, 1)):
             moved = probe.organ_dice(found.roll(step, axis), case, names)
             assert sum(moved.values()) <= sum(dice.values())       # not even by a voxel
@@ -317,7 +317,7 @@ def test_a_study_runs_each_step_once_and_keeps_what_a_cell_depends_on(phantoms, 
     assert records() == before
 
     done = call("fig5", "--mr_data", phantoms, *flags, cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "study/fig5/smit-mr.png").exists()
+    assert done.returncode == 0 and (tmp_path / "study/fig5/smit-mr.svg").exists()
     assert "| smit | ct | 1 | 1 | " in done.stdout
     table = (tmp_path / "study/fig5/fig5.md").read_text().strip().splitlines()
     assert {line.count("|") for line in table} == {10}     # the header names every column

@@ -58,7 +58,7 @@ def fig5(out, checkpoints, lists, cache):
                 if number == 0 and seed == first_seed:
                     out.mkdir(parents=True, exist_ok=True)
                     figures.reconstruction_panel(
-                        out / f"{row}-{modality}.png", views[0, 0], hidden[0, 0], voxels[0, 0],
+                        out / f"{row}-{modality}.svg", views[0, 0], hidden[0, 0], voxels[0, 0],
                         config["spacing"], f"{row}, {modality}, not trained on")
     if rows:
         save(out, "fig5", table(rows), rows)
