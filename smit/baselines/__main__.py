@@ -136,8 +136,9 @@ def load_cases(args, ranks):
     """Find the volumes of all sources, or make phantoms: (to train on, held back)."""
     sources = args.data or phantom.default_data(args.cache, args.phantoms, args.modality,
                                                 args.seed, args.spacing, ranks)
-    cases, problems = data.read_lists(sources, args.key, args.data_root)
-    data.check_cases(cases, problems=problems, workers=args.workers)
+    cases, problems = data.read_lists(sources, args.key, args.data_root, args.modality)
+    cases, _ = data.readable_cases(cases, args.max_bad, problems=problems, workers=args.workers)
+
     n_held_back = round(args.val_fraction * len(cases))
     require(n_held_back < len(cases),
             f"--val_fraction {args.val_fraction} of {len(cases)} volumes leaves none to train on")
@@ -343,9 +344,9 @@ def train(args, ranks, out):
 
 def check(args):
     """Read and prepare every volume of --data; ValueError names all that is wrong."""
-    cases, problems = data.read_lists(args.data, args.key, args.data_root)
+    cases, problems = data.read_lists(args.data, args.key, args.data_root, args.modality)
     data.check_voxels(cases, preparation(args), problems=problems, workers=args.workers)
-    print(f"checked: {len(cases)} volumes, all good")
+    print(f"checked: {data.count(len(cases), 'volume')}, {data.verdict()}")
 
 
 def main(args):
