@@ -180,7 +180,7 @@ def train(args, ranks, out):
     state = dict(student=student, teacher=teacher, centers=centers, optimizer=optimizer,
                  scaler=precision.scaler)
     resumed = runtime.resume(out, state, config, settings.PRETRAINING_FREE, ranks,
-                             defaults={"init": None})
+                             settings.PRETRAINING_BEFORE, weights.upgrade_run)
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
     if ranks.is_main:
         runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())

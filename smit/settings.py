@@ -13,6 +13,8 @@ import sys
 # Settings of a run that a resumed one may change: they choose no number that the run computes.
 FREE_ON_RESUME = {"preset", "out", "resume", "overwrite", "cache", "device", "workers", "log_every",
                   "checkpointing", "save_steps", "save_minutes"}
+# What a run did before a flag existed, or did with one that is gone: so older runs resume.
+BEFORE = {"data_root": None, "hu_offset": 0.0, "init": None}
 SIZES = ("embed_dim", "depths", "heads", "window")   # pre-trained and fine-tuned encoder share them
 UNET_SIZES = ("width",)                              # the same of the CNN columns' U-Net
 PATCH = 2                                            # voxels per axis of the first tokens [SMIT 2]
@@ -216,6 +218,9 @@ PRETRAINING_FREE = FREE_ON_RESUME | {"method", "max_bad", "batch", "accumulate",
                                        "monitor_every", "sizes_given"}
 
 
+PRETRAINING_BEFORE = {**BEFORE, "contrast": 0.0, "monitor_every": 10, "val_volumes": 200}
+
+
 def parse_pretraining(description, argv=None):
     """Parse the flags of train_ssl.py."""
     parser = new_parser(description)
@@ -328,6 +333,8 @@ FINETUNING_PRESETS = {   # what differs from the flags' defaults
                  workers=1, phantoms=20),
 }
 FINETUNING_FREE = FREE_ON_RESUME | {"batch", "sizes_given"}
+FINETUNING_BEFORE = {**BEFORE, "subset_seed": None, "background_weight": 1.0, "dice_on": "all",
+                     "average": 0.0, "network": "swin", "encoder_only": False}
 SPLITS = ("smit21_9", "monai24_6")   # of BTCV; the numbers are in smit/data/samples.py
 
 
