@@ -11,8 +11,10 @@ import torch
 from conftest import ROOT
 from pretext import mean
 
+import evaluate
+import finetune
 import train_ssl
-from smit import runtime
+from smit import runtime, segment
 from smit.baselines import __main__ as baselines
 
 SMALL = ("--spacing 10 10 10 --crop 32 --view 24 --patch 16 --width 4 --queue 16 --embed_dim 8 --depths 1 1 "
@@ -184,6 +186,90 @@ def test_a_stop_signal_leaves_a_checkpoint_that_goes_on(phantoms, tmp_path, monk
     assert len(train("rotation", phantoms, tmp_path / "run", "--steps", 3, "--resume")) == 3
 
 
-def test_a_longer_run_learns_to_restore(phantoms, tmp_path):
+def test_a_run_learns_to_restore(phantoms, tmp_path):
     log = train("rubik", phantoms, tmp_path / "run", "--steps", 30, "--batch", 2, "--lr", "1e-2", "--adversarial", 0)
     assert mean([row["loss"] for row in log[-5:]]) < .8 * mean([row["loss"] for row in log[:5]])
+
+
+# --------------------------------------------------------------------------------------- fine-tuning
+TUNE = "--spacing 10 10 10 --crop 24 --lr 1e-3 --workers 0 --log_every 1 --device cpu --crops_per_volume 1".split()
+
+
+def tune(data, out, *flags):
+    """A small fine-tuning run of the U-Net; its last checkpoint."""
+    words = [*TUNE, "--net", "unet", "--data", data, "--out", out, "--cache", out.parent / "cache", *flags]
+    finetune.main(finetune.parse_arguments([str(word) for word in words]))
+    return runtime.load_checkpoint(out / "last.pt")
+
+
+def start(folder, data, *flags):
+    """The weights from which a fine-tuning run starts."""
+    return tune(data, folder, "--steps", 1, "--lr", 0, *flags)["model"]
+
+
+def test_fine_tuning_takes_over_what_each_task_hands_over(phantoms, tmp_path, capsys):
+    for task in ("genesis", "cpc"):
+        train(task, phantoms, tmp_path / task, "--steps", 2)
+    genesis, cpc = (tmp_path / task / "student.pt" for task in ("genesis", "cpc"))
+    random = start(tmp_path / "random", phantoms, "--width", 4)
+    capsys.readouterr()
+    whole = start(tmp_path / "whole", phantoms, "--init", genesis)
+    assert re.search(r"decoder weights: ([\d,]+) of \1 matched", capsys.readouterr().out)
+    part = start(tmp_path / "part", phantoms, "--init", genesis, "--encoder_only")
+    of_cpc = start(tmp_path / "of_cpc", phantoms, "--init", cpc)
+    assert "decoder weights: random" in capsys.readouterr().out
+
+    given, given_by_cpc = (runtime.load_checkpoint(path)["model"] for path in (genesis, cpc))
+    for name, weight in whole.items():
+        part_of_net = name.split(".")[0]
+        expected = random if part_of_net == "out" else given
+        assert torch.equal(weight, expected[name])                          # all methods share the last layer
+        expected = given if part_of_net == "encoder" else random
+        assert torch.equal(part[name], expected[name])
+        expected = given_by_cpc if part_of_net == "encoder" else random
+        assert torch.equal(of_cpc[name], expected[name])
+
+
+def test_a_fine_tuned_u_net_is_evaluated_as_the_swin_network_is(phantoms, tmp_path):
+    state = tune(phantoms, tmp_path / "run", "--width", 4, "--steps", 2, "--layer_decay", .5)
+    assert state["config"]["network"] == "unet" and state["config"]["width"] == 4
+    evaluate.main(evaluate.parse_arguments(
+        ["--weights", str(tmp_path / "run" / "last.pt"), "--data", str(phantoms), "--device", "cpu",
+         "--out", str(tmp_path / "scores")]))
+    assert (tmp_path / "scores" / "cases.csv").exists() and list((tmp_path / "scores").glob("*.nii.gz"))
+    resumed = tune(phantoms, tmp_path / "run", "--width", 4, "--steps", 2, "--layer_decay", .5, "--resume")
+    assert all(torch.equal(weight, resumed["model"][name]) for name, weight in state["model"].items())
+
+
+def test_the_fine_tuned_u_net_has_the_published_size():
+    net = segment.build_network({"network": "unet", "width": 64, "num_classes": 14})
+    assert sum(weight.numel() for weight in net.parameters()) == 19_074_510
+    with pytest.raises(ValueError, match="width"):
+        segment.build_network({"network": "unet", "width": "wide", "num_classes": 14})
+
+
+def test_weights_of_another_network_or_width_are_refused(phantoms, tmp_path):
+    for task in ("rotation", "cpc"):
+        train(task, phantoms, tmp_path / task, "--steps", 1)
+    with pytest.raises(ValueError, match="--net unet: .* holds a swin; give --net swin"):
+        tune(phantoms, tmp_path / "run", "--init", tmp_path / "rotation" / "student.pt")
+    with pytest.raises(ValueError, match="--net swin: .* holds a unet; give --net unet"):
+        tune(phantoms, tmp_path / "run", "--init", tmp_path / "cpc" / "student.pt", "--net", "swin")
+    with pytest.raises(ValueError, match="--width 8"):
+        tune(phantoms, tmp_path / "run", "--init", tmp_path / "cpc" / "student.pt", "--width", 8)
+    with pytest.raises(ValueError, match="--crop .* multiples of 8"):
+        tune(phantoms, tmp_path / "run", "--crop", 20)
+    decoder = segment.build_network({"network": "unet", "width": 4, "num_classes": 3})
+    weights = {name: weight[..., :1] for name, weight in decoder.state_dict().items()}
+    with pytest.raises(ValueError, match="decoder weights do not fit"):
+        segment.load_decoder(decoder, weights)
+    weights = {name: weight * math.nan for name, weight in decoder.state_dict().items()}
+    with pytest.raises(ValueError, match="not finite"):
+        segment.load_decoder(decoder, weights)
+
+
+@pytest.mark.parametrize("task", ["moco", "rotation"])
+def test_the_swin_tasks_are_fine_tuned_as_smit_is(task, phantoms, tmp_path, capsys):
+    train(task, phantoms, tmp_path / task, "--steps", 1, "--view", 32)
+    tune(phantoms, tmp_path / "run", "--net", "swin", "--init", tmp_path / task / "student.pt", "--steps", 1)
+    assert re.search(r"encoder weights: ([\d,]+) of \1 matched; missing 0; unexpected 0", capsys.readouterr().out)

@@ -157,6 +157,9 @@ def test_a_list_may_lie_apart_from_its_data(tmp_path):
     cases, problems = data.read_lists([path], data_root=tmp_path / "data")
     assert names_of(cases, tmp_path) == ["data/imagesTr/a.nii.gz"]
     assert len(problems) == 1 and "../b.nii.gz leaves" in problems[0] and "--data_root" in problems[0]
+    touch(tmp_path, "data/imagesTr/p_0000.nii.gz")
+    nnunet = write_list(tmp_path / "jsons", "nnunet.json", **NNUNET)
+    assert names_of(data.read_list(nnunet, data_root=tmp_path / "data"), tmp_path) == ["data/imagesTr/p_0000.nii.gz"]
     path = write_list(tmp_path / "jsons", training=[str(tmp_path / "elsewhere/a.nii.gz")])
     assert names_of(data.read_list(path), tmp_path) == ["elsewhere/a.nii.gz"]
 

@@ -128,15 +128,17 @@ def check_settings(args):
 
 # --------------------------------------------------------------------------------------- data
 def preparation(args):
-    return data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window))
+    return data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window),
+                            hu_offset=args.hu_offset)
 
 
 def load_cases(args, ranks):
     """Find the volumes of all sources, or make phantoms: (to train on, held back)."""
     sources = args.data or phantom.default_data(args.cache, args.phantoms, args.modality,
                                                 args.seed, args.spacing, ranks)
-    cases, problems = data.read_lists(sources, args.key)
-    data.check_cases(cases, problems=problems, workers=args.workers)
+    cases, problems = data.read_lists(sources, args.key, args.data_root, args.modality)
+    cases, _ = data.readable_cases(cases, args.max_bad, problems=problems, workers=args.workers)
+
     n_held_back = round(args.val_fraction * len(cases))
     require(n_held_back < len(cases),
             f"--val_fraction {args.val_fraction} of {len(cases)} volumes leaves none to train on")
@@ -161,15 +163,17 @@ class TaskSamples(torch.utils.data.Dataset):
         if isinstance(pair, Exception):
             return pair                                 # `load_batches` raises it
         rng = samples.generator(self.seed, "task", self.split, sample)
-        made = self.task.samples(pair["views"] / 255, rng)
-        return made | {name: pair[name] for name in ("volume", "passed_over", "skipped")}
+        sample = self.task.samples(pair["views"] / 255, rng)
+        for name in ("volume", "passed_over", "skipped", "concerns"):
+            sample[name] = pair[name]
+        return sample
 
     def images(self, batch):
         return self.pairs.images(batch)
 
 
 def on_device(batch, device):
-    """Move a batch's tensors; its texts stay."""
+    """Move a batch's tensors; its lists stay."""
     moved = {}
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
@@ -340,9 +344,9 @@ def train(args, ranks, out):
 
 def check(args):
     """Read and prepare every volume of --data; ValueError names all that is wrong."""
-    cases, problems = data.read_lists(args.data, args.key)
+    cases, problems = data.read_lists(args.data, args.key, args.data_root, args.modality)
     data.check_voxels(cases, preparation(args), problems=problems, workers=args.workers)
-    print(f"checked: {len(cases)} volumes, all good")
+    print(f"checked: {data.count(len(cases), 'volume')}, {data.verdict()}")
 
 
 def main(args):

@@ -443,7 +443,7 @@ def tell_about(batch, told):
 
     Adds these to it.
     """
-    concerns.tell(batch["concerns"])
+    concerns.tell(batch["concerns"], one_by_one=True)
     for problem in batch.get("skipped", []):
         if problem not in told:
             print(f"warning: skipped: {problem}", file=sys.stderr, flush=True)

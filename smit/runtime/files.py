@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+from smit import weights
 from smit.runtime.ranks import job, restarts, warn_once
 
 RUN_FILES = ("last.pt", "last.prev.pt", "best.pt", "best.prev.pt", "student.pt", "student.prev.pt",
              "log.csv", "config.json", "index.html")  # they mark a folder as that of a run
+PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # as format 1 had them
 LISTING = ".files"  # in a run's folder: names of all that `atomic_write` wrote there
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
@@ -172,15 +174,13 @@ def resume(folder, parts, config, free, ranks, defaults=None):
     A folder without a checkpoint gives {"step": 0, "skipped": 0}.
     config: the settings now; those that differ from the checkpoint's are told if they are in
     `free`, else ValueError names them. defaults: values of settings that only one of the two has,
-    for a flag that came or went since the run began.
+    for a flag that came or went since the run began. Networks and moments of an older format are
+    brought to today's.
     """
     state = load_latest(folder, ranks)
     if state is None:
         return {"step": 0, "skipped": 0}
-    layout, today = state["config"].get("format", 1), config.get("format", 1)
-    if layout != today:
-        raise ValueError(f"{folder} holds a run in layout {layout}, whose optimiser cannot be carried "
-                         f"over to today's layout {today}: start a new run from its weights")
+    state = upgrade_state(state, parts)
     defaults = defaults or {}
     changes = compare_settings({**defaults, **state["config"]}, {**defaults, **config}, free)
     if ranks.is_main:
@@ -190,6 +190,42 @@ def resume(folder, parts, config, free, ranks, defaults=None):
         if part is not None:
             part.load_state_dict(state[name])
     return {name: fact for name, fact in state.items() if name not in parts}
+
+
+def upgrade_state(state, parts):
+    """Return the state of a run with networks, and the optimiser's moments, in today's format."""
+    config = state["config"]
+    if config.get("format", 1) >= weights.FORMAT:
+        return state
+    upgraded, names = dict(state), {}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            upgraded[name], _ = weights.upgrade(state[name], config)
+            names |= {parameter: key for key, parameter in part.named_parameters()}
+    for name, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            upgraded[name] = upgrade_moments(state[name], part, names, config)
+    precision = config.get("precision")
+    upgraded["config"] = {**config, "precision": PRECISIONS.get(precision, precision)}
+    return upgraded
+
+
+def upgrade_moments(state, optimizer, names, config):
+    """Return an optimiser's state in today's format; names {parameter: its name} of the networks."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = dict(state["state"])
+    for number, parameter in enumerate(parameters):
+        if number not in entries:
+            continue
+        name = names.get(parameter, "")
+        upgraded = {}
+        for key, value in entries[number].items():
+            # a moment has the shape of its parameter; the count of steps has none
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                value = weights.upgrade({name: value}, config)[0][name]
+            upgraded[key] = value
+        entries[number] = upgraded
+    return {**state, "state": entries}
 
 
 def load_latest(folder, ranks):
@@ -230,7 +266,7 @@ def compare_settings(saved, now, free):
     told, refused = [], []
     for key in sorted(saved.keys() | now.keys()):
         before, after = saved.get(key, "absent"), now.get(key, "absent")
-        if before == after or key in ("resume", "overwrite", "check"):
+        if before == after or key in ("resume", "overwrite", "check", "format"):
             continue
         line = f"{key}: {before} in the checkpoint, {after} now"
         told.append(line)
