@@ -67,9 +67,9 @@ def judge_raw(path, image, settings):
 
 def judge_prepared(path, image):
     """Return concerns, none or one, about what is left to be seen of a prepared uint8 image."""
-    voxels = sample_of(image)
-    levels = np.count_nonzero(np.bincount(voxels, minlength=256))
-    white, black = np.mean(voxels == 255), np.mean(voxels == 0)
+    counts = np.bincount(sample_of(image), minlength=256)            # of each grey level
+    levels = np.count_nonzero(counts)
+    white, black = counts[255] / counts.sum(), counts[0] / counts.sum()
     shares = f"{levels} grey levels, {white:.0%} white, {black:.0%} black"
     if levels < FEW_LEVELS or white > SATURATED or black > EMPTY:
         return [Concern(path, "little is left to be seen after preparation", shares,
