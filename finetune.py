@@ -238,6 +238,8 @@ def train(args, ranks, out):
     resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks, before,
                              weights.upgrade_run)
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
+    if step:
+        report = f"weights: as they were after step {step}"
     best = resumed.get("best", -1.0)
     if ranks.is_main:
         runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())

@@ -182,6 +182,8 @@ def train(args, ranks, out):
     resumed = runtime.resume(out, state, config, settings.PRETRAINING_FREE, ranks,
                              settings.PRETRAINING_BEFORE, weights.upgrade_run)
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
+    if step:
+        report = f"weights: as they were after step {step}"
     if ranks.is_main:
         runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())
         print(f"{args.method}: {len(cases)} volumes and {len(held_back)} held back; "

@@ -215,7 +215,7 @@ METHODS = {   # loss weights of the rows of Table 2 and Fig. 4 on the Swin backb
     "ml-mip": dict(mip=1.0, mpd=0.1, itd=0.1, voxel_head="multilayer"),   # Fig. 5's decoder
 }
 PRETRAINING_FREE = FREE_ON_RESUME | {"method", "max_bad", "batch", "accumulate", "val_every",
-                                       "monitor_every", "sizes_given"}
+                                       "monitor_every"}
 
 
 PRETRAINING_BEFORE = {**BEFORE, "contrast": 0.0, "monitor_every": 10, "val_volumes": 200}
@@ -332,7 +332,7 @@ FINETUNING_PRESETS = {   # what differs from the flags' defaults
                  heads=[2, 4, 8], width=16, steps=1000, batch=2, crops_per_volume=2, lr=1.5e-3, clip=3.0,
                  workers=1, phantoms=20),
 }
-FINETUNING_FREE = FREE_ON_RESUME | {"batch", "sizes_given"}
+FINETUNING_FREE = FREE_ON_RESUME | {"batch"}
 FINETUNING_BEFORE = {**BEFORE, "subset_seed": None, "background_weight": 1.0, "dice_on": "all",
                      "average": 0.0, "network": "swin", "encoder_only": False}
 SPLITS = ("smit21_9", "monai24_6")   # of BTCV; the numbers are in smit/data/samples.py

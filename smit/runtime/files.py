@@ -229,7 +229,7 @@ def compare_settings(saved, now, free):
     told, refused = [], []
     for key in sorted(saved.keys() | now.keys()):
         before, after = saved.get(key, "absent"), now.get(key, "absent")
-        if before == after or key in ("resume", "overwrite", "check", "format"):
+        if before == after or key in ("resume", "overwrite", "check", "format", "sizes_given"):
             continue
         line = f"{key}: {before} in the checkpoint, {after} now"
         told.append(line)

@@ -59,8 +59,9 @@ def upgrade_run(state, parts):
     for name, part in parts.items():
         if isinstance(part, torch.optim.Optimizer):
             upgraded[name] = upgrade_moments(state[name], part, names, config)
-    precision = config.get("precision")
-    upgraded["config"] = {**config, "precision": PRECISIONS.get(precision, precision)}
+    if "precision" in config:
+        precision = PRECISIONS.get(config["precision"], config["precision"])
+        upgraded["config"] = {**config, "precision": precision}
     return upgraded
 
 
