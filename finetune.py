@@ -10,17 +10,16 @@ held-back cases), OUT/last.pt (everything; --resume goes on from it), OUT/log.cs
 and OUT/index.html (curves, a case with its truth and prediction). Every setting stands in
 smit/settings.py.
 """
+import copy
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from smit import data, ema, figures, losses, metrics, phantom, runtime, segment, settings, weights
-from smit.data import samples
-from smit.data.organs import case_name
+from smit.data import organs, samples
 from smit.runtime import progress
 
 PRESETS = settings.FINETUNING_PRESETS
@@ -33,14 +32,16 @@ def parse_arguments(argv=None):
 
 # ---------------------------------------------------------------------------------------- data
 def preparation(args):
-    return data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window))
+    return data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window),
+                            hu_offset=args.hu_offset)
 
 
 def read_lists(args, sources):
     """Read all lists: (cases of --key, cases of --val_key where a list has it, what is wrong)."""
-    cases, problems = data.read_lists(sources, args.key)
+    cases, problems = data.read_lists(sources, args.key, args.data_root, args.modality)
     with_val_key = [path for path in sources if data.has_split(path, args.val_key)]
-    listed, more_problems = data.read_lists(with_val_key, args.val_key)
+    listed, more_problems = data.read_lists(with_val_key, args.val_key, args.data_root,
+                                            args.modality)
     return cases, listed, problems + more_problems
 
 
@@ -108,16 +109,17 @@ def prepare_cases(args, train, held_back, num_classes, ranks):
 
 
 # ------------------------------------------------------------------------- network, optimiser
-def read_pretrained(path, network, ranks):
-    """Read a checkpoint of train_ssl.py: (weights of its student or teacher, settings of its run).
+def read_pretrained(path, network, sizes, ranks):
+    """Read a checkpoint of train_ssl.py that may lack tensors: (weights, settings of its run).
 
-    ValueError for any other file.
+    network: "student" or "teacher"; sizes: names of settings that must be there. ValueError for
+    any other file.
     """
     state = runtime.load_checkpoint(path)
     alone = "model" in state                                    # student.pt holds one network
     found, config = state.get("model" if alone else network), state.get("config")
     sound = (isinstance(found, dict) and len(found) > 0
-             and isinstance(config, dict) and config.keys() >= set(settings.SIZES)
+             and isinstance(config, dict) and config.keys() >= set(sizes)
              and all(isinstance(name, str) for name in found)
              and all(isinstance(value, torch.Tensor) for value in found.values()))
     settings.require(sound and not (alone and network != "student"),
@@ -130,21 +132,29 @@ def read_pretrained(path, network, ranks):
 
 
 def read_init(args, ranks):
-    """Read what --init names: (weights, encoder sizes), or (None, the flags' sizes) without it."""
-    if not args.init:
-        return None, {name: getattr(args, name) for name in settings.SIZES}
-    pretrained, theirs = read_pretrained(args.init, args.weights, ranks)
+    """Read what --init names: (weights, settings of their encoder, a report on them).
 
-    for name, size in args.sizes_given.items():
-        settings.require(size == theirs[name], f"--{name} {size}: the encoder of {args.init} has "
-                                               f"{theirs[name]}; drop the flag")
-    differences = [f"{name} {getattr(args, name)} here, {theirs.get(name)} there"
-                   for name in ("spacing", "modality", "hu_window")
-                   if getattr(args, name) != theirs.get(name)]
-    if differences and ranks.is_main:
-        print(f"warning: {args.init} was trained on volumes prepared otherwise: "
-              f"{'; '.join(differences)}")
-    return pretrained, {name: theirs[name] for name in settings.SIZES}
+    Without --init the weights are None and the settings the flags'.
+    """
+    names = settings.UNET_SIZES if args.network == "unet" else settings.SIZES
+    if not args.init:
+        return None, {name: getattr(args, name) for name in names}, ""
+    if args.partial_init or args.network == "unet":
+        pretrained, config = read_pretrained(args.init, args.weights, names, ranks)
+        encoder, report = {name: config[name] for name in names}, f"{args.init}:"
+        network = config.get("network", "swin")
+        settings.require(network == args.network, f"--net {args.network}: {args.init} holds a "
+                                                  f"{network}; give --net {network}")
+    else:
+        found = weights.read_encoder(args.init, args.weights)
+        pretrained, config, report = found.weights, found.config, found.report
+        encoder = found.settings()
+
+    settings.check_sizes(args, encoder)
+    warning = settings.preparation_warning(args, config)
+    if warning and ranks.is_main:
+        print(warning)
+    return pretrained, encoder, report
 
 
 def build_optimizer(net, args):
@@ -194,7 +204,7 @@ def predict(net, image, args, precision):
 
 def train(args, ranks, out):
     # ---------------------------------------------------------------------------------- data
-    pretrained, sizes = read_init(args, ranks)
+    pretrained, encoder, report = read_init(args, ranks)
     cases, held_back, names = load_cases(args, ranks)
     num_classes = count_classes(args, names)
     prepare_cases(args, cases, held_back, num_classes, ranks)
@@ -204,23 +214,32 @@ def train(args, ranks, out):
     val_steps = args.val_every * len(cases) / per_step
 
     # --------------------------------------------------------------------- network, optimiser
-    config = {**vars(args), **sizes, "num_classes": num_classes, "labels": names,
+    identities = organs.identities([case["image"] for case in cases + held_back])
+    config = {**vars(args), **encoder, "num_classes": num_classes, "labels": names,
               "global_batch": per_step, "total": total, "format": weights.FORMAT,
-              "train": [Path(case["image"]).name for case in cases],
-              "held_back": [Path(case["image"]).name for case in held_back]}
+              "train": identities[:len(cases)], "held_back": identities[len(cases):]}
     torch.manual_seed(args.seed)        # --init replaces the encoder alone: methods share a decoder
     net = segment.build_network(config)
-    report = "encoder weights: random"
     if pretrained:
-        report = segment.load_encoder(net, pretrained, args.partial_init)
+        report += "\n" + segment.load_encoder(net, pretrained, args.partial_init)
+        if args.network == "unet" and not args.encoder_only:
+            report += "\n" + segment.load_decoder(net, pretrained)
+    else:
+        report = "encoder weights: random"
     net.to(ranks.device).encoder.requires_grad_(not args.freeze_encoder)
+    average = copy.deepcopy(net).requires_grad_(False) if args.average else None
+    kept = average or net                           # what is validated, saved and shown
     optimizer = build_optimizer(net, args)
     precision = runtime.Precision(args.precision, ranks.device)
 
     # ---------------------------------------------------------------------- resume, outputs
-    state = dict(model=net, optimizer=optimizer, scaler=precision.scaler)
-    resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks)
+    state = dict(model=net, average=average, optimizer=optimizer, scaler=precision.scaler)
+    before = {**settings.FINETUNING_BEFORE, "width": args.width}
+    resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks, before,
+                             weights.upgrade_run)
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
+    if step:
+        report = f"weights: as they were after step {step}"
     best = resumed.get("best", -1.0)
     if ranks.is_main:
         runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())
@@ -258,7 +277,8 @@ def train(args, ranks, out):
         optimizer.zero_grad()
         with precision.autocast():
             logits = wrapped(images, noise)                         # (B, num_classes, D, H, W)
-        loss = losses.dice_ce_loss(logits, labels)
+        loss = losses.dice_ce_loss(logits, labels, background_weight=args.background_weight,
+                                   dice_on=args.dice_on)
         precision.scaler.scale(loss).backward()
 
         precision.scaler.unscale_(optimizer)
@@ -266,6 +286,10 @@ def train(args, ranks, out):
         finite = bool(norm.isfinite())              # alike on all ranks: gradients are their mean
         if finite:
             precision.scaler.step(optimizer)
+            if average:
+                # fewer steps count at first, so that the random start is soon forgotten
+                momentum = min(args.average, (step + 1) / (step + 10))
+                ema.update_teacher(average, net, momentum)
         precision.scaler.update()
         step += 1
 
@@ -274,7 +298,7 @@ def train(args, ranks, out):
         bar.advance()
         last, row, pred = step == total, {}, None
         if held_back and (last or step // val_steps > (step - 1) // val_steps):
-            row["val_dice"], pred = validate(net, held_back, args, num_classes, precision, ranks)
+            row["val_dice"], pred = validate(kept, held_back, args, num_classes, precision, ranks)
         # differs: one checkpoint for all organs; the release keeps the best one for each organ
         improved = row.get("val_dice", -1.0) > best or (last and not held_back)
         best = max(best, row.get("val_dice", -1.0))
@@ -290,13 +314,14 @@ def train(args, ranks, out):
             case = (held_back or cases)[0]
             image, label = data.cached(case, preparation(args), args.cache, True, num_classes)
             if pred is None and last:
-                pred = predict(net.eval(), image, args, precision)
-            figures.finetuning_report(out, config, image, label, pred, case_name(case["image"]))
+                pred = predict(kept.eval(), image, args, precision)
+            figures.finetuning_report(out, config, image, label, pred,
+                                      organs.case_name(case["image"]))
 
         (leaving,) = ranks.agree(stop.asked)
         if ranks.is_main and improved:
             runtime.save_checkpoint(out / "best.pt", {
-                "model": net.state_dict(), "config": config, "step": step, "val_dice": best})
+                "model": kept.state_dict(), "config": config, "step": step, "val_dice": best})
         if ranks.is_main and (leaving or clock.due(step)):
             runtime.save_state(out / "last.pt", state, step=step, samples=step * per_step,
                                skipped=skips.total, best=best, config=config)
@@ -312,7 +337,7 @@ def check(args):
     cases, listed, problems = read_lists(args, args.data)
     num_classes = count_classes(args, organ_names(args.data))
     data.check_voxels(cases + listed, preparation(args), True, num_classes, problems, args.workers)
-    print(f"checked: {len(cases + listed)} cases, all good")
+    print(f"checked: {data.count(len(cases + listed), 'case')}, {data.verdict()}")
 
 
 def main(args):

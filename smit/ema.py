@@ -23,20 +23,26 @@ def update_teacher(teacher, student, momentum):
 
 
 def cosine(t, start, end):
-    """Go from `start` at t = 0 to exactly `end` at t = 1 along half a cosine; t is clamped to [0, 1]."""
+    """Go from `start` at t = 0 to exactly `end` at t = 1 along half a cosine.
+
+    t is clamped to [0, 1].
+    """
     t = min(max(t, 0.0), 1.0)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * t))
 
 
 def linear_warmup(t, start, end):
-    """Go straight from `start` at t = 0 to `end` at t = 1, and stay: the teacher's temperature [SMIT 3]."""
+    """Go straight from `start` at t = 0 to `end` at t = 1, and stay [SMIT 3].
+
+    So rises the teacher's temperature.
+    """
     return start + (end - start) * min(max(t, 0.0), 1.0)
 
 
 def warmup_cosine(step, warmup, total, base, end=0.0):
-    """Rise from 0 to `base` in `warmup` steps, then fall to `end` at step `total`: the learning rate [SMIT 3].
+    """Rise from 0 to `base` in `warmup` steps, then fall to `end` at step `total` [SMIT 3].
 
-    The rise is straight, the fall is half a cosine.
+    This is the learning rate. The rise is straight, the fall is half a cosine.
     """
     if step < warmup:
         return base * step / warmup

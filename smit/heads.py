@@ -30,7 +30,7 @@ class LinearVoxelHead(nn.Module):
         c, s = self.out_channels, self.cube
         voxels = self.projection(tokens.permute(0, 2, 3, 4, 1))            # (B, d, h, w, c*s^3)
         voxels = voxels.view(B, d, h, w, c, s, s, s)
-        voxels = voxels.permute(0, 4, 1, 5, 2, 6, 3, 7)                    # (B, c, d, s, h, s, w, s)
+        voxels = voxels.permute(0, 4, 1, 5, 2, 6, 3, 7)                   # (B, c, d, s, h, s, w, s)
         return voxels.reshape(B, c, d * s, h * s, w * s)
 
 

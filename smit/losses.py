@@ -148,11 +148,13 @@ class Center(nn.Module):
 
 
 # --------------------------------------------------------------------- fine-tuning
-def dice_ce_loss(logits, label, smooth=1e-6):
-    """Add Dice with squared denominators, background in, and cross-entropy [release].
+def dice_ce_loss(logits, label, smooth=1e-6, background_weight=1.0, dice_on="all"):
+    """Add Dice with squared denominators and cross-entropy [release].
 
-    logits (B, K, D, H, W); label (B, D, H, W) long. Dice is taken per sample and
-    class, then averaged.
+    logits (B, K, D, H, W); label (B, D, H, W) long, 0 the background. Dice is taken
+    per sample and class, then averaged; dice_on="organs" leaves the background out.
+    background_weight: of the background's voxels in the mean of the cross-entropy.
+    The release has 1 and "all"; less makes a network leave "all is background" sooner.
     """
     classes = logits.shape[1]
     label = label.flatten(1)                                               # (B, N voxels)
@@ -166,7 +168,13 @@ def dice_ce_loss(logits, label, smooth=1e-6):
     pred_size = log_p.exp().square().sum(dim=2)                            # (B, K)
 
     dice = 2 * overlap / (pred_size + label_size + smooth)
-    cross_entropy = -log_p_true.mean()
+    if dice_on == "organs":
+        dice = dice[:, 1:]
+    if background_weight == 1:
+        cross_entropy = -log_p_true.mean()
+    else:
+        weight = torch.where(label == 0, background_weight, 1.0)           # (B, N)
+        cross_entropy = -(weight * log_p_true).sum() / weight.sum()
     return (1 - dice).mean() + cross_entropy
 
 

@@ -1,4 +1,4 @@
-"""What is watched during pre-training: signs of collapse, and MIP on held-back volumes [ours]."""
+"""Watch pre-training: signs of collapse, and MIP on held-back volumes [ours]."""
 import math
 
 import torch
@@ -123,7 +123,7 @@ def visible_median(view, hidden):
 
 
 def best_constant(histogram):
-    """Find the grey value of least L1 error to all voxels: their median. histogram (256,) of voxels."""
+    """Find the grey value of least L1 error to all voxels of a histogram (256,): their median."""
     return torch.searchsorted(histogram.cumsum(0), histogram.sum() / 2)
 
 

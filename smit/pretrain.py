@@ -11,17 +11,19 @@ from torch import nn
 
 from smit.heads import LinearVoxelHead, MultiLayerVoxelHead, ProjectionHead
 from smit.swin import SwinTransformer3D
+from smit.weights import adopt
 
 
 class Outputs(NamedTuple):
     """Hold the results of one forward; a head that was not built gives None.
 
-    B views, N patch tokens of 16^3 voxels, C channels, K prototypes.
+    B views, N patch tokens of 16^3 voxels, C channels, K prototypes. The tokens are the
+    last stage's, before its merge: 6^3 of 384 channels at 96^3.
     """
-    tokens: torch.Tensor               # (B, N, C): the last stage's, before its merge; 6^3 of 384 at 96^3
-    voxels: torch.Tensor = None        # (B, c, D, H, W): h^Pred
-    patch_logits: torch.Tensor = None  # (B, N, K): h^Patch, before temperature
-    image_logits: torch.Tensor = None  # (B, K): h^[CLS]
+    tokens: torch.Tensor               # (B, N, C)
+    voxels: torch.Tensor = None        # (B, c, D, H, W), of h^Pred
+    patch_logits: torch.Tensor = None  # (B, N, K), of h^Patch
+    image_logits: torch.Tensor = None  # (B, K), of h^[CLS]
 
 
 class SMIT(nn.Module):
@@ -31,12 +33,13 @@ class SMIT(nn.Module):
     voxel_head: "linear", "multilayer" or None.
     patch_head, image_head: whether to build them.
     shared_head: one projection head for patches and image, iBOT's default.
+    habits: of weights.habits.HABITS, for an imported encoder alone.
     """
 
     def __init__(self, encoder, voxel_head="linear", patch_head=True, image_head=True,
-                 shared_head=False, head_width=2048, bottleneck=256, prototypes=8192):
+                 shared_head=False, head_width=2048, bottleneck=256, prototypes=8192, habits=()):
         super().__init__()
-        self.encoder = SwinTransformer3D(**encoder)
+        self.encoder = adopt(SwinTransformer3D(**encoder), habits)
         doublings = len(self.encoder.stages) - 1
         self.cell = self.encoder.patch * 2 ** doublings  # voxels per axis of a patch token: 16
         channels, last_channels = self.encoder.channels[-2:]               # 384, 768
@@ -68,7 +71,8 @@ class SMIT(nn.Module):
         hidden (B, D/2, H/2, W/2) bool, at token resolution, or None to hide nothing.
         noise (B, drops): the draws of drop path, or None.
         """
-        level = len(self.encoder.stages) - 1             # of the last stage; the merge comes after it
+        # the last stage's output, and if need be the merge's after it
+        level = len(self.encoder.stages) - 1
         wanted = [level]
         if self.voxel_head:
             wanted.append(level + 1)
@@ -90,9 +94,9 @@ class SMIT(nn.Module):
         return Outputs(tokens, voxels, patch_logits, image_logits)
 
     def make_teacher(self):
-        """Copy the student as it is now: f_t, in eval mode, without the student's voxel head.
+        """Copy the student as it is now: f_t, without the voxel head.
 
-        Never call `train()` on it: it would drop paths.
+        It is in eval mode. Never call `train()` on it: it would drop paths.
         """
         # differs: the release starts its teacher from other random weights and leaves it
         # in train mode, with drop path
@@ -106,6 +110,8 @@ def build_student(config):
     encoder = {}
     for name in ("embed_dim", "depths", "heads", "window", "drop_path", "checkpointing"):
         encoder[name] = config[name]
+    encoder |= config.get("imported", {})                # what only an imported encoder has
+    habits = encoder.pop("habits", ())
     return SMIT(encoder,
                 voxel_head=config["voxel_head"] if config["mip"] else None,
                 patch_head=bool(config["mpd"]),
@@ -113,4 +119,6 @@ def build_student(config):
                 shared_head=config["shared_head"],
                 head_width=config["head_width"],
                 bottleneck=config["bottleneck"],
-                prototypes=config["prototypes"])
+                prototypes=config["prototypes"],
+                habits=habits)
+

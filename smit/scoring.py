@@ -1,104 +1,321 @@
-"""From label maps to tables: organs by name, a row per case and organ, means and intervals [SMIT Tables 1 and 2].
+"""From label maps to tables: rows per case and organ, means, intervals [SMIT Tables 1 and 2].
 
-Reading order: names, score_case, columns and summary, what is written, compare.
+Organs are matched by name. Reading order: finding what to score, score_case, columns and summary,
+files that are written, compare.
 """
 import csv
 import io
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from smit import data, metrics, runtime, transforms
-from smit.data.organs import CODES, case_name, numbered, organ_ids
+from smit.data import cases as case_files
+from smit.data.organs import (
+    CODES, ORGANS, case_key, case_name, case_names, numbered, organ, organ_ids)
 
-ABSENT = ("absent from prediction and label: not scored; in one of them alone: a miss, Dice and surface Dice 0, HD95 "
-          "inf; the mean HD95 leaves misses out and stands beside their number; the background is not scored")
+ABSENT = ("absent from prediction and label: not scored; in one of them alone: a miss, Dice and "
+          "surface Dice 0, HD95 inf; the mean HD95 leaves misses out and stands beside their "
+          "number; the background is not scored")
 FILES = ("cases.csv", "table.md", "index.html", "results.json")
 COLUMNS = "case organ dice hd95_mm surface_dice prediction_ml label_ml".split()
+SCORES = {"dice": ("DSC", 3), "hd95_mm": ("HD95, mm", 1), "surface_dice": ("surface Dice", 3)}
+MEANS = ("AG", "AVG", "AVG12")         # columns that are means of others
+SKEW_DEGREES = .05                     # beyond it distances are measured on the skewed grid
+PAIRS = 2 ** 24                        # of surface voxels whose distances are held at a time
 
 
+# ----------------------------------------------------------------------------- what is to be scored
+def find_predictions(predictions, labels, key, names_path=None):
+    """Pair another system's files with labels: (cases, names of its numbers, what failed, facts).
+
+    predictions: a folder; labels: a folder of label files, or a list whose `key` has labels;
+    names_path: a JSON that names the numbers of both. A case has a "prediction", too.
+    """
+    label_files = by_key(labelled_files(labels, key), labels)
+    files = by_key(data.find_volumes(predictions), predictions)
+    for case in label_files:                             # nnU-Net's channel; labels have none
+        if case not in files and f"{case}_0000" in files:
+            files[case] = files.pop(f"{case}_0000")
+
+    if names_path:
+        label_names = prediction_names = data.label_names(names_path, ignore=True)
+    else:
+        label_names, prediction_names = folder_names(labels), folder_names(predictions)
+    titles = dict(zip(files.values(), case_names(list(files.values()))))
+    cases, failed = [], {}
+    for case, label in label_files.items():
+        if case in files:
+            path = files[case]
+            cases.append({"name": titles[path], "image": path, "prediction": path, "label": label,
+                          "names": label_names})
+        else:
+            failed[case] = f"{label}: has no prediction in {predictions}"
+    facts = {"predictions": predictions, "labels_of": labels, "split": key}
+    return cases, prediction_names, failed, facts
+
+
+def labelled_files(labels, key):
+    """Return the label files of a list or a folder; one with files below a JSON is a list."""
+    if os.path.isdir(labels):
+        files = data.find_volumes(labels)
+        is_list = Path(labels, "dataset.json").is_file()
+        if not is_list or any(Path(file).parent == Path(labels).absolute() for file in files):
+            return files
+    return [case["label"] for case in data.read_list(labels, key) if case["label"]]
+
+
+def by_key(paths, where):
+    """Return {key of the case: path}; ValueError where two files are one case."""
+    files = {}
+    for path, name in zip(paths, case_names(paths)):
+        key = case_key(name)
+        if key in files:
+            raise ValueError(f"{where}: {path} and {files[key]} are both case {key}; rename or "
+                             "drop one")
+        files[key] = path
+    return files
+
+
+def folder_names(path):
+    """Return {id: name} for a folder of label files, of its own JSON or its parent's; or None."""
+    folder = Path(path)
+    for file in (folder, folder / "results.json", folder / "dataset.json",
+                 folder.parent / "dataset.json"):
+        if file.is_file() and file.suffix == ".json":
+            return data.label_names(file, ignore=True)
+    return None
+
+
+def unmatched(cases, names):
+    """Return the organs without a partner, of labels and of predictions: a dict of two lists."""
+    label_organs = {}
+    for case in cases:
+        label_organs |= organ_ids(case["names"] or {}, case["label"])
+    label_organs.pop("ignore", None)
+    predicted = organ_ids(names or {}, "predictions")
+    if not predicted or not label_organs:
+        return {"in_labels_only": [], "in_predictions_only": []}
+
+    # a network has classes without a name between named ones
+    known = {*label_organs, *numbered(256).values()}
+    return {"in_labels_only": [name for name in label_organs if name not in predicted],
+            "in_predictions_only": [name for name in predicted if name not in known]}
+
+
+def unmatched_text(organs):
+    """Return `unmatched` in lines for the console, "" if every organ has its partner."""
+    lines = []
+    if organs["in_labels_only"]:
+        lines.append(f"not named by the predictions, so missed wherever a label has it: "
+                     f"{', '.join(organs['in_labels_only'])}\n")
+    if organs["in_predictions_only"]:
+        lines.append("not named by the labels, so not scored: "
+                     f"{', '.join(organs['in_predictions_only'])}\n")
+    return "".join(lines)
+
+
+# ---------------------------------------------------------------------------------------- one case
 def score_case(case, names, tolerance_mm):
-    """A row for each organ that the case's label names and the prediction knows, on the label's own grid [ours].
+    """Score a case: a row for each organ that its label names, on the label's own grid [ours].
 
-    case: paths "label" and "prediction", and {id: name} of the label as "names"; names: those of the prediction. One
-    that lacks is the other's. ValueError for files that are damaged, of two grids, or hold numbers without a name.
+    case: paths "label" and "prediction", and {id: name} of the label as "names"; names: those of
+    the prediction. An organ that the prediction's names lack is missed. Voxels of a label named
+    "ignore" count on neither side. ValueError for files that are damaged or of two grids, and for
+    numbers without a name.
     """
     truth, affine = data.read_label(case["label"])
-    pred, other = data.read_label(case["prediction"], allow_empty=True)
-    spacing = transforms.spacing_of(affine)
-    if pred.shape != truth.shape or (np.abs((affine - other)[:3]) @ [*truth.shape, 1]).max() > .1 * spacing.min():
-        raise ValueError(f"{case['label']}: {tuple(truth.shape)} or affine is not the prediction's; resample one")
+    pred = on_grid_of_label(case, truth.shape, affine)
+    data.tell(case_files.empty_concerns(case["label"], truth))
     truth, pred = truth.numpy(), pred.numpy()
-    theirs = case["names"] or names or numbered(int(max(truth.max(), pred.max())) + 1)
-    names = names or theirs
-    for array, known, kind in ((truth, theirs, "label"), (pred, names, "prediction")):
-        if unnamed := set(np.unique(array).tolist()) - {0, *known}:
-            raise ValueError(f"{case[kind]}: no name for its numbers {sorted(unnamed)}; give the JSON that has them")
-    wanted, ids = organ_ids(theirs, case["label"]), organ_ids(names, case["prediction"])
-    rows, millilitres = [], float(np.prod(spacing)) / 1000
-    for name in (name for name in ids if name in wanted):
-        p, t = pred == ids[name], truth == wanted[name]
-        distances = metrics.surface_distances(p, t, spacing)
-        rows.append({"case": case_name(case["prediction"]), "organ": name, "dice": float(metrics.dice(p, t, 2)[0]),
+    label_names, names = names_of_both(case, names, int(max(truth.max(), pred.max())))
+    check_named(truth, label_names, case["label"])
+    check_named(pred, names, case["prediction"])
+
+    label_ids, ids = organ_ids(label_names, case["label"]), organ_ids(names, case["prediction"])
+    if "ignore" in label_ids:
+        counted = truth != label_ids.pop("ignore")
+        truth, pred = truth * counted, pred * counted
+    if not label_ids:
+        raise ValueError(f"{case['label']}: its names have no organ; give the JSON that names its "
+                         "numbers")
+
+    rows, millilitres = [], abs(np.linalg.det(affine[:3, :3])) / 1000
+    for name, number in sorted(label_ids.items(), key=order_of_rows(ids)):
+        p = pred == ids[name] if name in ids else np.zeros_like(pred, dtype=bool)
+        t = truth == number
+        distances = surface_distances(p, t, affine)
+        rows.append({"case": case_title(case), "organ": name,
+                     "dice": float(metrics.dice(p, t, 2)[0]),
                      "hd95_mm": metrics.hausdorff_95(*distances),
                      "surface_dice": metrics.share_within(*distances, tolerance_mm),
-                     "prediction_ml": p.sum() * millilitres, "label_ml": t.sum() * millilitres})
-    if not rows:
-        raise ValueError(f"{case['label']}: none of its organs ({', '.join(wanted)}) is predicted ({', '.join(ids)})")
+                     "prediction_ml": float(p.sum() * millilitres),
+                     "label_ml": float(t.sum() * millilitres)})
     return rows
 
 
+def case_title(case):
+    """Return a case's name, or that of its prediction's file."""
+    return case.get("name") or case_name(case["prediction"])
+
+
+def order_of_rows(ids):
+    """Return a sort key of (organ, number): by the prediction's numbers, what it lacks last."""
+    def key(item):
+        return ids.get(item[0], 256), item[1]
+    return key
+
+
+def on_grid_of_label(case, shape, affine):
+    """Read a case's prediction and turn its axes as the label's; ValueError if grids differ."""
+    pred, pred_affine = data.read_label(case["prediction"])
+    turned = case_files.onto_grid(pred, pred_affine, shape, affine)
+    if turned is None:
+        raise ValueError(f"{case['label']}: affine or shape is not the prediction's: "
+                         f"{case_files.describe_grid(tuple(shape), affine)}, the prediction "
+                         f"{case_files.describe_grid(tuple(pred.shape), pred_affine)}; "
+                         "resample one")
+    return turned
+
+
+def names_of_both(case, names, highest):
+    """Return the names of the label's numbers and of the prediction's.
+
+    Given for both, or for neither. One side's names never name the other's numbers: a perfect
+    prediction could score as a bad one.
+    """
+    label_names = case["names"]
+    if not label_names and not names:
+        return numbered(highest + 1), numbered(highest + 1)
+    for known, kind in ((label_names, "label"), (names, "prediction")):
+        if not known:
+            raise ValueError(f"{case[kind]}: no name for its numbers, while the other side's have "
+                             "names; give the JSON that has them with --names")
+    return label_names, names
+
+
+def check_named(array, names, path):
+    """Raise ValueError if a label map holds numbers that have no name."""
+    unnamed = set(np.unique(array).tolist()) - {0, *names}
+    if unnamed:
+        raise ValueError(f"{path}: no name for its numbers {sorted(unnamed)}; give the JSON that "
+                         "has them")
+
+
+def surface_distances(pred, label, affine):
+    """Return metrics.surface_distances of two masks on a grid that may be skewed (gantry tilt)."""
+    if data.skew_degrees(affine) <= SKEW_DEGREES:
+        return metrics.surface_distances(pred, label, transforms.spacing_of(affine))
+    axes = torch.from_numpy(affine[:3, :3])
+    points = []
+    for mask in (pred, label):
+        surface = metrics.surface(torch.from_numpy(np.ascontiguousarray(mask)))
+        points.append(surface.nonzero().double() @ axes.T)           # (N, 3) in mm
+    return nearest_points(*points), nearest_points(*points[::-1])
+
+
+def nearest_points(query, target):
+    """Return the distance of each of `query` (N, 3) to the nearest of `target` (M, 3): (N,)."""
+    if not len(target):
+        return torch.full((len(query),), math.inf)
+    distances = []
+    for part in query.split(max(1, PAIRS // len(target))):
+        apart = torch.cdist(part, target, compute_mode="donot_use_mm_for_euclid_dist")      # exact
+        distances.append(apart.amin(1).float())
+    return torch.cat(distances) if distances else torch.empty(0)
+
+
+# ------------------------------------------------------------------------------ columns and summary
 def finite_mean(values):
-    """Mean over the first axis of what is finite, nan where nothing is."""
-    return np.ma.filled(np.ma.masked_invalid(np.asarray(values, dtype=float)).mean(0).astype(float), math.nan)
+    """Return the mean of the finite values along axis 0; nan if there are none."""
+    values = np.asarray(values, dtype=float)
+    return np.ma.filled(np.ma.masked_invalid(values).mean(0).astype(float), math.nan)
 
 
 def columns(rows, score):
-    """{column: values over cases, nan where absent}: the paper's columns if its 13 organs are there, else by name."""
-    organs, cases = (list(dict.fromkeys(row[name] for row in rows)) for name in ("organ", "case"))
-    found = {(row["case"], row["organ"]): row[score] for row in rows}
-    table = {name: np.array([found.get((case, name), math.nan) for case in cases]) for name in organs}
-    average = finite_mean([*table.values()])
-    if set(organs) != set(CODES):
+    """Return {column: values over cases, nan where absent}.
+
+    The columns are the paper's if its 13 organs are there, else the organs' names.
+    """
+    organs = list(dict.fromkeys(row["organ"] for row in rows))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    values = {(row["case"], row["organ"]): row[score] for row in rows}
+    table = {}
+    for name in organs:
+        table[name] = np.array([values.get((case, name), math.nan) for case in cases])
+    average = finite_mean(list(table.values()))
+    if set(organs) != set(ORGANS):
         return {**table, "AVG": average}
     table = {code: table[name] for name, code in CODES.items()}
-    glands = finite_mean([table["RA"], table["LA"]])                  # Table 1 has AG, Table 2 RA and LA
-    return {**table, "AG": glands, "AVG": average, "AVG12": finite_mean([*[*table.values()][:11], glands])}
+    glands = finite_mean([table["RA"], table["LA"]])     # Table 1 has AG, Table 2 RA and LA
+    others = [values for code, values in table.items() if code not in ("RA", "LA")]
+    return {**table, "AG": glands, "AVG": average, "AVG12": finite_mean([*others, glands])}
 
 
 def summary(rows, score):
-    """{column: mean, 95 % bootstrap interval over cases, n, misses}; AG and AVG are the means of their columns."""
+    """Return {column: mean, 95 % bootstrap interval over cases, n, misses}.
+
+    AG and AVG are the means of their columns. AVG tells over how many organs, and how many there
+    should be: one that is nowhere to be scored has no mean.
+    """
     result = {}
     for name, values in columns(rows, score).items():
         finite = values[np.isfinite(values)]
         low, high = metrics.bootstrap_interval(finite)
-        result[name] = {"mean": float(finite_mean(values)), "low": low, "high": high, "n": len(finite),
-                        "misses": int(np.isinf(values).sum())}
-    organs = [name for name in result if name not in ("AG", "AVG", "AVG12")]
-    parts = {"AG": ["RA", "LA"], "AVG": organs, "AVG12": [*organs[:11], "AG"]}
+        result[name] = {"mean": float(finite_mean(values)), "low": low, "high": high,
+                        "n": len(finite), "misses": int(np.isinf(values).sum())}
+
+    organs = [name for name in result if name not in MEANS]
+    others = [name for name in organs if name not in ("RA", "LA")]
+    parts = {"AG": ["RA", "LA"], "AVG": organs, "AVG12": [*others, "AG"]}
     for name in (name for name in parts if name in result):
-        result[name].update(mean=float(finite_mean([result[part]["mean"] for part in parts[name]])),
-                            misses=sum(result[part]["misses"] for part in parts[name]))
+        means = [result[part]["mean"] for part in parts[name]]
+        result[name]["mean"] = float(finite_mean(means))
+        result[name]["misses"] = sum(result[part]["misses"] for part in parts[name])
+        result[name]["organs"] = int(np.isfinite(means).sum())
+        result[name]["of"] = len(means)
     return result
 
 
+# -------------------------------------------------------------------------- files that are written
 def markdown(header, rows):
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
 
 
 def table_text(scores, tolerance_mm):
-    """table.md: per score its mean, interval and misses, one column per organ."""
+    """Return table.md: for each score its mean, interval and misses, one column per organ.
+
+    A mean over fewer organs than the labels name is marked, as in ".812 (10 of 13)".
+    """
     rows = []
-    titles = {"dice": "DSC", "hd95_mm": "HD95, mm", "surface_dice": f"surface Dice, {tolerance_mm:g} mm"}
-    for score, title in titles.items():
-        cells, digits = scores[score].values(), 1 if score == "hd95_mm" else 3
-        rows.append([title, *(f"{cell['mean']:.{digits}f}" for cell in cells)])
-        rows.append(["95 % interval", *(f"{cell['low']:.{digits}f}-{cell['high']:.{digits}f}" for cell in cells)])
+    for score, (title, digits) in SCORES.items():
+        cells = scores[score].values()
+        suffix = f", {tolerance_mm:g} mm" if score == "surface_dice" else ""
+        rows.append([title + suffix, *(mean_text(cell, digits) for cell in cells)])
+        rows.append(["95 % interval", *(interval_text(cell, digits) for cell in cells)])
     rows.append(["misses", *(cell["misses"] for cell in scores["hd95_mm"].values())])
     return markdown(["", *scores["dice"]], rows)
+
+
+def mean_text(cell, digits):
+    if not math.isfinite(cell["mean"]):
+        return "-"
+    text = f"{cell['mean']:.{digits}f}"
+    if cell.get("organs", 0) < cell.get("of", 0):
+        text += f" ({cell['organs']} of {cell['of']})"
+    return text
+
+
+def interval_text(cell, digits):
+    if not math.isfinite(cell["low"]):
+        return "-"
+    return f"{cell['low']:.{digits}f}-{cell['high']:.{digits}f}"
 
 
 def clear(out):
@@ -108,50 +325,82 @@ def clear(out):
 
 
 def write_results(out, rows, names, failed, facts, tolerance_mm):
-    """cases.csv, table.md and, last, results.json."""
+    """Write cases.csv, table.md and, last, results.json; return the table."""
     clear(out)
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in row.items()})
-    runtime.atomic_write(out / "cases.csv", lines.getvalue().encode())
-    scores = {score: summary(rows, score) for score in ("dice", "hd95_mm", "surface_dice")} if rows else {}
+    runtime.atomic_write(out / "cases.csv", csv_text(rows).encode())
+    scores = {score: summary(rows, score) for score in SCORES} if rows else {}
     text = table_text(scores, tolerance_mm) if rows else "no case was scored\n"
     runtime.atomic_write(out / "table.md", text.encode())
+
     scored = list(dict.fromkeys(row["case"] for row in rows))
-    results = json.dumps({**facts, "n": len(scored), "cases": scored, "failed": failed, "labels": names,
-                          "absent_organs": ABSENT, "tolerance_mm": tolerance_mm, "scores": scores})
-    plain = json.loads(results, parse_constant=lambda name: None)     # NaN and infinity are no JSON: null
+    results = json.dumps({
+        **facts, "n": len(scored), "cases": scored, "failed": failed, "labels": names,
+        "absent_organs": ABSENT, "tolerance_mm": tolerance_mm, "scores": scores})
+    # NaN and infinity are no JSON: null
+    plain = json.loads(results, parse_constant=lambda name: None)
     runtime.atomic_write(out / "results.json", json.dumps(plain, indent=1).encode())
     return text
 
 
+def csv_text(rows):
+    """Return the rows as text; numbers have six digits."""
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        cells = dict(row)
+        for name in cells:
+            if isinstance(cells[name], float):
+                cells[name] = f"{cells[name]:.6g}"
+        writer.writerow(cells)
+    return lines.getvalue()
+
+
+# ------------------------------------------------------------------------------------------ compare
 def read_dice(folder):
-    """{(case, organ): Dice} of a folder's cases.csv."""
+    """Return {(key of the case, organ): Dice} of a folder's cases.csv; ValueError if unreadable."""
+    scores = {}
     try:
         with open(Path(folder, "cases.csv"), newline="") as file:
-            return {(row["case"], row["organ"]): float(row["dice"]) for row in csv.DictReader(file)}
+            for row in csv.DictReader(file):
+                place = case_key(row["case"]), organ(row["organ"])
+                if place in scores:
+                    raise ValueError(f"case {place[0]}, {place[1]} is there twice")
+                scores[place] = float(row["dice"])
     except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{folder}: no cases.csv to read ({error}); give a folder that evaluate.py wrote") from None
+        raise ValueError(f"{folder}: no cases.csv to read ({error}); give a folder that "
+                         "evaluate.py wrote") from None
+    return scores
 
 
 def compare(folders, out):
-    """Paired tests of two result folders' Dice, per organ and of the cases' mean; writes OUT/compare.md, returns it."""
-    found = [read_dice(folder) for folder in folders]
-    both = [pair for pair in found[0] if pair in found[1]]
-    if not both:
+    """Test the Dice of two result folders case by case, per organ; write and return compare.md."""
+    first, second = (read_dice(folder) for folder in folders)
+    common = [place for place in first if place in second]
+    if not common:
         raise ValueError(f"{' and '.join(folders)} have no case and organ in common")
-    sides = [columns([{"case": case, "organ": organ, "dice": scores[case, organ]} for case, organ in both], "dice")
-             for scores in found]
-    rows = []
-    for name in sides[0]:
-        test = metrics.paired_test(sides[0][name], sides[1][name])
-        rows.append([name, test["n"], *(f"{float(finite_mean(side[name])):.3f}" for side in sides),
-                     f"{test['mean_difference']:+.3f}", f"{test['low']:+.3f} to {test['high']:+.3f}",
-                     f"{test['p']:.3g}"])
-    text = markdown(["", "n", *folders, "difference", "95 % interval (paired bootstrap)", "p (Wilcoxon)"], rows)
+    sides = []
+    for scores in (first, second):
+        rows = [{"case": case, "organ": name, "dice": scores[case, name]} for case, name in common]
+        sides.append(columns(rows, "dice"))
+
+    rows = [compared_row(name, sides[0][name], sides[1][name]) for name in sides[0]]
+    header = ["", "n", *folders, "difference", "95 % interval (paired bootstrap)", "p (Wilcoxon)"]
+    text = markdown(header, rows)
     out.mkdir(parents=True, exist_ok=True)
     runtime.atomic_write(out / "compare.md", text.encode())
-    alone = len(found[0]) + len(found[1]) - 2 * len(both)
-    return text + (f"\n{alone} rows of cases.csv are in one folder alone and were left out\n" if alone else "")
+    alone = len(first) + len(second) - 2 * len(common)
+    if alone:
+        text += f"\n{alone} rows of cases.csv are in one folder alone and were left out\n"
+    return text
+
+
+def compared_row(name, values, others):
+    """Return a column's cells in compare.md: n, both means, difference, its interval, p."""
+    test = metrics.paired_test(values, others)
+    means = [f"{float(finite_mean(side)):.3f}" for side in (values, others)]
+    if not test["n"]:
+        return [name, 0, "-", "-", "-", "-", "-"]
+    interval = f"{test['low']:+.3f} to {test['high']:+.3f}"
+    return [name, test["n"], *means, f"{test['mean_difference']:+.3f}", interval,
+            f"{test['p']:.3g}"]

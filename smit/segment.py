@@ -1,60 +1,103 @@
-"""The fine-tuning network: the pre-trained encoder under a U-shaped decoder [SMIT 3, 28.19M parameters].
+"""The fine-tuning network: the pre-trained encoder under a U-shaped decoder [SMIT 3].
 
-Reading order: SegmentationNet, its decoder's Up and ResidualBlock, load_encoder; predict, to_file_grid.
+It has the paper's 28.19M parameters.
+Reading order: SegmentationNet, its decoder's Up and ResidualBlock, load_encoder,
+predict. The tricks for speed stand at the end. From Python, inference.py is the door.
 """
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from smit.baselines.unet import UNet3D
+from smit.settings import SIZES, UNET_SIZES
 from smit.sliding import sliding_window
 from smit.swin import SwinTransformer3D
-from smit.transforms import crop, crop_affine, from_ras, ras_grid, regrid, rotate90
+from smit.transforms import rotate90
+from smit.weights import adopt, count, fill
 
-SIZES = ("embed_dim", "depths", "heads", "window")  # what the pre-trained and the fine-tuned encoder must share
 
-
+# ---------------------------------------------------------------------- network
 class SegmentationNet(nn.Module):
-    """U-shaped network over the Swin encoder, 28,192,614 parameters with 14 classes [SMIT 3; release].
+    """Segment with a U-shaped network over the Swin encoder [SMIT 3; release].
 
-    encoder: arguments of SwinTransformer3D (in_channels, embed_dim, window, drop_path, ...).
+    It has 28,192,614 parameters with 14 classes. encoder: arguments of
+    SwinTransformer3D (in_channels, embed_dim, window, drop_path, ...).
+    habits: of weights.habits.HABITS, for an imported encoder alone.
     """
 
-    def __init__(self, num_classes=14, **encoder):
+    def __init__(self, num_classes=14, habits=(), **encoder):
         super().__init__()
-        self.encoder = SwinTransformer3D(**encoder, mask_token=False)
-        channels = self.encoder.channels                              # 48, 96, 192, 384, 768
-        self.ups = nn.ModuleList(Up(coarse, fine, skip=fine) for fine, coarse in zip(channels[-2::-1], channels[:0:-1]))
+        self.encoder = adopt(SwinTransformer3D(**encoder, mask_token=False), habits)
+        channels = self.encoder.channels                                   # 48, 96, 192, 384, 768
+        self.ups = nn.ModuleList()
+        for level in reversed(range(len(channels) - 1)):
+            fine = channels[level]
+            self.ups.append(Up(channels[level + 1], fine, skip=fine))
         self.last_up = Up(channels[0], channels[0] // 2, scale=self.encoder.patch)
         self.out = PointConv(channels[0] // 2, num_classes)
 
     def forward(self, x, noise=None):
-        """x (B, in_channels, D, H, W), any size -> logits (B, num_classes, D, H, W); noise: drop path's draws."""
-        features = self.encoder(x, noise=noise)                       # channels-last, as the CPU convolves fastest
+        """Segment volumes of any size.
+
+        x (B, in_channels, D, H, W); noise (B, drops): the draws of drop path, or None.
+        Returns logits (B, num_classes, D, H, W).
+        """
+        features = self.encoder(x, noise=noise)
         if x.is_cuda:
+            # they come channels-last, which only the CPU convolves fastest
             features = [feature.contiguous() for feature in features]
-        *skips, y = features                                          # y (B, 768, D/32, H/32, W/32)
-        for up, skip in zip(self.ups, reversed(skips)):
-            y = up(y, skip.shape[2:], skip)                           # (B, 384, D/16, ...) to (B, 48, D/2, ...)
-        return self.out(self.last_up(y, x.shape[2:]))                 # (B, 24, D, H, W), (B, num_classes, D, H, W)
+
+        y = features.pop()                                              # (B, 768, D/32, H/32, W/32)
+        for up in self.ups:
+            skip = features.pop()
+            y = up(y, skip.shape[2:], skip)                               # (B, 384, D/16, ...), ...
+        y = self.last_up(y, x.shape[2:])                                   # (B, 24, D, H, W)
+        return self.out(y)                                               # (B, num_classes, D, H, W)
+
+
+class SegmentationUNet(UNet3D):
+    """Segment with the U-Net of the paper's CNN columns [SMIT Table 2].
+
+    It has 19,074,510 parameters with 14 classes, at width 64.
+    """
+
+    def __init__(self, num_classes=14, width=64):
+        super().__init__(num_classes, width)
+
+    def forward(self, x, noise=None):
+        """x (B, 1, D, H, W), sides multiples of 8 -> logits (B, num_classes, D, H, W).
+
+        noise is not used: no path is dropped.
+        """
+        return super().forward(x)
 
 
 def build_network(config):
-    """The network that a fine-tuning run's settings describe, freshly initialised from torch's global generator.
+    """Build the network of a fine-tuning run's settings, drawn from torch's global generator.
 
     ValueError where they describe none: they may come from a stranger's checkpoint.
     """
+    is_unet = config.get("network", "swin") == "unet"
+    names = UNET_SIZES if is_unet else SIZES
     try:
+        sizes = {name: config[name] for name in names}
+        if is_unet:
+            return SegmentationUNet(config["num_classes"], **sizes)
+        sizes |= config.get("imported", {})              # what only an imported encoder has
         return SegmentationNet(config["num_classes"], drop_path=config["drop_path"],
-                               checkpointing=config["checkpointing"], **{name: config[name] for name in SIZES})
+                               checkpointing=config["checkpointing"], **sizes)
     except (RuntimeError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
-        sizes = {name: config.get(name) for name in SIZES}
-        raise ValueError(f"sizes {sizes} make no network: {str(error).splitlines()[0]}") from None
+        sizes = {name: config.get(name) for name in names}
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"sizes {sizes} make no network: {reason}") from None
 
 
 class Up(nn.Module):
-    """One level of the decoder: transposed convolution, skip joined if there is one, residual block [release]."""
+    """Go up one level of the decoder [release].
+
+    A transposed convolution, the skip joined if there is one, a residual block.
+    """
 
     def __init__(self, coarse, fine, skip=0, scale=2):
         super().__init__()
@@ -62,33 +105,131 @@ class Up(nn.Module):
         self.block = ResidualBlock(fine + skip, fine)
 
     def forward(self, x, grid, skip=None):
-        """x (B, coarse, d, h, w), grid (D, H, W) of the result, skip (B, skip, D, H, W) -> (B, fine, D, H, W)."""
+        """x (B, coarse, d, h, w) -> (B, fine, D, H, W).
+
+        grid (D, H, W): of the result; skip (B, skip, D, H, W) or None.
+        """
         D, H, W = grid
-        x = self.up(x)[:, :, :D, :H, :W]                              # an odd grid was padded on its way down
-        return self.block(x if skip is None else torch.cat([x, skip], 1))
+        # an odd grid was padded on its way down
+        x = self.up(x)[:, :, :D, :H, :W]
+        if skip is not None:
+            x = torch.cat([x, skip], 1)
+        return self.block(x)
 
 
 class ResidualBlock(nn.Module):
-    """conv3, norm, LeakyReLU, conv3, norm, plus the input (through conv1 and norm if channels change), LeakyReLU."""
+    """Add two convolutions of size 3 to their input [release].
+
+    conv3, norm, LeakyReLU, conv3, norm, plus the input, LeakyReLU. Where channels
+    change, the input goes through a convolution of size 1 and a norm.
+    """
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.body = nn.Sequential(conv_norm(c_in, c_out, 3), nn.LeakyReLU(.01), conv_norm(c_out, c_out, 3))
-        self.shortcut = conv_norm(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.body = nn.Sequential(conv_norm(c_in, c_out, 3), nn.LeakyReLU(.01),
+                                  conv_norm(c_out, c_out, 3))
+        self.shortcut = nn.Identity()
+        if c_in != c_out:
+            self.shortcut = conv_norm(c_in, c_out, 1)
         self.act = nn.LeakyReLU(.01)
 
     def forward(self, x):
-        return self.act(self.body(x) + self.shortcut(x))              # (B, c_in, D, H, W) -> (B, c_out, D, H, W)
+        """x (B, c_in, D, H, W) -> (B, c_out, D, H, W)."""
+        return self.act(self.body(x) + self.shortcut(x))
 
 
 def conv_norm(c_in, c_out, size):
-    """Convolution without bias, then a norm without parameters: InstanceNorm, which does not depend on the batch."""
-    conv = nn.Conv3d(c_in, c_out, size, padding=size // 2, bias=False) if size > 1 else PointConv(c_in, c_out, False)
+    """Make a convolution without bias and a norm without parameters.
+
+    The norm is InstanceNorm, which does not depend on the batch.
+    """
+    if size == 1:
+        conv = PointConv(c_in, c_out, bias=False)
+    else:
+        conv = nn.Conv3d(c_in, c_out, size, padding=size // 2, bias=False)
     return nn.Sequential(conv, InstanceNorm())
 
 
+# ----------------------------------------------------------- pre-trained weights
+def load_encoder(net, state_dict, partial=False):
+    """Copy pre-trained weights into net.encoder, and report which [ours].
+
+    state_dict: of a student or teacher, whose heads are dropped, or of an encoder
+    alone. Its mask token is dropped, and its patch embedding adapted to net's
+    channels. partial: load what fits and leave the rest.
+    Returns the report, one line with parameter counts. Raises ValueError, with
+    nothing loaded, unless every parameter of either encoder has its counterpart (or
+    partial=True), and for values that are not finite.
+    """
+    # differs: the release's fine-tuner loads nothing from its own checkpoints and
+    # reports success
+    given = encoder_weights(state_dict)
+    counts = fill(net.encoder, given, partial)
+    dropped = count(state_dict) - count(given)
+    return f"encoder weights: {counts}; heads and mask token dropped: {dropped:,}"
+
+
+def load_decoder(net, state_dict):
+    """Copy the decoder too, if there is one, into a U-Net [Models Genesis]; report it.
+
+    The last convolution stays as it was drawn. ValueError unless all of the decoder fits, and for
+    values that are not finite.
+    """
+    prefix = "decoder."
+    given = {}
+    for name, weight in state_dict.items():
+        if name.startswith(prefix):
+            given[name.removeprefix(prefix)] = weight
+    if not given:
+        return "decoder weights: random, none were pre-trained"
+
+    for name, weight in given.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"decoder weights that are not finite, first in {name}: "
+                             "use another checkpoint")
+    try:
+        net.decoder.load_state_dict(given)
+    except RuntimeError as error:
+        raise ValueError(f"decoder weights do not fit: {str(error).splitlines()[1].strip()}") from None
+    return f"decoder weights: {count(given):,} of {count(net.decoder.state_dict()):,} matched"
+
+
+def encoder_weights(state_dict):
+    """Pick an encoder's weights, without its mask token: {name in the encoder: weight}."""
+    prefix = "encoder."
+    has_heads = any(name.startswith(prefix) for name in state_dict)
+    weights = {}
+    for name, weight in state_dict.items():
+        if has_heads and not name.startswith(prefix):
+            continue
+        weights[name.removeprefix(prefix)] = weight
+    weights.pop("mask_token", None)
+    return weights
+
+
+# ------------------------------------------------------------------- prediction
+@torch.no_grad()
+def predict(net, image, window, turns=(0,), **sliding):
+    """Predict a whole prepared volume on its own grid [SMIT 3].
+
+    image (D, H, W) uint8.
+    turns: quarter turns in the axial plane to average over, as training turned its crops.
+    sliding: arguments of sliding_window.
+    Returns logits (num_classes, D, H, W).
+    """
+    volume = torch.from_numpy(np.array(image))[None, None] / 255           # (1, 1, D, H, W)
+    total = 0
+    for turn in turns:
+        logits = sliding_window(net, rotate90(volume, turn), window, **sliding)
+        total = total + rotate90(logits, -turn)[0]
+    return total / len(turns)
+
+
+# ------------------------------------------------------------------------ speed
+# Both layers compute what torch's own would, to rounding. On a CPU torch's copy
+# channels-last volumes before and after; these do not. A GPU runs torch's own.
 class PointConv(nn.Conv3d):
-    """A convolution of size 1, on the CPU as the matrix product that it is."""
+    """Convolve with size 1: equals nn.Conv3d, on a CPU as the matrix product that it is."""
 
     def __init__(self, c_in, c_out, bias=True):
         super().__init__(c_in, c_out, 1, bias=bias)
@@ -97,109 +238,43 @@ class PointConv(nn.Conv3d):
         """x (B, c_in, D, H, W) -> (B, c_out, D, H, W)."""
         if x.is_cuda:
             return super().forward(x)
-        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+        tokens = x.movedim(1, -1)                                          # (B, D, H, W, c_in)
+        return F.linear(tokens, self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
 class InstanceNorm(nn.Module):
-    """Mean 0 and variance 1 over space for each sample and channel. torch's own takes channels-last only by copies."""
+    """Give each sample and channel mean 0 and variance 1 over space: equals F.instance_norm."""
 
     def forward(self, x):
         """x (B, C, D, H, W) -> the same shape."""
-        return F.instance_norm(x) if x.is_cuda else NormaliseSpace.apply(x.movedim(1, -1).flatten(1, 3)).view(
-            len(x), *x.shape[2:], -1).movedim(-1, 1)
+        if x.is_cuda:
+            return F.instance_norm(x)
+        B, C, D, H, W = x.shape
+        rows = x.movedim(1, -1).flatten(1, 3)                              # (B, N, C)
+        return NormaliseSpace.apply(rows).view(B, D, H, W, C).movedim(-1, 1)
 
 
 class NormaliseSpace(torch.autograd.Function):
-    """rows (B, N, C) -> (rows - mean) / sqrt(variance + 1e-5) over N, in float32 inside; backward keeps the result."""
+    """Compute (rows - mean) / sqrt(variance + 1e-5) over N of rows (B, N, C).
+
+    Inside in float32. Backward keeps the result in place of the rows.
+    """
 
     @staticmethod
     def forward(ctx, rows):
         normed = rows.float()
         normed = normed - normed.mean(1, keepdim=True)
-        scale = normed.square().mean(1, keepdim=True).add_(1e-5).rsqrt_()                     # (B, 1, C)
+        scale = normed.square().mean(1, keepdim=True).add_(1e-5).rsqrt_()  # (B, 1, C)
         normed = normed.mul_(scale).to(rows.dtype)
         ctx.save_for_backward(normed, scale)
         return normed
 
     @staticmethod
     def backward(ctx, grad):
+        """Return scale * (grad - mean(grad) - normed * mean(grad * normed))."""
         normed, scale = ctx.saved_tensors
-        dtype, grad, normed = normed.dtype, grad.float(), normed.float()
-        along = (grad * normed).mean(1, keepdim=True)
-        return (grad - grad.mean(1, keepdim=True)).addcmul_(normed, along, value=-1).mul_(scale).to(dtype)
-
-
-def load_encoder(net, state_dict, partial=False):
-    """Copies pre-trained weights into net.encoder, and reports which [ours].
-
-    state_dict: of a student or teacher (names after `encoder.`; heads are dropped), or of an encoder alone. Its mask
-    token is dropped, and its patch embedding adapted to net's channels. partial: load what fits and leave the rest.
-    Returns the report, one line with parameter counts. Raises ValueError, with nothing loaded, unless every parameter
-    of either encoder has its counterpart (or partial=True), and for values that are not finite.
-    """
-    # differs: the release's fine-tuner loads nothing from its own checkpoints and reports success
-    own, has_heads = net.encoder.state_dict(), any(name.startswith("encoder.") for name in state_dict)
-    inside = {name.removeprefix("encoder."): w for name, w in state_dict.items()
-              if name.startswith("encoder.") or not has_heads}
-    inside.pop("mask_token", None)
-    dropped = count(state_dict) - count(inside)
-    if "patch_embed.weight" in inside:
-        inside["patch_embed.weight"] = adapt_channels(inside["patch_embed.weight"], own["patch_embed.weight"].shape[1])
-    matched = {name: w for name, w in inside.items() if name in own and w.shape == own[name].shape}
-    missing = {name: w for name, w in own.items() if name not in matched}
-    unexpected = {name: w for name, w in inside.items() if name not in matched}
-    report = (f"encoder weights: {count(matched):,} of {count(own):,} matched; missing {listed(missing)}; "
-              f"unexpected {listed(unexpected)}; heads and mask token dropped: {dropped:,}")
-    if not partial and (missing or unexpected):
-        raise ValueError(f"{report}; build the network as the pre-trained one was, or ask for a partial load")
-    broken = [name for name, w in matched.items() if not w.isfinite().all()]
-    if broken:
-        raise ValueError(f"encoder weights that are not finite, first in {broken[0]}: use another checkpoint")
-    net.encoder.load_state_dict(matched, strict=False)
-    return report
-
-
-def adapt_channels(weight, channels):
-    """Patch embedding (C, c, *patch) for another number of channels: the same answer to one image in all of them."""
-    if weight.ndim != 5 or weight.shape[1] == channels:
-        return weight
-    return weight.sum(1, keepdim=True).repeat(1, channels, 1, 1, 1) / channels
-
-
-def count(weights):
-    return sum(w.numel() for w in weights.values())
-
-
-def listed(weights):
-    """Say how many parameters there are, and the first names."""
-    names = ", ".join(list(weights)[:3]) + (", ..." if len(weights) > 3 else "")
-    return f"{count(weights):,}" + (f" ({names})" if names else "")
-
-
-@torch.no_grad()
-def predict(net, image, window, turns=(0,), **sliding):
-    """Logits (num_classes, D, H, W) of a whole prepared volume, image (D, H, W) uint8, on its own grid [SMIT 3].
-
-    turns: quarter turns in the axial plane to average over, as training turned its crops; sliding: of sliding_window.
-    """
-    volume = torch.from_numpy(np.array(image))[None, None] / 255
-    return sum(rotate90(sliding_window(net, rotate90(volume, k), window, **sliding), -k)[0] for k in turns) / len(turns)
-
-
-def to_file_grid(logits, affine, file_shape, file_affine):
-    """Label map (X, Y, Z) uint8 in the axis order of the image's file: logits resampled first, then the arg-max [ours].
-
-    logits (num_classes, D, H, W) on a grid with RAS `affine`. What lies farther than a voxel outside it is background.
-    One class at a time: memory is a few volumes on the file's grid, whatever the number of classes.
-    """
-    shape, ras = ras_grid(file_shape, file_affine)
-    index = np.linalg.solve(affine, ras)                              # the file's index -> ours
-    box = [np.flatnonzero(np.abs(start + step * np.arange(n) - (size - 1) / 2) < (size + 1) / 2)
-           for step, start, n, size in zip(index.diagonal(), index[:3, 3], shape, logits.shape[1:])]
-    first, size = [int(inside[0]) for inside in box], [len(inside) for inside in box]
-    highest, label = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.uint8)
-    for number, channel in enumerate(logits):
-        value = regrid(channel.cpu(), affine, crop_affine(ras, first), size)
-        label.masked_fill_(value > highest, number)
-        torch.maximum(highest, value, out=highest)
-    return from_ras(crop(label, [-at for at in first], shape), file_affine).contiguous()
+        dtype = normed.dtype
+        grad, normed = grad.float(), normed.float()
+        along = (grad * normed).mean(1, keepdim=True)                      # (B, 1, C)
+        centred = grad - grad.mean(1, keepdim=True)
+        return centred.addcmul_(normed, along, value=-1).mul_(scale).to(dtype)

@@ -159,16 +159,19 @@ class WindowAttention(nn.Module):
 
 # ------------------------------------------------------------------------ block
 def drop_path(branch, rate, noise):
-    """Drop a residual branch where a sample's noise lies under `rate`, scale up the others [Swin A2].
+    """Drop a sample's residual branch where its noise lies under `rate` [Swin A2].
 
-    branch (B, D, H, W, C); noise (B,) uniform in [0, 1).
+    The others are scaled up. branch (B, D, H, W, C); noise (B,) uniform in [0, 1).
     """
     keep = (noise >= rate).to(branch.dtype) / (1 - rate)
     return branch * keep.view(-1, 1, 1, 1, 1)
 
 
 class SwinBlock(nn.Module):
-    """Add attention(norm(x)), then MLP(norm(x)); shift the windows of odd blocks by half [Swin Eq. 3]."""
+    """Add attention(norm(x)), then MLP(norm(x)) [Swin Eq. 3].
+
+    The windows of a shifted block lie half a window further on than the others'.
+    """
 
     def __init__(self, dim, heads, window, shifted, mlp_ratio, qkv_bias, drop_rate,
                  mask_padding, checkpointing=False):
@@ -184,7 +187,10 @@ class SwinBlock(nn.Module):
         self.mlp = MLP(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
 
     def attend(self, x):
-        """Attend in the (shifted) windows of a grid of any size: x (B, D, H, W, C) -> the same shape."""
+        """Attend in the (shifted) windows of a grid of any size.
+
+        x (B, D, H, W, C) -> the same shape.
+        """
         # a window is clamped to the grid, and one that spans an axis is not shifted along it
         D, H, W = grid = tuple(x.shape[1:4])
         window = tuple(min(w, side) for w, side in zip(self.window, grid))
@@ -224,7 +230,10 @@ class SwinBlock(nn.Module):
         return self.mlp(self.norm2(tokens))                                # (..., C)
 
     def forward(self, x, noise=None):
-        """x (B, D, H, W, C); noise (B, 2) uniform, a draw for each branch, or None to drop nothing."""
+        """x (B, D, H, W, C) -> the same shape.
+
+        noise (B, 2) uniform: a draw for each branch, or None to drop nothing.
+        """
         attended = self.attend(self.norm1(x))
         if noise is not None:
             attended = drop_path(attended, self.drop_rate, noise[:, 0])
@@ -272,7 +281,9 @@ class SwinStage(nn.Module):
 
 # ---------------------------------------------------------------------- encoder
 class SwinTransformer3D(nn.Module):
-    """Tokenize a volume: patch embedding, four Swin stages, a merge after each [SMIT 2; Swin Fig. 3].
+    """Tokenize a volume: the encoder f(theta) [SMIT 2; Swin Fig. 3].
+
+    It is a patch embedding and four Swin stages, with a merge after each.
 
     window: tokens per axis, one number or one per axis.
     patch: voxels per axis of a token.
@@ -300,7 +311,7 @@ class SwinTransformer3D(nn.Module):
 
         # channels of the tensors that forward returns; the last merge has no norm
         self.channels = [embed_dim * 2 ** level for level in range(len(depths) + 1)]
-        rates = torch.linspace(0, drop_path, sum(depths)).split(depths)
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(depths)
         self.stages = nn.ModuleList()
         for dim, stage_heads, stage_rates in zip(self.channels, heads, rates):
             self.stages.append(SwinStage(
@@ -371,9 +382,9 @@ class SwinTransformer3D(nn.Module):
         return [None if y is None else y.permute(0, 4, 1, 2, 3) for y in outputs]
 
     def drop_path_draws(self, noise, x):
-        """Split drop path's noise (B, drops) into each block's (B, 2); all None where nothing drops."""
+        """Split drop path's noise (B, drops) into each block's (B, 2); None where nothing drops."""
         if not (self.drops and self.training):
-            return [None for stage in self.stages for _ in stage.blocks]
+            return [None] * sum(len(stage.blocks) for stage in self.stages)
         if noise is None:
             noise = torch.rand(len(x), self.drops, device=x.device)
         return noise.split(2, dim=1)
@@ -425,6 +436,8 @@ def initialise(module):
 
 # tokens x channels recomputed at once on a CPU, so that attention's buffers stay in cache [ours]
 PIECE = 2 ** 18
+# no function below draws random numbers, so their state need not be kept
+CHECKPOINT = dict(use_reentrant=False, preserve_rng_state=False)
 
 
 def fused_attention(q, k, v, bias, mask=None, multiple=None):
@@ -467,10 +480,6 @@ class MLP(nn.Sequential):
         return checkpoint(nn.Sequential(gelu, narrow), widen(x), **CHECKPOINT)
 
 
-# nothing inside draws random numbers, so their state need not be kept
-CHECKPOINT = dict(use_reentrant=False, preserve_rng_state=False)
-
-
 def recompute(function, *tensors):
     """Call function(*tensors): equals that, costs a second forward, keeps the arguments alone.
 
@@ -485,7 +494,10 @@ def recompute(function, *tensors):
 
 
 def recompute_attention(attention, windows, index, mask):
-    """Call attention(windows, index, mask) by `recompute`: volume by volume where a mask is shared."""
+    """Call attention(windows, index, mask): equals that, by `recompute`.
+
+    On a CPU volume by volume where they share a mask.
+    """
     def attend(windows, mask=None):
         return attention(windows, index, mask)
 

@@ -168,7 +168,7 @@ def labels():
         "label_half.nii": (plain(LABEL * np.float32(.5)), False),
         "label_negative.nii": (plain(-LABEL.astype(np.int16)), False),
         "label_large.nii": (plain(LABEL.astype(np.int16) * 100), False),
-        "label_empty.nii": (plain(LABEL * np.uint8(0)), False),
+        "label_empty.nii": (plain(LABEL * np.uint8(0)), True),
         "label_nan.nii": (plain(np.where(LABEL > 0, np.nan, 0).astype(np.float32)), False),
     }
 
@@ -189,7 +189,7 @@ def lists(image="good/plain.nii"):
         "surrogate.json": ('{"training": ["\\ud800.nii"]}', False),
         "leaves.json": (split("../outside.nii"), False),
         "leaves_within.json": (split("good/../../outside.nii"), False),
-        "absolute.json": (split("/etc/passwd"), False),
+        "absolute.json": (split("/etc/passwd"), True),               # named by the user, and then no NIfTI file
         "twice.json": (split(image, {"image": "good/../" + image}), False),
         "two_channels.json": (json.dumps({"channel_names": {"0": "T1", "1": "T2"}}), False),
         "deep.json": ("[" * 10 ** 5, False), "deep_entry.json": ('{"training": ' + "[" * 10 ** 5, False),

@@ -9,7 +9,7 @@ import evaluate
 import finetune
 import train_ssl
 from smit import figures, metrics, pretrain, segment, swin
-from smit.study import tables
+from smit.study import probe, reconstruction
 
 FINETUNE = ("--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --workers 0 --log_every 1 --device cpu "
             "--crops_per_volume 2 --steps 2").split()
@@ -82,8 +82,9 @@ def test_pre_training_draws_what_a_student_on_a_gpu_predicts(phantoms, tmp_path,
             send_to_gpu(patch, pretrain.SMIT, "forward")
             report(out, config, student, sample)
             send_to_gpu(patch, swin.SwinTransformer3D, "forward")
-            student.voxel_head = None                                # the token panel takes the encoder alone
+            head, student.voxel_head = student.voxel_head, None      # the token panel takes the encoder alone
             report(out, config, student, sample)
+            student.voxel_head = head
     monkeypatch.setattr(train_ssl.figures, "pretraining_report", on_card)
     train_ssl.main(flags)
     assert (tmp_path / "run/index.html").is_file()
@@ -91,10 +92,11 @@ def test_pre_training_draws_what_a_student_on_a_gpu_predicts(phantoms, tmp_path,
 
 def test_figure_5_and_the_probe_take_outputs_of_a_gpu(student, phantoms, tmp_path, monkeypatch):
     send_to_gpu(monkeypatch, pretrain.SMIT, "forward")
-    tables.fig5(tmp_path / "fig5", {("smit", 0): str(student)}, {"ct": str(phantoms)}, str(tmp_path / "cache"))
+    reconstruction.fig5(tmp_path / "fig5", {("smit", 0): str(student)}, {"ct": str(phantoms)}, str(tmp_path / "cache"))
     monkeypatch.undo()
     send_to_gpu(monkeypatch, swin.SwinTransformer3D, "forward")
-    tables.probe(tmp_path / "probe", {("smit", 0): str(student)}, False, str(phantoms), "ct", str(tmp_path / "cache"))
+    settings = probe.Settings(str(phantoms), "ct", [None], [None], str(tmp_path / "cache"))
+    probe.probe(tmp_path / "probe", {("smit", 0): str(student)}, False, settings)
     assert (tmp_path / "fig5/fig5.md").is_file() and (tmp_path / "probe/probe.md").is_file()
 
 

@@ -43,14 +43,14 @@ def items(tmp_path_factory):
     return hostile.build(tmp_path_factory.mktemp("hostile"))
 
 
-@pytest.mark.filterwarnings("ignore:.*hardly HU")
 def test_every_bad_file_is_refused_by_name_and_every_odd_one_accepted(items):
     assert len(items) >= 60
     for item in items:
         result = use(item)
         assert isinstance(result, ValueError) != item.good, f"{item}: {result}"
         if item.good and item.kind == "label":
-            assert np.array_equal(result[0], hostile.LABEL), item
+            empty = "empty" in item.path
+            assert np.array_equal(result[0], hostile.LABEL * (not empty)), item
         if not item.good:
             assert item.path in str(result) and "\n" not in str(result) and ";" in str(result), f"{item}: {result}"
             assert item.kind == "list" or isinstance(result, data.BadVolume), f"{item}: {result!r}"
@@ -152,7 +152,7 @@ def test_msd_and_nnunet_lists_give_images_labels_and_names(tmp_path):
     assert data.read_list(nnunet, "test") == test
     assert data.read_list(msd, "val") == [first] and data.read_list(msd, "test") == test
     assert data.label_names(nnunet) == data.label_names(msd) == {0: "background", 1: "liver"}
-    assert data.label_names(tmp_path) is None
+    assert data.label_names(tmp_path / "imagesTr") is None and data.label_names(tmp_path) == data.label_names(msd)
     with pytest.raises(ValueError, match="'training'.*'val'"):
         data.read_list(msd)
 
@@ -224,7 +224,7 @@ def test_labels_on_another_grid_are_refused_and_the_full_pass_sees_values(items)
             data.check_cases([{"image": paths["plain.nii"], "label": paths[label]}], labels=True)
     cases = [{"image": paths["plain.nii"], "label": paths[f"label_{kind}.nii"]} for kind in ("float", "half", "empty")]
     data.check_cases(cases, labels=True)
-    with pytest.raises(ValueError, match="2 problems:\n.*half.*1.5.*\n.*empty"):
+    with pytest.raises(ValueError, match="1 problem:\n.*half.*1.5"):
         data.check_voxels(cases, T.Preparation(), labels=True, num_classes=14)
 
 

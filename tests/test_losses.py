@@ -107,16 +107,17 @@ def test_hidden_tokens_found_before_a_mask_is_moved_give_the_same_loss():
 
 
 def test_no_loss_waits_for_a_gpu():
-    with FakeTensorMode():                                              # has shapes and a device, but no value to read
+    with FakeTensorMode():                             # has shapes and a device, but no value to read
         logits, center = torch.empty(2, 4, 5, device="cuda"), torch.empty(5, device="cuda")
         image_logits = torch.empty(2, 5, device="cuda")
         views = torch.empty(2, 1, 4, 4, 4, device="cuda")
-        hidden, index = torch.ones(2, 4, dtype=torch.bool, device="cuda"), torch.empty(6, device="cuda").long()
+        hidden = torch.ones(2, 4, dtype=torch.bool, device="cuda")
+        index = torch.empty(6, device="cuda").long()
         terms = [losses.mip_loss(views, views, views > 0),
                  losses.mpd_loss(logits, logits, hidden, center, .1, .04, index),
                  losses.itd_loss(image_logits, image_logits, center, .1, .04)]
         assert all(term.is_cuda and term.shape == () for term in terms)
-        with pytest.raises(DataDependentOutputException):               # without the index it would wait
+        with pytest.raises(DataDependentOutputException):              # without the index it would wait
             losses.mpd_loss(logits, logits, hidden, center, .1, .04)
 
 
@@ -159,3 +160,12 @@ def test_dice_ce_equals_the_one_hot_formula():
     fast = losses.dice_ce_loss(logits, label)
     assert fast.item() == pytest.approx(plain.item(), abs=1e-5)
     torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (fast, plain)), atol=1e-6, rtol=1e-5)
+
+
+def test_the_background_can_weigh_less_and_be_left_out_of_dice():
+    logits, label = torch.randn(2, 3, 2, 3, 4), torch.randint(3, (2, 2, 3, 4))
+    p, truth = logits.softmax(1), torch.nn.functional.one_hot(label, 3).movedim(-1, 1)
+    dice = 2 * (p * truth).sum((2, 3, 4)) / (p.square() + truth).sum((2, 3, 4))           # (2 samples, 3 classes)
+    weighted = torch.nn.functional.cross_entropy(logits, label, torch.tensor([.05, 1, 1]))
+    loss = losses.dice_ce_loss(logits, label, background_weight=.05, dice_on="organs")
+    torch.testing.assert_close(loss, (1 - dice[:, 1:]).mean() + weighted)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smit import runtime
+from smit import runtime, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = runtime.Ranks(0, 1, 0, torch.device("cpu"))
@@ -509,14 +509,14 @@ def test_weights_and_moments_of_an_older_format_are_upgraded_before_they_are_loa
     weight.grad = torch.arange(8.0)[None]
     old["optimizer"].step()
     runtime.save_state(tmp_path / "last.pt", old, step=7, config={})
-    runtime.resume(tmp_path, new, {"format": 2}, set(), ALONE)
+    runtime.resume(tmp_path, new, {"format": 2}, set(), ALONE, None, weights.upgrade_run)
     order = [0, 3, 2, 5, 1, 6, 4, 7]        # where 000, 001, ..., 111 stood in format 1
     assert torch.equal(new["net"].stages[0].merge.reduction.weight, weight[:, order])
     moment = new["optimizer"].state_dict()["state"][0]["momentum_buffer"]
     assert moment.tolist() == [order]
 
     runtime.save_state(tmp_path / "last.pt", new, step=8, config={"format": 2})
-    runtime.resume(tmp_path, again, {"format": 2}, set(), ALONE)
+    runtime.resume(tmp_path, again, {"format": 2}, set(), ALONE, None, weights.upgrade_run)
     assert torch.equal(again["net"].stages[0].merge.reduction.weight, weight[:, order])
 
 

@@ -77,7 +77,7 @@ def test_a_bad_volume_is_passed_over_and_told(phantoms, tmp_path):
     broken = [{"image": str(tmp_path / "bad.nii.gz"), "label": None}, *cases]
     samples = [dataset(broken, tmp_path)[s] for s in range(len(broken))]
     skipping = [s for s in samples if s["passed_over"]]
-    assert len(skipping) == 1 and skipping[0]["volume"] == 1 and "bad.nii.gz: not a NIfTI" in skipping[0]["skipped"]
+    assert len(skipping) == 1 and skipping[0]["volume"] == 1 and "bad.nii.gz: not a NIfTI" in skipping[0]["skipped"][0]
     with pytest.raises(data.BadVolume, match="bad.nii.gz"):
         list(sampling.batches(dataset(broken[:1], tmp_path), [[0]]))
 

@@ -5,15 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 
-from smit.data.organs import ORGANS
+from smit.data import Preparation, load_case
+from smit.data.organs import ORGANS, case_name
+from smit.settings import check_finetuning, parse_finetuning
 from smit.study import plan as planning
-from smit.study import probe, reconstruction, run, tables
+from smit.study import probe, recipes, reconstruction, run, tables
 from smit.study.__main__ import parse_arguments
 from smit.study.plan import plan
-from smit.study.scores import Score
+from smit.study.scores import Run, Score
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = "--spacing 10 10 10 --embed_dim 8 --depths 1 1 --heads 2 2 --workers 0 --device cpu"
@@ -27,9 +31,19 @@ def arguments(experiment, *flags):
                             *map(str, flags)])
 
 
-def score(row, case, organ, dice, seed=0, labels=3):
-    return Score(row=row, labels=labels, seed=seed, fold=None, ratio=None, modality="ct",
-                 case=case, organ=organ, dice=dice)
+def score(row, case, organ, dice, seed=0, draw=None, recipe=None):
+    return Score(row=row, labels=3, seed=seed, fold=None, ratio=None, modality="ct", draw=draw,
+                 recipe=recipe, case=case, organ=organ, dice=dice)
+
+
+def markdown_rows(path):
+    """{first cell: the others} of the tables in a page."""
+    rows = {}
+    for line in path.read_text().splitlines():
+        if line.startswith("| "):
+            name, *cells = line.strip("| ").split(" | ")
+            rows[name] = [cell.strip() for cell in cells]
+    return rows
 
 
 def call(*flags, cwd):
@@ -61,6 +75,15 @@ def test_a_given_checkpoint_takes_the_place_of_pre_training():
     assert str(cell.steps[0].flags[-1]).endswith("mine.pt")
 
 
+def test_a_row_that_only_a_checkpoint_knows_comes_last_and_has_a_seed_in_its_path():
+    cells = plan(arguments("table2", "--rows", "half", "rand", "--checkpoint", "half=s{seed}.pt",
+                           "--seeds", 4))
+    assert [cell.row for cell in cells] == ["rand", "half"]
+    assert str(cells[1].steps[0].flags[-1]).endswith("/s4.pt")
+    with pytest.raises(SystemExit):
+        arguments("table2", "--rows", "half")
+
+
 def test_folds_score_what_each_held_back():
     cells = plan(arguments("table2", "--rows", "rand", "--modality", "mr", "--folds", 5,
                            "--labels", 9))
@@ -83,8 +106,33 @@ def test_fig3b_shares_its_runs_of_the_default_ratio_with_the_other_experiments()
     assert cells[1].steps == same.steps and cells[1].ratio == .7
     assert cells[0].steps[0].name == "pretrain/smit-mask0.3-seed0"
     assert "--mask_ratio" in cells[0].steps[0].flags
-    with pytest.raises(SystemExit):                        # else runs were not of the ratio they name
+    with pytest.raises(SystemExit):                        # its runs would have two ratios
         arguments("fig3b", "--pretrain_flags=--mask_ratio .5")
+
+
+def test_loaded_weights_may_have_a_rate_of_their_own():
+    flags = ["--finetune_flags=--lr 4e-3", "--init_flags=--lr 1e-3", "--labels", 7]
+    for cell in plan(arguments("table2", *flags)):
+        given = parse_finetuning("", list(map(str, cell.steps[-2].flags)))
+        assert given.lr == (4e-3 if cell.row == "rand" else 1e-3)
+
+
+def test_recipes_are_compared_on_training_volumes_that_all_runs_hold_back():
+    cells = plan(arguments("recipe", "--seeds", 0, 1, "--recipes", "now=", "slow=--lr 2e-3"))
+    assert len({cell.folder for cell in cells}) == len(cells) == 2 * 2 * 2
+    for cell in cells:
+        tune, score = cell.steps
+        assert tune.flags[-4:] == ["--folds", planning.TRAINING_PARTS, "--fold", 0]
+        assert tune.flags[tune.flags.index("--subset_seed") + 1] == cell.draw
+        assert score.flags[-3:] == ["--held_out", "--key", "training"]
+        assert ("2e-3" in tune.flags) == (cell.recipe == "slow")
+    with pytest.raises(SystemExit):
+        arguments("recipe", "--recipes", "a/b=--lr 1")
+
+
+def test_finetune_takes_the_flags_of_every_recipe():
+    for cell in plan(arguments("recipe", "--preset", "small")):
+        check_finetuning(parse_finetuning("", list(map(str, cell.steps[0].flags))))
 
 
 def test_planning_leaves_the_arguments_as_they_were():
@@ -120,19 +168,23 @@ def test_table2_averages_seeds_case_by_case_and_then_cases(tmp_path):
             scores.append(score(row, case, organ, dice, seed))
     tables.table2(tmp_path, scores, [])
 
-    lines = {}
-    for line in (tmp_path / "table2.md").read_text().splitlines():
-        if line.startswith("|") and line.count(" | ") == 2:
-            name, cells = line.strip("| \n").split(" | ", 1)
-            lines[name] = cells
-    assert lines["liver"] == "0.600 (0.950) | 0.800 (0.970)"
-    assert lines["spleen"] == "0.200 (0.944) | 0.300 (0.963)"
+    lines = markdown_rows(tmp_path / "table2.md")
+    assert lines["liver"] == ["0.600 (0.950)", "0.800 (0.970)"]
+    assert lines["spleen"] == ["0.200 (0.944)", "0.300 (0.963)"]
     # rand: .4, .4; smit: .55, .55. The paper's average is of more organs
-    assert lines["AVG"] == "0.400 | 0.550"
-    assert lines["SMIT less this"] == "+0.150 (+0.150 to +0.150), p 0.5"
+    assert lines["AVG"] == ["0.400", "0.550"]
+    less = "SMIT less this"
+    assert lines[f"{less}, 95 % over cases"][0] == "+0.150 (+0.150 to +0.150), p 0.5"
     # a: .6 less .5; b: .55 less .4
-    assert lines["SMIT less this, seed 1"].startswith("+0.125 (+0.100 to +0.150)")
+    alone = lines[f"{less}, seed 1, 95 % over cases"][0]
+    assert alone.startswith("+0.125 (+0.100 to +0.150)")
     assert len((tmp_path / "cases.csv").read_text().splitlines()) == 1 + len(scores)
+
+    # seed 0: .2, .15, seed 1: .1, .15. Seeds' means are .175 and .125: a deviation of .0354, and
+    # (2.8016 * .0354 / .03)^2 = 10.9
+    assert lines[f"{less}, 95 % over seeds and cases"][0] == "+0.150, +0.100 to +0.200"
+    assert lines[f"{less}, deviation over seeds"][0] == "0.035"
+    assert lines["seeds to show 0.03"][0] == "11"
 
 
 @pytest.mark.parametrize("modality, number", [("ct", 13), ("mr", 6)])
@@ -153,6 +205,23 @@ def test_scores_stand_beside_the_paper_s_of_the_same_modality_and_organ():
 def test_every_organ_belongs_to_one_group_of_figure_4():
     grouped = sum(map(list, tables.GROUPS.values()), [])
     assert sorted(grouped) == sorted(set(tables.PAPER["ct"]) - {"AVG"})
+
+
+def test_a_recipe_s_noise_is_told_from_the_draw_of_its_volumes(tmp_path):
+    dices = {(0, 0): .3, (1, 0): .5, (0, 1): .5, (1, 1): .7}       # of (seed, draw)
+    scores, runs = [], []
+    for (seed, draw), dice in dices.items():
+        scores.append(score("rand", "a", "liver", dice, seed, draw, "now"))
+        log = {"epoch": [1., 2., 3.], "val_dice": [dice - .2, float("nan"), dice]}
+        runs.append(Run("rand", 3, seed, None, None, "ct", draw, "now", None, log))
+    recipes.recipe(tmp_path, scores, runs)
+    row, labels, n, mean, all_runs, noise, of_draw, half_way, end, seeds = \
+        markdown_rows(tmp_path / "recipe.md")["now"]
+    assert (row, labels, n, mean) == ("rand", "3", "4", "0.500")
+    assert (noise, of_draw) == ("0.141", "0.100")                  # sqrt(.02); sqrt(.02 - .02 / 2)
+    assert all_runs == "0.163"                                     # sqrt(.08 / 3)
+    assert (half_way, end) == ("0.300", "0.500")
+    assert seeds == "349"                                          # (2.8016 * .2 / .03)^2 = 348.8
 
 
 # ----------------------------------------------------------------------------------------- frozen
@@ -192,6 +261,40 @@ def test_balanced_accuracy_weighs_a_rare_organ_like_a_common_one():
     assert hits.balanced_accuracy() == (3 / 4 + 1 / 2) / 2
 
 
+class LastVoxel(torch.nn.Module):
+    """An encoder whose features tell in which third of the greys a token's last voxel lies."""
+    patch, stages = 2, [None]
+
+    def forward(self, image, wanted):
+        third = (3 * image[:, 0, 1::2, 1::2, 1::2]).long().clamp(max=2)
+        return [torch.nn.functional.one_hot(third, 3).movedim(-1, 1).float(), None]
+
+
+def test_a_segmentation_by_frozen_features_lies_where_the_organ_is_in_the_file(tmp_path):
+    label = np.zeros((24, 20, 18), np.uint8)
+    label[4:14, 6:14, 5:13], label[16:22, 4:12, 3:15] = 1, 2
+    affine = np.diag([-1.5, -1.5, 2., 1.])                         # LPS, as scanners write
+    names = {0: "background", 1: "liver", 2: "spleen"}
+    image = np.array([-100., 60., 180.], np.float32)[label]
+    for kind, voxels in (("image", image), ("label", label)):
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / f"{kind}.nii.gz")
+    case = {kind: str(tmp_path / f"{kind}.nii.gz") for kind in ("image", "label")}
+    prepared = load_case(case, Preparation((1.5, 1.5, 2.)), True, 3)
+
+    encoder = LastVoxel()
+    maps = probe.tokens(encoder, prepared["image"].numpy())
+    organs = probe.token_organs(encoder, prepared["label"].numpy())
+    frozen = probe.Classifiers(probe.flat(maps), organs.flatten(), 3)
+    for classifier in probe.CLASSIFIERS:
+        found = probe.segment(frozen, classifier, maps, 2, prepared)
+        assert found.shape == label.shape
+        dice = probe.organ_dice(found, case, names)
+        assert min(dice.values()) > .75, (classifier, dice)
+        for axis, step in ((0, -1), (0, 1), (1, -1), (1, 1), (2, -1), (2, 1)):
+            moved = probe.organ_dice(found.roll(step, axis), case, names)
+            assert sum(moved.values()) <= sum(dice.values())       # not even by a voxel
+
+
 # ---------------------------------------------------------------------------------- whole commands
 def test_a_study_runs_each_step_once_and_keeps_what_a_cell_depends_on(phantoms, tmp_path):
     flags = ["--data", phantoms, "--pretrain_data", phantoms, "--pretrain_flags", PRETRAIN,
@@ -214,7 +317,7 @@ def test_a_study_runs_each_step_once_and_keeps_what_a_cell_depends_on(phantoms, 
     assert records() == before
 
     done = call("fig5", "--mr_data", phantoms, *flags, cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "study/fig5/smit-mr.png").exists()
+    assert done.returncode == 0 and (tmp_path / "study/fig5/smit-mr.svg").exists()
     assert "| smit | ct | 1 | 1 | " in done.stdout
     table = (tmp_path / "study/fig5/fig5.md").read_text().strip().splitlines()
     assert {line.count("|") for line in table} == {10}     # the header names every column
@@ -225,7 +328,25 @@ def test_a_study_runs_each_step_once_and_keeps_what_a_cell_depends_on(phantoms, 
     assert "| smit | ct | 1 | 1 | " in done.stdout
 
     done = call("probe", *flags, "--rows", "rand", "smit", cwd=tmp_path)
-    assert done.returncode == 0 and "| rand | 0." in done.stdout and "| smit | 0." in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert "| rand | 2 | 0." in done.stdout and "| smit | 2 | 0." in done.stdout
+    assert "| smit | 2 | k-NN | " in done.stdout
+    assert len((tmp_path / "study/probe/tokens.csv").read_text().splitlines()) == 1 + 2
+
+
+def test_a_recipe_runs_on_training_volumes_alone(phantoms, tmp_path):
+    done = call("recipe", "--data", phantoms, "--finetune_flags", TUNE, "--labels", 2, "--draws", 1,
+                "--recipes", "slow=--lr 1e-5", "--out", "study", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| slow | rand | 2 | 1 | 0." in done.stdout
+    name = "rand-ct2-seed0-draw1-fold0-slow"
+    config = json.loads((tmp_path / f"study/finetune/{name}/config.json").read_text())
+    assert config["subset_seed"] == 1 and config["lr"] == 1e-5
+    validation = json.loads(phantoms.read_text())["validation"]
+    scored = (tmp_path / "study/recipe/cases.csv").read_text()
+    for case in validation:
+        assert case_name(case["image"]) not in scored
+        assert not any(Path(case["image"]).name in str(path) for path in config["train"])
 
 
 def test_a_failed_step_is_named_and_what_needs_it_is_left(phantoms, tmp_path):

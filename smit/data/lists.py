@@ -1,7 +1,11 @@
-"""From what a user names to cases: folders, NIfTI files, MSD's, MONAI's and nnU-Net's dataset.json, text lists. [ours]
+"""From what a user names to cases: folders, NIfTI files, JSON lists, text lists. [ours]
 
-No list is trusted, and nothing is lost silently: a key or a case that is there twice, a path that leaves the folder, a
-name that cannot be printed are told. The files themselves are checked in nifti.py.
+JSON lists are those of MSD, MONAI and nnU-Net. No list is trusted, and nothing is lost silently: a
+key or a case that is there twice, a path that climbs out of its folder, a name that cannot be
+printed are told, and so is what a folder holds and is not used. The files themselves are checked
+in nifti.py.
+
+Reading order: read_list, folders, JSON lists, text lists, names and modalities.
 """
 import collections
 import json
@@ -9,136 +13,508 @@ import os
 import re
 import zlib
 
-from smit.data.nifti import SUFFIXES, open_unpacked
+from smit.data import concerns
+from smit.data.concerns import Concern
+from smit.data.nifti import is_volume, name_format, open_unpacked, stem
 
 MAX_LIST = 2 ** 26                     # bytes of a list, unpacked
+MODALITIES = {  # words in a list's "modality" or "channel_names"
+    "ct": "ct cta cect ncct cbct ldct".split(),
+    "mr": ("mr mri mrt t1 t1w t1c t1ce t1gd t1n t2 t2w t2f t2spir t2star flair dwi adc swi spir pd "
+           "dixon").split(),
+}
+LABEL_WORDS = "labels?|segmentations?|segs?|masks?|gts?|ground[ _-]?truths?|annotations?"
+LABEL_FOLDER = rf"({LABEL_WORDS})[ _-].*|(.*[ _-])?({LABEL_WORDS})(tr|ts|va|val)?"
+LABEL_FILE = rf"(.*[_.-])?({LABEL_WORDS})([_-]?\d+)?"
+OTHER_FORMATS = (".dcm", ".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh")
+PRINTABLE = "[^\0-\x1f\x7f\ud800-\udfff]+"
 
 
-def read_list(path, key="training"):
-    """Cases [{"image": absolute path, "label": absolute path or None}] of a folder, NIfTI file, JSON or text list.
-    Folder: every NIfTI below it, naturally sorted; linked folders are not entered. JSON: MSD/MONAI or nnU-Net v2, `key`
-    names the split. Text: one image a line, then a tab or comma and its label, if any; # starts a comment.
-    ValueError, a line each, for anything else, for paths that leave the JSON's folder, and for a case listed twice.
+class WalkedCase(dict):
+    """A case that was found by walking a folder.
+
+    Nobody named it, so `load_case` refuses it if it looks like a label.
     """
-    cases, problems = read_lists([path], key)
+
+
+def read_list(path, key="training", data_root=None):
+    """Read the cases of one source: [{"image": path, "label": path or None}], absolute paths.
+
+    Folder    its dataset.json, if it holds one; else every NIfTI file below it, naturally sorted,
+              without labels and hidden files
+    JSON      of MSD, MONAI or nnU-Net; `key` names the split; a case has a "fold", too, if the
+              list gives it one
+    text      one image a line, then a tab or comma and its label, if any; # starts a comment
+    A NIfTI file is a case by itself. Relative paths begin at `data_root`, or at the list's folder.
+
+    ValueError, a line each, for anything else, for relative paths that climb out of that folder,
+    and for a case listed twice.
+    """
+    cases, problems = read_lists([path], key, data_root)
     if problems:
         raise ValueError("\n".join(problems))
     return cases
 
 
-def read_lists(paths, key="training"):
-    """(cases, problems) of several lists as of one: lines that say what is wrong are returned, for `check_cases`."""
+def read_lists(paths, key="training", data_root=None, modality=None):
+    """Read several lists as one: (cases, problems). Problems are lines for `check_cases` to raise.
+
+    Prints what is odd about the lists, such as a modality that is not `modality`.
+    """
     cases, problems = {}, []
     for path in map(os.path.abspath, paths):
         try:
-            rows = _rows(path, key)
+            path, entries = read_entries(path, key, data_root, modality)
         except ValueError as error:
-            rows = []
             problems.append(str(error))
-        for row in rows:
+            continue
+        for entry in entries:
             try:
-                name, case = _case(path, row)
-                if cases.setdefault(name, case) is not case:
-                    raise ValueError(f"{path}: {case['image']} is listed twice, by two sources, or is there as .nii and"
-                                     " .nii.gz; keep one")
+                case = make_case(path, entry, root_of(path, data_root))
+                identity = without_suffix(os.path.realpath(case["image"]))
+                if identity in cases:
+                    raise ValueError(f"{path}: {case['image']} is listed twice, by two sources, or "
+                                     "is there as .nii and .nii.gz; keep one")
+                cases[identity] = case
             except ValueError as error:
                 problems.append(str(error))
     return list(cases.values()), problems
 
 
-def _rows(path, key):
-    """[image] or [image, label] for each case of one list; as written, so not yet trusted."""
-    if os.path.isdir(path) or path.lower().endswith(SUFFIXES):
-        found = [os.path.join(where, name) for where, folders, files in os.walk(path) for name in folders + files]
-        rows = [[name] for name in found or [path] if name.lower().endswith(SUFFIXES)]
-        rows.sort(key=lambda row: _natural(row[0]))
+def root_of(path, data_root=None):
+    """Return the folder at which a list's relative paths begin."""
+    return os.path.abspath(data_root or os.path.dirname(path))
+
+
+def read_entries(path, key, data_root=None, modality=None):
+    """Read one source: (path of the list, its entries).
+
+    An entry is a dict of image, label and fold, not yet trusted.
+    """
+    inside = os.path.join(path, "dataset.json")
+    if os.path.isdir(path) and os.path.isfile(inside):
+        concerns.note(f"{path}: read through its dataset.json{other_keys(inside, key)}")
+        path = inside
+    if os.path.isdir(path):
+        entries = [{"image": volume} for volume in find_volumes(path, images=True)]
+    elif is_volume(path):
+        entries = [{"image": path}]
     elif path.lower().endswith(".json"):
-        rows = _json_rows(path, _read_json(path), key)
+        content = read_json(path)
+        root = root_of(path, data_root)
+        entries = json_entries(path, content, key, root)
+        concerns.tell(list_concerns(path, content, entries, key, root, modality))
     else:
-        rows = [re.split(r"\s*[\t,]\s*", line.strip(), maxsplit=1) for line in _read_text(path).splitlines()]
-        rows = [row for row in rows if row[0] and row[0][0] != "#"]
-    if not rows:
-        raise ValueError(f"{path}: holds no NIfTI image (*.nii, *.nii.gz, *.hdr); give the folder or list that does")
-    return rows
+        entries = text_entries(path)
+    if not entries:
+        raise ValueError(f"{path}: holds no NIfTI image (*.nii, *.nii.gz, *.hdr)"
+                         f"{other_formats(path)}; give the folder or list that does")
+    return path, entries
 
 
-def _case(path, row):
-    """(what makes it one and the same, the case) of a row."""
-    if not all(isinstance(name, str) and re.fullmatch("[^\0-\x1f\x7f\ud800-\udfff]+", name) for name in row):
-        raise ValueError(f"{path}: {str(row)[:200]!r} is no path of one image (one channel), or two; repair it")
-    folder = os.path.dirname(path)
-    row = [os.path.normpath(os.path.join(folder, name)) for name in row]
-    if path.lower().endswith(".json") and any(os.path.commonpath([folder, name]) != folder for name in row):
-        raise ValueError(f"{path}: {row} leaves the list's folder; keep the data beside or below the list")
-    same = re.sub(r"(\.nii|\.hdr|\.img)?(\.gz)?$", "", os.path.realpath(row[0]))
-    return same, {"image": row[0], "label": row[1] if len(row) > 1 else None}
+def other_keys(path, key):
+    """Return which split of a JSON list is read, and which others there are."""
+    others = [repr(other) for other in case_keys(read_json(path)) if other != key]
+    return f", its {key!r} cases" + (f", not {', '.join(others)}" if others else "")
 
 
-def _natural(name):
+def make_case(path, entry, root):
+    """Turn an entry of the list at `path` into a case with absolute paths.
+
+    ValueError if it is none.
+    """
+    names = [entry["image"]]
+    if entry.get("label") is not None:
+        names.append(entry["label"])
+    if not all(isinstance(name, str) and re.fullmatch(PRINTABLE, name) for name in names):
+        raise ValueError(f"{path}: {str(names)[:200]!r} is no path of one image (one channel), or "
+                         "two; repair it")
+
+    names = [resolve(path, name, root) for name in names]
+    image = with_channel(path, names[0])
+    label = names[1] if len(names) > 1 else None
+    kind = WalkedCase if os.path.isdir(path) else dict
+    case = kind(image=image, label=label)
+    if entry.get("fold") is not None:
+        case["fold"] = entry["fold"]
+    return case
+
+
+def resolve(path, name, folder):
+    """Return a listed path as an absolute one.
+
+    An absolute path was named by the user and may lie anywhere; ValueError for a relative one of
+    a JSON that climbs out of its folder, for lists are passed on and unpacked.
+    """
+    full = os.path.normpath(os.path.join(folder, name))
+    if "\\" in name and not os.path.exists(full):
+        slashed = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))
+        if not os.path.exists(slashed):
+            raise ValueError(f"{path}: {name!r} has Windows' separators; write / in place of \\")
+        concerns.note(f"{path}: Windows' separators \\ are read as /")
+        full, name = slashed, name.replace("\\", "/")
+    climbs = os.path.commonpath([folder, full]) != folder
+    if climbs and not os.path.isabs(name) and path.lower().endswith(".json"):
+        raise ValueError(f"{path}: {name} leaves {folder}; keep the data beside or below the list, "
+                         "or name their folder with --data_root")
+    return full
+
+
+def with_channel(path, image):
+    """Return CASE_0000.nii.gz for a listed CASE.nii.gz that is not there: nnU-Net v1's habit."""
+    if os.path.lexists(image) or not is_volume(image):
+        return image
+    suffix = image[len(without_suffix(image)):]
+    channels = [image.removesuffix(suffix) + f"_{n:04d}" + suffix for n in range(2)]
+    if not os.path.exists(channels[0]):
+        return image
+    if os.path.exists(channels[1]):
+        raise ValueError(f"{path}: {image} has several channels, {channels[0]} and more; only one "
+                         "is supported")
+    concerns.note(f"{path}: its images are found with nnU-Net's channel in their names, _0000")
+    return channels[0]
+
+
+def without_suffix(path):
+    return os.path.join(os.path.dirname(path), stem(path))
+
+
+# ------------------------------------------------------------------------------------------ folders
+def find_volumes(folder, images=False):
+    """Find every NIfTI file below a folder, naturally sorted. Prints what was left out.
+
+    Hidden names (git-annex, macOS's ._x.nii.gz) and __MACOSX are left out. Linked folders are
+    entered once, after the real ones, so loops end; of a file and links to it one is taken. With
+    `images`, labels are left out as well, by the names of their folders and files.
+    """
+    folder = os.path.abspath(folder)
+    volumes, left_out = [], collections.Counter()
+    waiting, links, entered = [folder], [], set()
+    while waiting or links:
+        where = (waiting or links).pop(0)
+        if os.path.realpath(where) in entered:
+            left_out["links to folders that were read already"] += 1
+            continue
+        entered.add(os.path.realpath(where))
+        for name in list_names(where):
+            path = os.path.join(where, name)
+            is_folder = os.path.isdir(path) and not is_volume(name)
+            reason = why_left_out(name, is_folder, images)
+            if reason:
+                left_out[reason] += 1
+            elif is_folder:
+                (links if os.path.islink(path) else waiting).append(path)
+            elif is_volume(name):
+                volumes.append(path)
+
+    distinct = {}
+    for path in sorted(volumes, key=os.path.islink):                 # files before links to them
+        distinct.setdefault(os.path.realpath(path), path)
+    if len(distinct) < len(volumes):
+        left_out["links to files that were found already"] = len(volumes) - len(distinct)
+    if left_out:
+        parts = [f"{reason}: {count}" for reason, count in left_out.items()]
+        concerns.note(f"{folder}: left out {'; '.join(parts)}")
+    return sorted(distinct.values(), key=natural)
+
+
+def why_left_out(name, is_folder, images):
+    """Return why a name in a folder is not used; None for volumes, folders to enter, no data."""
+    hidden = name.startswith(".") or name == "__MACOSX"
+    if hidden:
+        return "hidden names" if is_folder or is_volume(name) else None
+    if name.lower().endswith(OTHER_FORMATS):
+        return f"files that are no NIfTI (*{os.path.splitext(name)[1]})"
+    if not images:
+        return None
+    if is_folder and re.fullmatch(LABEL_FOLDER, name, re.I):
+        return f"folders of labels ({name})"
+    if is_volume(name) and re.fullmatch(LABEL_FILE, stem(name), re.I):
+        return "labels, by their names"
+    return None
+
+
+def list_names(folder):
+    """Return the names in a folder in natural order; ValueError if it cannot be read."""
+    try:
+        return sorted(os.listdir(folder), key=natural)
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}; give a folder that can be read") from None
+
+
+def natural(name):
+    """Return a key that sorts numbers by value: case2 before case10."""
     return re.sub("[0-9]+", lambda digits: digits[0].zfill(12), name)
 
 
-def _read_text(path):
+def other_formats(path):
+    """Return ", but x is DICOM ..." if a folder holds volumes of another format, else ""."""
+    if not os.path.isdir(path):
+        return ""
+    for where, _, names in os.walk(path):
+        for name in sorted(names)[:3]:
+            known = name_format(os.path.join(where, name))
+            if known:
+                return f", but {name} is {known}"
+    return ""
+
+
+# --------------------------------------------------------------------------------------- JSON lists
+def read_json(path):
+    """Read a JSON file as a dict.
+
+    ValueError unless it is one object whose keys are all different.
+    """
+    text = read_text(path)
     try:
-        with open_unpacked(path) as file:
-            text = file.read(MAX_LIST + 1)
-        if len(text) > MAX_LIST:                                     # else the cases beyond would go silently
-            raise OSError(0, f"is larger than {MAX_LIST} bytes")
-        return text.decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "neither NIfTI nor text in UTF-8"
-        raise ValueError(f"{path}: {reason}; give a folder, NIfTI file, dataset.json or text list") from None
+        content = json.loads(text, object_pairs_hook=object_of)
+        if not isinstance(content, dict):
+            raise TypeError(f"it is a {type(content).__name__}")
+        return content
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: no JSON object ({error}); write it in MSD or nnU-Net "
+                         "form") from None
 
 
-def _once(pairs):
-    """A dict of a JSON object's pairs; of a key that is there twice, json would drop the first value silently."""
-    if twice := [name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1]:
+def object_of(pairs):
+    """Return a dict of a JSON object's pairs; ValueError if a key is there twice.
+
+    json by itself would drop the first value silently.
+    """
+    counts = collections.Counter(name for name, _ in pairs)
+    twice = [name for name in counts if counts[name] > 1]
+    if twice:
         raise ValueError(f"{str(twice)[:200]} is there twice")
     return dict(pairs)
 
 
-def _read_json(path):
-    text = _read_text(path)
+def json_entries(path, content, key, root):
+    """Return the entries under `key`; nnU-Net v2's lists have none, and their files are found."""
+    listed = content.get(key)
+    if listed is None and key in nnunet_keys(content):
+        entries = nnunet_entries(path, content, key, root)
+    elif not isinstance(listed, list) or not listed:
+        state = "is empty" if listed == [] else "is no list of cases"
+        keys = ", ".join(map(repr, case_keys(content)))
+        raise ValueError(f"{path}: {key!r} {state}; --key can be {keys or 'none'}")
+    else:
+        entries = [listed_entry(case) for case in listed]
+    return with_folds(path, entries) if key == "training" else entries
+
+
+def listed_entry(case):
+    """Return the entry of a case that a JSON lists as a dict, or as the name of its image."""
+    if not isinstance(case, dict):
+        return {"image": case}
+    return {"image": case.get("image"), "label": case.get("label"), "fold": case.get("fold")}
+
+
+def case_keys(content):
+    """Return the keys of a JSON list under which there are cases."""
+    keys = [key for key, value in content.items() if isinstance(value, list) and value]
+    return keys + [key for key in nnunet_keys(content) if key not in keys]
+
+
+def nnunet_keys(content):
+    """Return the splits of an nnU-Net v2 dataset.json, which lists no cases; else []."""
+    has_channels = isinstance(content.get("channel_names"), (dict, list))
+    has_files = isinstance(content.get("dataset"), dict)
+    return ["training", "test"] if has_channels or has_files else []
+
+
+def nnunet_entries(path, content, key, root):
+    """Find the files of nnU-Net's v2 form.
+
+    "training" is what "dataset" names, or else imagesTr/{case}_0000.nii.gz with
+    labelsTr/{case}.nii.gz; "test" is imagesTs.
+    """
+    channels = content.get("channel_names") or [0]
+    if len(channels) != 1:
+        raise ValueError(f"{path}: {len(channels)} channels, {str(channels)[:200]}; only one is "
+                         "supported")
+    if key == "training" and isinstance(content.get("dataset"), dict):
+        return [nnunet_entry(path, name, files) for name, files in content["dataset"].items()]
+
+    ending = str(content.get("file_ending", ".nii.gz"))
+    if not is_volume(ending):
+        raise ValueError(f"{path}: its files end in {ending}, which is no NIfTI; convert them to "
+                         ".nii.gz")
+    images, labels = nnunet_folders(root, key)
+    names, suffix = visible(images), "_0000" + ending
+    cases = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+    if names and not cases:
+        raise ValueError(f"{images}: none of its {len(names)} files is named CASE{suffix}, as "
+                         f"nnU-Net has them; rename them, or name them under {key!r} in {path}")
+    entries = [{"image": f"{images}/{case}{suffix}"} for case in cases]
+    if os.path.isdir(labels):
+        for entry, case in zip(entries, cases):
+            entry["label"] = f"{labels}/{case}{ending}"
+    return entries
+
+
+def nnunet_entry(path, name, files):
+    """Return the entry of a case that nnU-Net's "dataset" names.
+
+    ValueError unless it has one image.
+    """
+    images = files.get("images") if isinstance(files, dict) else None
+    if not isinstance(images, list) or len(images) != 1:
+        raise ValueError(f"{path}: case {name[:200]!r} under 'dataset' has not one image (one "
+                         "channel); repair it")
+    return {"image": images[0], "label": files.get("label")}
+
+
+def nnunet_folders(root, key):
+    """Return the folders of images and labels of an nnU-Net split."""
+    part = "Tr" if key == "training" else "Ts"
+    return [os.path.join(root, kind + part) for kind in ("images", "labels")]
+
+
+def visible(folder):
+    """Return the names in a folder, without hidden ones, naturally sorted.
+
+    None if there is no folder.
+    """
+    names = list_names(folder) if os.path.isdir(folder) else []
+    return [name for name in names if not name.startswith(".")]
+
+
+def with_folds(path, entries):
+    """Give entries the folds of a splits_final.json beside the list [nnU-Net].
+
+    Its k-th part holds back the cases under "val" and trains on all others. ValueError if it does
+    not.
+    """
+    splits_path = os.path.join(os.path.dirname(path), "splits_final.json")
+    images = [entry["image"] for entry in entries]
+    if not os.path.isfile(splits_path) or not all(isinstance(image, str) for image in images):
+        return entries
+    names = [stem(image).removesuffix("_0000") for image in images]
+    folds = {}
     try:
-        return {**json.loads(text, object_pairs_hook=_once)}         # TypeError unless it is an object
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON object ({error}); write it in MSD or nnU-Net form") from None
+        for fold, split in enumerate(json.loads(read_text(splits_path))):
+            complete = {*split["train"], *split["val"]} == {*names}
+            if not complete or any(name in folds for name in split["val"]):
+                raise ValueError(f"fold {fold} leaves cases of the list out, or holds back one of "
+                                 "another fold")
+            folds.update(dict.fromkeys(split["val"], fold))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{splits_path}: {error}; repair it, or move it away to have folds "
+                         "made") from None
+    return [{**entry, "fold": folds.get(name)} for name, entry in zip(names, entries)]
 
 
-def _json_rows(path, content, key):
-    """[image] or [image, label] for each entry, a dict or a string, under `key`.
-    nnU-Net lists nothing: imagesTr/{case}_0000.nii.gz with labelsTr/{case}.nii.gz is "training"; imagesTs is "test"."""
-    entries, channels = content.get(key), content.get("channel_names")
-    if entries is None and isinstance(channels, (dict, list)) and key in ("training", "test"):
-        if len(channels) != 1:
-            raise ValueError(f"{path}: {len(channels)} channels, {str(channels)[:200]}; only one is supported")
-        end, part = str(content.get("file_ending", ".nii.gz")), "Tr" if key == "training" else "Ts"
-        images, labels = (os.path.join(os.path.dirname(path), kind + part) for kind in ("images", "labels"))
-        names = sorted(os.listdir(images), key=_natural) if os.path.isdir(images) else []
-        cases = [name.removesuffix("_0000" + end) for name in names if name.endswith("_0000" + end)]
-        return [[f"{images}/{case}_0000{end}"] + [f"{labels}/{case}{end}"] * os.path.isdir(labels) for case in cases]
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: no list of cases under {key!r}; its keys are {str([*content])[:200]}; name one")
-    pairs = [(case.get("image"), case.get("label")) if isinstance(case, dict) else (case, None) for case in entries]
-    return [[image] if label is None else [image, label] for image, label in pairs]
+def list_concerns(path, content, entries, key, root, modality=None):
+    """Return what is odd about a JSON list: modality, number of cases, files that are not used."""
+    found = []
+    listed = list_modality(content)
+    if modality and listed and listed != modality:
+        what = f"the list says {listed.upper()}, and it is read as {modality.upper()}"
+        found.append(Concern(path, what, "", f"use --modality {listed}, or correct the list"))
+    number = content.get("numTraining")
+    if key == "training" and isinstance(number, int) and number != len(entries):
+        found.append(Concern(path, "numTraining is not the number of cases",
+                             f"{number} expected, {len(entries)} found",
+                             "add the missing ones or correct it"))
+    if key in nnunet_keys(content) and key not in content and "dataset" not in content:
+        found += unused_files(root, entries, key)
+    return found
 
 
+def unused_files(root, entries, key):
+    """Return concerns about nnU-Net images without a channel, and about labels without an image."""
+    images, labels = nnunet_folders(root, key)
+    found = []
+    for folder, kind, what in (
+            (images, "image", "images without _0000 in their names are not used"),
+            (labels, "label", "labels without an image are not used")):
+        used = {entry.get(kind) for entry in entries}
+        volumes = filter(is_volume, visible(folder))
+        unused = [name for name in volumes if f"{folder}/{name}" not in used]
+        if unused:
+            names = concerns.enumerate_names(unused)
+            found.append(Concern(folder, what, f"{len(unused)}: {names}", "rename or remove them"))
+    return found
+
+
+# --------------------------------------------------------------------------------------- text lists
+def read_text(path):
+    """Read a text of at most MAX_LIST bytes in UTF-8, maybe gzip; ValueError for any other file."""
+    known = name_format(path)                                        # some are text, such as .mhd
+    if known:
+        raise ValueError(f"{path}: is {known}; give the NIfTI file")
+    try:
+        with open_unpacked(path) as file:
+            text = file.read(MAX_LIST + 1)
+        if len(text) > MAX_LIST:                         # the cases beyond would go silently
+            raise OSError(0, f"is larger than {MAX_LIST} bytes")
+        return text.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "neither NIfTI nor text in UTF-8"
+        raise ValueError(f"{path}: {reason}; give a folder, NIfTI file, dataset.json or text "
+                         "list") from None
+
+
+def text_entries(path):
+    """Return the entries of a text list: an image a line, then maybe its label."""
+    entries = []
+    for line in read_text(path).splitlines():
+        line = line.strip()
+        if line and not line.startswith("#"):
+            image, *label = re.split(r"\s*[\t,]\s*", line, maxsplit=1)
+            entries.append({"image": image, "label": label[0] if label else None})
+    return entries
+
+
+# -------------------------------------------------------------------------------- names, modalities
 def has_split(path, key):
-    """Whether a list is a JSON with this key; what is wrong with it `read_lists` tells."""
+    """Return whether a list is a JSON with cases under this key. `read_lists` tells its faults."""
+    path = str(path)
+    if os.path.isdir(path):
+        path = os.path.join(path, "dataset.json")
     try:
-        return str(path).lower().endswith(".json") and key in _read_json(path)
+        return path.lower().endswith(".json") and bool(read_json(path).get(key))
     except ValueError:
         return False
 
 
-def label_names(path):
-    """{id: name} from the "labels" of a dataset.json, MSD's id -> name or nnU-Net's name -> id; None without them."""
-    labels = _read_json(path).get("labels") if str(path).lower().endswith(".json") else None
+def list_modality(content):
+    """Return "ct" or "mr" if what a JSON list says of its modality is one of them, else None."""
+    named = content.get("channel_names") or content.get("modality")
+    if isinstance(named, dict):
+        named = list(named.values())
+    words = re.findall("[a-z0-9]+", str(named).lower())
+    found = [kind for kind in MODALITIES if any(word in MODALITIES[kind] for word in words)]
+    return found[0] if len(found) == 1 else None
+
+
+def label_names(path, ignore=False):
+    """Return {id: name} from the "labels" of a dataset.json, or None if there are none.
+
+    MSD has id -> name, nnU-Net name -> id.
+    ValueError unless each name has one number of its own in 0..255. nnU-Net's "ignore", voxels that
+    nobody annotated, is refused unless `ignore`: training would take it for an organ.
+    """
+    path = str(path)
+    if os.path.isdir(path) and os.path.isfile(os.path.join(path, "dataset.json")):
+        path = os.path.join(path, "dataset.json")
+    labels = read_json(path).get("labels") if path.lower().endswith(".json") else None
+    if labels is None or labels == {}:
+        return None
+    names = {}
     try:
-        pairs = [(int(k), v) if isinstance(v, str) else (v, k) for k, v in (labels or {}).items()]
-        names = {i: name for i, name in pairs if type(i) is int and 0 <= i < 256}
-        if len(names) == len(pairs):
-            return names or None
-    except (AttributeError, TypeError, ValueError):
-        pass                                                         # of another form: told below
-    raise ValueError(f"{path}: 'labels' must be {{id: name}} or {{name: id}}, ids 0..255, each once; no regions")
+        for key, value in labels.items():
+            if isinstance(value, list):
+                raise ValueError(f"{key!r} is a region of several numbers, {value}: give each "
+                                 "organ one number")
+            number, name = (int(key), value) if isinstance(value, str) else (value, key)
+            if type(number) is not int or not 0 <= number < 256 or number in names:
+                raise ValueError(f"{key!r}: {value}")
+            names[number] = name
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: 'labels' must be {{id: name}} or {{name: id}}, ids 0..255, each "
+                         f"once ({str(error)[:200]}); repair them") from None
+    if "ignore" in names.values() and not ignore:
+        raise ValueError(f"{path}: label 'ignore' marks voxels that nobody annotated, which "
+                         "training here cannot leave out; relabel them, or leave those cases out")
+    return names

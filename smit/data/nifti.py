@@ -1,8 +1,8 @@
 """Read and write NIfTI files, none of which is trusted. [SMIT 3]
 
-The only room that opens NIfTI files, and so the boundary where no file is trusted: a header is held against
-its file's size before memory is taken, gzip is read to its end so that its CRC counts, and what is bad
-leaves as BadVolume.
+The only room that opens NIfTI files, and so the boundary where no file is trusted: a header is
+held against its file's size before memory is taken, gzip is read to its end so that its CRC
+counts, and what is bad leaves as BadVolume.
 
 Reading order: names, the header and its checks, voxels, what others call.
 """
@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from smit.data.concerns import Concern
 from smit.runtime.files import atomic_write
 from smit.transforms import MAX_SIDE, MAX_VOXELS, spacing_of
 
@@ -29,17 +30,31 @@ MAX_VALUE = 1e30                       # larger ones would overflow in float32 a
 CHUNK = 2 ** 16                        # voxels converted at a time
 MIN_MM, MAX_MM = .01, 50               # voxel sizes that are believed
 MAX_FIELD_MM, MAX_FIELD_MM3 = 5e3, 2e9  # and fields of view: no patient is longer than 5 m
-TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+QUATERNION_EXCESS = 1e-4               # of a squared length over 1 that is rounding
+SKEW_DEGREES = 1                       # a larger shear is told
+TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
+         256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+FORMATS = (                            # name, converter, where its magic stands and what it is
+    ("DICOM", "dcm2niix", 128, b"DICM"),
+    ("DICOM", "dcm2niix", 0, b"\x08\x00\x05\x00"),        # without its preamble
+    ("MetaImage (.mha, .mhd)", "SimpleITK", 0, b"ObjectType"),
+    ("MetaImage (.mha, .mhd)", "SimpleITK", 0, b"NDims"),
+    ("NRRD", "SimpleITK", 0, b"NRRD000"),
+    ("FreeSurfer's MGH or MGZ", "mri_convert", 0, b"\x00\x00\x00\x01\x00\x00"),
+    ("HDF5 or MINC", "mnc2nii", 0, b"\x89HDF"),
+    ("MINC", "mnc2nii", 0, b"CDF\x01"),
+    ("a numpy array", "nibabel", 0, b"\x93NUMPY"),
+)
 
 # body: the file with the voxels; offset: of the first of them, in bytes; nifti: the raw header
-Header = namedtuple("Header", "path body shape affine dtype slope inter offset nifti")
+Header = namedtuple("Header", "path body shape affine dtype slope inter offset nifti concerns")
 
 
 class BadVolume(ValueError):
     """A file that cannot be used: "path: what is wrong; what to do"."""
 
 
-# --------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 def is_volume(path):
     """Return whether a name is that of a NIfTI file with a header."""
     return str(path).lower().endswith(SUFFIXES)
@@ -71,11 +86,24 @@ def open_unpacked(path):
     return gzip.open(path) if packed else open(path, "rb")
 
 
-# -------------------------------------------------------------------------------------------- header
-def read_header(path):
-    """Read a NIfTI file's header and hold it against the file's size: a Header. BadVolume if it is not sound.
+def name_format(path):
+    """Return a file's format and what converts it, if it is known and not NIfTI; else None."""
+    try:
+        with open_unpacked(path) as file:
+            block = file.read(512)
+    except (OSError, EOFError, zlib.error, ValueError):
+        return None
+    for name, converter, offset, magic in FORMATS:
+        if block[offset:].startswith(magic):
+            return f"{name}, which {converter} converts to NIfTI"
+    return None
 
-    Allocates nothing, however large a volume the header declares.
+
+# ------------------------------------------------------------------------------------------- header
+def read_header(path):
+    """Read a NIfTI file's header and hold it against the file's size: a Header.
+
+    Allocates nothing, however large a volume the header declares. BadVolume if it is not sound.
     """
     head, body = pair(path)
     block, size, packed = read_header_block(path, head, body)
@@ -86,12 +114,13 @@ def read_header(path):
     offset = check_offset(path, nifti, single=head == body)
     check_length(path, offset + int(np.prod(shape)) * dtype.itemsize, size, packed)
     affine = read_affine(path, nifti)
-    check_field_of_view(path, shape, affine)
-    return Header(path, body, shape, affine, dtype, slope, inter, offset, nifti)
+    check_field_of_view(path, shape, affine, nifti)
+    found = geometry_concerns(path, shape, affine, nifti)
+    return Header(path, body, shape, affine, dtype, slope, inter, offset, nifti, found)
 
 
 def read_header_block(path, head, body):
-    """Read the first bytes of the header: (bytes, size of the file with the voxels, whether that is gzip).
+    """Read the header's bytes: (bytes, size of the file with the voxels, whether that is gzip).
 
     BadVolume for what is not there, not readable, or no file: links to nowhere, pipes, folders.
     """
@@ -105,14 +134,15 @@ def read_header_block(path, head, body):
 
 
 def parse_header(path, block, single):
-    """Parse the bytes of a header as NIfTI-1 or NIfTI-2 of either byte order; BadVolume for any other file.
+    """Parse the bytes of a header as NIfTI-1 or NIfTI-2 of either byte order.
 
-    nibabel's own check is off, for it would repair silently.
+    BadVolume for any other file. nibabel's own check is off, for it would repair silently.
     """
     little, big = (int.from_bytes(block[:4], order) for order in ("little", "big"))
     kind = nib.Nifti2Header if 540 in (little, big) else nib.Nifti1Header
     if kind.sizeof_hdr not in (little, big) or len(block) < kind.sizeof_hdr:
-        raise BadVolume(f"{path}: not a NIfTI file; convert it")
+        known = name_format(path)
+        raise BadVolume(f"{path}: {f'is {known}' if known else 'not a NIfTI file'}; convert it")
     order = "<" if little == kind.sizeof_hdr else ">"
     nifti = kind(block[:kind.sizeof_hdr], order, check=False)
     if nifti["magic"] != (kind.single_magic if single else kind.pair_magic):
@@ -121,14 +151,20 @@ def parse_header(path, block, single):
 
 
 def check_shape(path, nifti):
-    """Return the three sides. BadVolume for other dimensions, and for sides that would ask for all memory."""
+    """Return the three sides; BadVolume for other dimensions, and sides that ask for all memory."""
     ndim, *sides = (int(n) for n in nifti["dim"])
     if not 3 <= ndim <= 7 or any(side != 1 for side in sides[3:ndim]):
         raise BadVolume(f"{path}: {ndim}-D, sides {sides[:ndim]}; give one 3-D volume (one frame)")
     shape = tuple(sides[:3])
-    if min(shape) < 1 or max(shape) > MAX_SIDE or np.prod(shape, dtype=float) > MAX_VOXELS:
-        raise BadVolume(f"{path}: sides {shape} are not 1..{MAX_SIDE} and {MAX_VOXELS} voxels at most; "
-                        "crop it or repair the header")
+    voxels = np.prod(shape, dtype=float)
+    if min(shape) < 1 or max(shape) > MAX_SIDE:
+        raise BadVolume(f"{path}: sides {shape} are not 1..{MAX_SIDE}; crop it or repair the "
+                        "header")
+    limit = int(os.environ.get("SMIT_MAX_VOXELS", MAX_VOXELS))
+    if voxels > limit:
+        raise BadVolume(f"{path}: sides {shape} are {voxels:.0f} voxels, more than {limit}; crop "
+                        "it, or allow it with the environment's SMIT_MAX_VOXELS="
+                        f"{voxels:.0f}, at about 12 bytes of memory a voxel")
     return shape
 
 
@@ -136,14 +172,15 @@ def check_type(path, nifti):
     """Return the voxels' numpy dtype. BadVolume for what is not one real number a voxel."""
     code = int(nifti["datatype"])
     if code not in TYPES:
-        raise BadVolume(f"{path}: voxel type {code} is not one real number a voxel (RGB, complex, ...); convert it")
+        raise BadVolume(f"{path}: voxel type {code} is not one real number a voxel (RGB, complex, "
+                        "...); convert it")
     return np.dtype(nifti.endianness + TYPES[code])
 
 
 def check_scaling(path, nifti):
-    """Return slope and intercept of stored values. BadVolume if one is infinite, and the voxels with it."""
+    """Return slope and intercept of stored values; BadVolume if one makes all voxels infinite."""
     slope, inter = np.float64(nifti["scl_slope"]), np.float64(nifti["scl_inter"])
-    if slope == 0 or np.isnan(slope):                                # NIfTI's ways to say: not scaled
+    if slope == 0 or np.isnan(slope):                    # NIfTI's ways to say: not scaled
         return np.float64(1), np.float64(0)
     if not np.isfinite([slope, inter]).all():
         raise BadVolume(f"{path}: voxel scaling {slope}, {inter} is not finite; repair the header")
@@ -151,7 +188,7 @@ def check_scaling(path, nifti):
 
 
 def check_offset(path, nifti, single):
-    """Return the byte at which voxels begin. BadVolume if it lies in the header or absurdly far behind it."""
+    """Return the byte at which voxels begin; BadVolume if in the header, or far behind it."""
     least = nifti.single_vox_offset if single else 0
     offset = np.float64(nifti["vox_offset"]) or np.float64(least)
     if not least <= offset <= MAX_OFFSET or not offset.is_integer():
@@ -160,42 +197,114 @@ def check_offset(path, nifti, single):
 
 
 def check_length(path, claimed, size, packed):
-    """Hold the bytes that a header claims against the file's size; BadVolume for truncated files and for bombs."""
+    """Hold the bytes that a header claims against the file's size: BadVolume if cut, or a bomb."""
     most = size * DEFLATE_RATIO if packed else size
     too_long = not packed and size > claimed + MAX_TAIL
     if claimed > most or too_long:
-        raise BadVolume(f"{path}: {size} bytes cannot be the {claimed} that its header claims: truncated or forged; "
-                        "copy it again")
+        raise BadVolume(f"{path}: {size} bytes cannot be the {claimed} that its header claims: "
+                        "truncated or forged; copy it again")
 
 
 def read_affine(path, nifti):
-    """Return the affine of voxels to mm in RAS+ space. BadVolume if it is singular, not finite or far off.
+    """Return the affine of voxels to mm in RAS+ space.
 
-    A qfac of 0 is written as 1 into `nifti`, as the standard reads it.
+    BadVolume if it is singular, not finite or far off. Mends `nifti` as the standard reads it: a
+    qfac of 0 is 1, a quaternion that rounding made too long is shortened.
     """
     nifti["pixdim"][0] = nifti["pixdim"][0] or 1
+    shorten_quaternion(nifti)
     try:
         with np.errstate(all="ignore"):
             affine = nifti.get_best_affine().astype(np.float64)
+            affine[:3] *= unit_mm(nifti)
             skew = abs(np.linalg.det(affine[:3, :3] / spacing_of(affine)))
     except (ValueError, nib.spatialimages.HeaderDataError) as error:
         raise BadVolume(f"{path}: orientation: {error}; repair sform or qform") from None
     has_sizes = nifti["sform_code"] or nifti["pixdim"][1:4].min() > 0
     if not (np.abs(affine).max() < 1e5 and skew > .1 and has_sizes):
-        raise BadVolume(f"{path}: affine is singular, not finite or far off; repair sform, qform or pixdim")
+        raise BadVolume(f"{path}: affine is singular, not finite or far off{units_text(nifti)}; "
+                        "repair sform, qform or pixdim")
     return affine
 
 
-def check_field_of_view(path, shape, affine):
-    """Raise BadVolume for voxels or a field of view of a size that would ask for all memory once resampled."""
+def shorten_quaternion(nifti):
+    """Scale a header's (b, c, d) to length 1 where rounding made it longer, as NIfTI's code does.
+
+    Only a hair is rounding: a longer one is left for nibabel to refuse, for it is no rotation.
+    """
+    fields = [f"quatern_{letter}" for letter in "bcd"]
+    b, c, d = (float(nifti[field]) for field in fields)
+    square = b * b + c * c + d * d
+    if 1 < square < 1 + QUATERNION_EXCESS:
+        for field, value in zip(fields, (b, c, d)):
+            nifti[field] = value / np.sqrt(square)
+
+
+def unit_mm(nifti):
+    """Return the length in mm of the header's unit of space: metre, mm (the default) or micron."""
+    return {1: 1000., 3: .001}.get(int(nifti["xyzt_units"]) & 7, 1.)
+
+
+def units_text(nifti):
+    """Return ", its unit being the metre" if a header names another unit than mm, else ""."""
+    name = {1: "metre", 3: "micron"}.get(int(nifti["xyzt_units"]) & 7)
+    return f", its unit being the {name} (xyzt_units)" if name else ""
+
+
+def check_field_of_view(path, shape, affine, nifti):
+    """Raise BadVolume for voxel sizes and fields of view that ask for all memory once resampled."""
     spacing = spacing_of(affine)
     field = spacing * shape
     sizes_fit = MIN_MM <= spacing.min() and spacing.max() <= MAX_MM
     if not (sizes_fit and field.max() <= MAX_FIELD_MM and field.prod() <= MAX_FIELD_MM3):
-        raise BadVolume(f"{path}: spacing {spacing} mm, or the field of view {field} mm, is absurd; repair the header")
+        raise BadVolume(f"{path}: spacing {spacing} mm, or the field of view {field} mm, is absurd"
+                        f"{units_text(nifti)}; repair the header")
 
 
-# -------------------------------------------------------------------------------------------- voxels
+def geometry_concerns(path, shape, affine, nifti):
+    """Return what is odd about a sound header: no orientation, two that differ, skewed axes."""
+    found = []
+    has_qform, has_sform = int(nifti["qform_code"]) > 0, int(nifti["sform_code"]) > 0
+    if not has_qform and not has_sform:
+        axes = "".join(nib.aff2axcodes(affine))
+        found.append(Concern(path, "left and right are unknown: qform_code and sform_code are 0",
+                             f"taken as {axes}", "set the orientation in the header"))
+    if has_qform and has_sform:
+        found += differing_forms(path, shape, affine, nifti)
+    degrees = skew_degrees(affine)
+    if degrees > SKEW_DEGREES:
+        found.append(Concern(path, "its axes are not at right angles: gantry tilt?",
+                             f"{degrees:.1f} degrees", "use dcm2niix's file of corrected tilt"))
+    return tuple(found)
+
+
+def differing_forms(path, shape, affine, nifti):
+    """Return a concern if the qform puts the volume elsewhere than the sform, which is used."""
+    try:
+        qform = nifti.get_qform() * unit_mm(nifti)
+    except (ValueError, nib.spatialimages.HeaderDataError):
+        return []                                                    # not used, so not needed
+    qform[3, 3] = 1
+    apart_mm = (np.abs((qform - affine)[:3]) @ [*shape, 1]).max()
+    if not apart_mm > spacing_of(affine).max():
+        return []
+    codes = ["".join(nib.aff2axcodes(form)) for form in (affine, qform)]
+    mirrored = np.linalg.det(affine[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
+    what = "qform and sform differ"
+    if mirrored or codes[0][0] != codes[1][0]:
+        what += ", even in left and right"
+    detail = f"{codes[0]} by sform, {codes[1]} by qform, {apart_mm:.4g} mm apart"
+    return [Concern(path, f"{what}; the sform is used", detail, "make them agree")]
+
+
+def skew_degrees(affine):
+    """Return by how many degrees the axes of a grid depart from right angles, at most."""
+    axes = affine[:3, :3] / spacing_of(affine)
+    cosines = (axes.T @ axes)[np.triu_indices(3, 1)]
+    return float(np.degrees(np.arcsin(np.clip(np.abs(cosines).max(), 0, 1))))
+
+
+# ------------------------------------------------------------------------------------------- voxels
 def read_pieces(header):
     """Yield (index of the first voxel, scaled float64 values) piece by piece in file order.
 
@@ -208,12 +317,14 @@ def read_pieces(header):
             file.seek(header.offset)
             while done < count:
                 raw = file.read(min(CHUNK, count - done) * size)
-                with np.errstate(all="ignore"):                      # what overflows is refused below
-                    values = np.frombuffer(raw, header.dtype, len(raw) // size) * header.slope + header.inter
+                stored = np.frombuffer(raw, header.dtype, len(raw) // size)
+                with np.errstate(all="ignore"):          # what overflows is refused below
+                    values = stored * header.slope + header.inter
                 if not len(values):
                     raise EOFError(f"ends after {done} of {count} voxels")
                 if not (np.abs(values) < MAX_VALUE).all():
-                    raise BadVolume(f"{header.path}: has voxels that are NaN, infinite or huge; leave it out")
+                    raise BadVolume(f"{header.path}: has voxels that are NaN, infinite or huge; "
+                                    "leave it out")
                 yield done, values
                 done += len(values)
 
@@ -231,32 +342,38 @@ def read_volume(path):
     """
     header = read_header(path)
     volume = np.empty(int(np.prod(header.shape)), np.float32)
-    first, varies = None, False
+    first = None
+    varies = False
     for start, values in read_pieces(header):
         if start == 0:
             first = values[0]
-        if not varies and (values != first).any():                   # until then a bomb of zeros touches no memory
-            varies, volume[:start] = True, first
-        if varies:
+        if not varies and (values != first).any():
+            varies = True
+            volume[:start] = first
+        if varies:                                       # a bomb of zeros touches no memory
             volume[start:start + len(values)] = values
     if not varies:
         raise BadVolume(f"{path}: all voxels are equal; leave it out")
     return torch.from_numpy(volume.reshape(header.shape, order="F")), header.affine
 
 
-def read_label(path, num_classes=None, allow_empty=False):
+def read_label(path, num_classes=None, allow_empty=True):
     """Read a label: (uint8 (X, Y, Z), affine float64).
 
-    BadVolume if it is damaged, empty, or not whole numbers in 0..num_classes - 1.
+    BadVolume if it is damaged, or not whole numbers in 0..num_classes - 1, or empty unless allowed.
     """
     header = read_header(path)
     highest = (num_classes or 256) - 1
+    # scaled integers are whole to half a step; half a class is never forgiven
+    step = abs(header.slope) if header.dtype.kind in "iu" else 0
+    tolerance = max(1e-4, step * .5001) if step < .5 else 1e-4
     label = np.empty(int(np.prod(header.shape)), np.uint8)
     for start, values in read_pieces(header):
-        whole = values.round()                                       # what is scaled may be a hair off
-        wrong = values[(np.abs(values - whole) > 1e-4) | (whole < 0) | (whole > highest)]
+        whole = values.round()
+        wrong = values[(np.abs(values - whole) > tolerance) | (whole < 0) | (whole > highest)]
         if len(wrong):
-            raise BadVolume(f"{path}: label value {wrong[0]} is not a whole number in 0..{highest}; repair the label")
+            raise BadVolume(f"{path}: label value {wrong[0]} is not a whole number in "
+                            f"0..{highest}; repair the label")
         label[start:start + len(values)] = whole
     if not allow_empty and not label.any():
         raise BadVolume(f"{path}: the label is empty, all background; leave the case out")
@@ -264,7 +381,7 @@ def read_label(path, num_classes=None, allow_empty=False):
 
 
 def write_label(path, label, like):
-    """Write a label (X, Y, Z) on the grid of the NIfTI file `like`: uint8 .nii.gz with its shape, qform and sform."""
+    """Write a label (X, Y, Z) as uint8 .nii.gz with shape, qform and sform of the file `like`."""
     nifti = read_header(like).nifti.copy()
     nifti.set_data_dtype(np.uint8)
     for field in ("cal_min", "cal_max", "vox_offset"):               # the image's, not the label's

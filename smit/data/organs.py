@@ -1,6 +1,9 @@
 """Names of organs, whatever their spelling, and of cases. [SMIT Tables 1 and 2]"""
 import functools
 import re
+from pathlib import Path
+
+import numpy as np
 
 from smit.data.nifti import stem
 
@@ -21,25 +24,36 @@ CODES = {  # BTCV's organs in BTCV's order, and the paper's columns for them
 }
 ORGANS = tuple(CODES)                  # BTCV's number n is ORGANS[n - 1]
 
-ALIASES = {  # other names of these organs, in any order of their words
-    "right kidney": ("rkid", "rk"),
-    "left kidney": ("lkid", "lk"),
-    "gallbladder": ("gall bladder", "gall"),
-    "esophagus": ("oesophagus", "eso"),
-    "stomach": ("sto",),
-    "aorta": ("arota", "aor"),
-    "inferior vena cava": ("postcava", "post cava", "ivc"),
-    "portal and splenic veins": ("portal vein and splenic vein", "portal and splenic vein", "veins", "spv", "psv"),
-    "pancreas": ("pan",),
-    "right adrenal gland": ("right adrenal", "rad", "ra"),
-    "left adrenal gland": ("left adrenal", "lad", "la"),
+# Other names of these organs, in any order of their words. Sources: the labels in dataset.json of
+# AMOS22 [A] ("arota" is its spelling), the class map of TotalSegmentator [T], the label table of
+# FLARE22 [F], MONAI's tutorial on BTCV [M], the paper's columns [P], spellings met elsewhere [-]
+ALIASES = {
+    "spleen": ("sp",),                                               # P
+    "right kidney": ("kidney right", "rkid", "rk"),                  # T, M, F
+    "left kidney": ("kidney left", "lkid", "lk"),                    # T, M, F
+    "gallbladder": ("gall bladder", "gall", "gb", "gbd"),            # A, M, P, F
+    "esophagus": ("oesophagus", "eso"),                              # -, M and P
+    "liver": ("lv",),                                                # P
+    "stomach": ("sto",),                                             # M, P
+    "aorta": ("arota", "aor"),                                       # A, P
+    "inferior vena cava": ("postcava", "post cava", "ivc"),          # A, -, F and P
+    "portal and splenic veins": (                                    # T, -, -, M, P, -
+        "portal vein and splenic vein", "portal and splenic vein", "portal vein splenic vein",
+        "veins", "spv", "psv"),
+    "pancreas": ("pan",),                                            # P
+    "right adrenal gland": (                                         # T, -, M, F, P
+        "adrenal gland right", "right adrenal", "rad", "rag", "ra"),
+    "left adrenal gland": (                                          # T, -, M, F, P
+        "adrenal gland left", "left adrenal", "lad", "lag", "la"),
 }
+SIDES = {"r": "right", "rt": "right", "l": "left", "lt": "left"}     # as in kidney_r
 
 
-# -------------------------------------------------------------------------------------------- organs
+# ------------------------------------------------------------------------------------------- organs
 def words_of(name):
-    """Return the words of a name, in lower case and alphabetical order."""
-    return tuple(sorted(re.findall(r"[^\W_]+", name.lower())))
+    """Return the words of a name, in lower case and alphabetical order; sides in full."""
+    words = re.findall(r"[^\W_]+", name.lower())
+    return tuple(sorted(SIDES.get(word, word) for word in words))
 
 
 @functools.cache
@@ -61,14 +75,15 @@ def organ(name):
 
 
 def organ_ids(names, where):
-    """Turn {id: name} into {organ: id}, without the background; ValueError if two names mean one organ."""
+    """Turn {id: name} into {organ: id}, without background; ValueError if two are one organ."""
     ids = {}
     for number, name in sorted(names.items()):
         if not number:
             continue
         known = organ(name)
         if known in ids:
-            raise ValueError(f"{where}: labels {ids[known]} and {number} are both {known}; rename one")
+            raise ValueError(f"{where}: labels {ids[known]} and {number} are both {known}; rename "
+                             "one")
         ids[known] = number
     return ids
 
@@ -78,12 +93,75 @@ def numbered(count):
     return {number: f"label {number}" for number in range(count)}
 
 
-# --------------------------------------------------------------------------------------------- cases
+def btcv_numbers(names, images):
+    """Return BTCV's number for each of a network's, (256,) uint8, for a submission.
+
+    ValueError where an organ has no place there, or an image is not named as BTCV's are.
+    """
+    ids = organ_ids(names, "--weights")
+    odd = [image for image in images if not re.fullmatch(r"img\d+", case_name(image))]
+    if odd or not ids.keys() <= CODES.keys():
+        raise ValueError("--export_test takes images named as img0061.nii.gz, and BTCV's organs: "
+                         f"{odd[:1]}, {[*ids]}")
+    table = np.zeros(256, np.uint8)
+    for name, number in ids.items():
+        table[number] = ORGANS.index(name) + 1
+    return table
+
+
+# -------------------------------------------------------------------------------------------- cases
 def case_name(path):
-    """Return the name of a case: its file's, without suffix and nnU-Net's channel: chaos01_0000.nii.gz -> chaos01."""
-    return stem(path).removesuffix("_0000")
+    """Return the name of a case: its file's, without suffix and, in nnU-Net's layout, channel.
+
+    imagesTr/chaos01_0000.nii.gz is chaos01, but scans/week_0000.nii.gz is week_0000.
+    """
+    path = Path(path)
+    is_nnunet = re.fullmatch("images(tr|ts|va|val|te)", path.parent.name, re.I)
+    return stem(path).removesuffix("_0000") if is_nnunet else stem(path)
 
 
-def case_key(path):
-    """Return what image, label and prediction of a case have in common: img0029, label0029 and 0029 are one."""
-    return re.sub(r"^(img|label)(?=\d)", "", case_name(path))
+def case_names(paths):
+    """Return a distinct, readable name for each of several cases.
+
+    It is the file's name, or else the folders' names that tell the files apart:
+    case_1/imaging.nii.gz and case_2/imaging.nii.gz are case_1 and case_2. ValueError if two cases
+    would share a name.
+    """
+    depth = depth_of_names(paths)
+    parts = [[*Path(path).parts[:-1], case_name(path)][-depth:] for path in paths]
+    columns = range(depth)
+    if len(paths) > 1 and depth > 1:
+        columns = [i for i in columns if len({part[i] for part in parts if len(part) == depth}) > 1]
+    names = ["_".join(part[i] for i in columns if i < len(part)) for part in parts]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ValueError(f"{paths[names.index(name)]} and {paths[i]} are both case {name}; "
+                             "rename or drop one")
+    return names
+
+
+def depth_of_names(paths):
+    """Return how many last parts of paths tell them apart; 1 if all files' names differ."""
+    parts = [[*Path(path).parts[:-1], case_name(path)] for path in paths]
+    deepest = max(map(len, parts), default=1)
+    for depth in range(1, deepest):
+        if len({tuple(part[-depth:]) for part in parts}) == len(parts):
+            return depth
+    return deepest
+
+
+def identities(paths):
+    """Return the last parts of paths that tell them apart wherever they lie: often only names."""
+    depth = depth_of_names(paths)
+    return ["/".join(Path(path).parts[-depth:]) for path in paths]
+
+
+def is_among(path, identities):
+    """Return whether a path ends in one of `identities`, a set."""
+    parts = Path(path).parts
+    return any("/".join(parts[i:]) in identities for i in range(len(parts)))
+
+
+def case_key(name):
+    """Return what the names of image, label and prediction share: img0029, label0029 give 0029."""
+    return re.sub(r"^(img|label)(?=\d)", "", case_name(name))

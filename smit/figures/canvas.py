@@ -95,7 +95,8 @@ def picture(x, y, width, height, pixels, smooth=True, **style):
     if not smooth:
         style["style"] = "image-rendering: pixelated"
     return (f'<image x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" '
-            f'preserveAspectRatio="none"{attributes(style)} href="data:image/png;base64,{content}"/>')
+            f'preserveAspectRatio="none"{attributes(style)} '
+            f'href="data:image/png;base64,{content}"/>')
 
 
 def grey(plane):

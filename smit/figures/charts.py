@@ -126,10 +126,14 @@ def draw_curve(number, points, x_axis, y_axis):
     color, dashes = style_of(number)
     drawing = []
     for run in unbroken(points):
-        line = [(x_axis.pixel(point.x), y_axis.pixel(point.y)) for point in run]
-        if any(point.low < point.high for point in run):
-            lower = [(x_axis.pixel(point.x), y_axis.pixel(point.low)) for point in run]
-            upper = [(x_axis.pixel(point.x), y_axis.pixel(point.high)) for point in run]
+        line, lower, upper = [], [], []
+        for point in run:
+            x = x_axis.pixel(point.x)
+            line.append((x, y_axis.pixel(point.y)))
+            lower.append((x, y_axis.pixel(point.low)))
+            upper.append((x, y_axis.pixel(point.high)))
+
+        if lower != upper:
             drawing.append(stroke(lower + upper[::-1], fill=color, fill_opacity=0.2))
         drawing.append(stroke(line, stroke=color, stroke_width=2, fill="none", **dashes))
         if len(run) <= MOST_DISCS:
@@ -163,7 +167,9 @@ def curves_svg(path, series, x_label, y_label, title, lines=None, limits=None, l
     ValueError if nothing is left to draw.
     """
     curves = {name: points_of(columns, log_y) for name, columns in series.items()}
-    drawn = [point for points in curves.values() for point in points if point]
+    drawn = []
+    for points in curves.values():
+        drawn += filter(None, points)
     if not drawn:
         names = ", ".join(series) or "no series at all"
         raise ValueError(f"{path}: no finite value to draw in {names}")
@@ -172,14 +178,16 @@ def curves_svg(path, series, x_label, y_label, title, lines=None, limits=None, l
              if math.isfinite(y) and (y > 0 or not log_y)}
     legend, legend_end = draw_legend(curves, 54)
 
-    # the y axis runs over the intervals' ends and the lines, the x axis from 0 at most
-    values = [*lines.values()]
+    # the x axis begins at 0 at most, and the y axis has room for the intervals and the lines
+    x_values = [0]
+    y_values = [*lines.values()]
     for point in drawn:
-        values += [point.y, point.low, point.high]
-    low, high = limits or (min(values), max(values))
-    y_axis = Axis((log_ticks if log_y else ticks)(low, high), BASE, legend_end + 16, log_y)
-    x_values = [point.x for point in drawn]
-    x_axis = Axis(ticks(min(0, *x_values), max(x_values)), LEFT, RIGHT)
+        x_values.append(point.x)
+        y_values += [point.y, point.low, point.high]
+    low, high = limits or (min(y_values), max(y_values))
+    y_marks = log_ticks(low, high) if log_y else ticks(low, high)
+    y_axis = Axis(y_marks, BASE, legend_end + 16, log_y)
+    x_axis = Axis(ticks(min(x_values), max(x_values)), LEFT, RIGHT)
 
     drawing = [text(LEFT, 26, title, font_size=17, font_weight="bold"), *legend]
     drawing += draw_y_axis(y_axis, LEFT, RIGHT, y_label)
@@ -263,12 +271,16 @@ class Chart(NamedTuple):
 
 
 CHARTS = (
-    Chart("loss", "Loss, as back-propagated", "loss", {"loss": "training"}),
+    Chart("loss", "Loss, as back-propagated", "loss",
+          {"loss": "training", "val_loss": "held back"}),
     Chart("mip", "Masked image prediction", "L1 on hidden voxels",
           {"mip": "training", "val_mip": "held back", "val_constant": "best constant",
            "val_median": "visible median"}),
     Chart("token_losses", "Token losses", "cross-entropy, nats",
           {"mpd": "MPD, patches", "itd": "ITD, image"}),
+    Chart("terms", "Terms of a baseline's loss", "loss",
+          {"contrast": "contrast", "info_nce": "InfoNCE", "restore": "restoration",
+           "rotation": "rotation", "adversarial": "adversarial", "critic": "critic"}),
     Chart("entropy", "Entropy of the teacher's outputs", "share of ln K",
           {"mpd_entropy": "patch", "mpd_mean_entropy": "mean of patches", "itd_entropy": "image",
            "itd_mean_entropy": "mean of images"}, limits=(0, 1)),

@@ -5,12 +5,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, phantom, pretrain, runtime, transforms
+from smit import data, phantom, pretrain, runtime, transforms, weights
 from smit.figures import panels
 from smit.figures.canvas import grey, picture, text, write_svg
 from smit.masking import expand_mask, random_block_mask
 
 WIDTH = 240                                              # of each picture, in pixels
+FINEST = 180                                             # voxels across a picture: a small file
 ABOVE_KIDNEYS_MM = 25                                    # this plane shows the most organs
 
 
@@ -25,13 +26,14 @@ def example_svg(path, student_path, index=1000, seed=0):
     state = runtime.load_checkpoint(student_path)
     config = state["config"]
     student = pretrain.build_student(config).eval()
-    student.load_state_dict(state["model"])
+    found, _ = weights.upgrade(state["model"], config)
+    student.load_state_dict(found)
     if student.voxel_head is None:
         raise ValueError(f"{student_path} has no voxel head: give a run whose --mip is above 0")
 
     body, level = phantom_slab(config, index, seed)                     # (D, H, W) in [0, 1]
-    image = padded(body, 2 * student.cell)                              # the encoder's last tokens
     cell = config["mask_cell"]
+    image = padded(body, math.lcm(cell, 2 * student.cell))              # the encoder's last tokens
     grid = [side // cell for side in image.shape]
     cells = random_block_mask(1, grid, 0.7, torch.Generator().manual_seed(seed))
     tokens = expand_mask(cells, cell // student.encoder.patch)
@@ -73,11 +75,10 @@ def draw_row(path, original, hole, guess, spacing_mm):
     for number, words in enumerate(("original", "masked", "reconstruction")):
         x = 6 + number * (WIDTH + 6)
         box = (x, 6, WIDTH, height)
-        plane = guess if number == 2 else original
-        # the masked picture need not hold what it hides
-        plane = np.where(hole, 0, plane) if number == 1 else plane
-        drawing.append(picture(*box, grey(panels.shrunk(plane, (WIDTH, height)))))
-        if number == 1:
+        plane = guess if words == "reconstruction" else original
+        plane = panels.shrunk(plane, (FINEST, FINEST * height / WIDTH))
+        drawing.append(picture(*box, grey(plane)))
+        if words == "masked":
             drawing.append(picture(*box, panels.covering(hole, panels.HIDDEN), smooth=False))
         drawing.append(text(x + WIDTH / 2, height + 24, words, "middle"))
     write_svg(path, 3 * (WIDTH + 6) + 6, height + 34, drawing)

@@ -15,6 +15,10 @@ PANELS = {  # pictures of volumes, in the order of the page: name and what to se
         "A view of a volume, the part the student saw, and its prediction. Organs' outlines should "
         "continue through hidden cells. Only hidden voxels are trained, so the prediction may "
         "look odd elsewhere."),
+    "restoration": (
+        "Restoration",
+        "A disturbed view, and the network's restoration of it. What the disturbance destroyed "
+        "should come back in the shape of organs."),
     "tokens": (
         "Tokens",
         "Each square is a token of the whole view. Where the features know anatomy, one tissue has "
@@ -22,8 +26,8 @@ PANELS = {  # pictures of volumes, in the order of the page: name and what to se
         "collapse."),
     "overlay": (
         "Segmentation",
-        "Outlines of the label and of the prediction in one case, with each organ's Dice in its "
-        "whole volume."),
+        "Outlines of the label and, after the first validation, of the prediction. The legend has "
+        "each organ's Dice in the whole volume."),
     "worst": ("Worst case", "The case of the lowest mean Dice: look for what went wrong."),
     "median": ("Median case", "The case in the middle: this is what to expect."),
     "best": ("Best case", "The case of the highest mean Dice.")}
@@ -35,6 +39,7 @@ CHART_CAPTIONS = {  # in the order of the page
     "mip": "The best constant and the visible median know nothing of anatomy: the error should "
            "fall below both.",
     "token_losses": "At ln K the teacher says nothing, or the student hears nothing.",
+    "terms": "Their sum is the loss.",
     "entropy": "All near 1: the teacher says nothing. A mean near 0: it says the same of "
                "everything.",
     "rank": "Below about 2 the features have collapsed.",
@@ -48,10 +53,17 @@ MEANINGS = {  # of the columns of log.csv
     "mip": "MIP: mean absolute error of masked image prediction",
     "mpd": "MPD: cross-entropy of patch tokens, nats",
     "itd": "ITD: cross-entropy of image tokens, nats",
+    "contrast": "Contrast of views, nats",
+    "info_nce": "InfoNCE, nats",
+    "restore": "Error of the restoration",
+    "rotation": "Cross-entropy of the rotation, nats",
+    "adversarial": "Adversarial loss",
+    "critic": "Loss of the critic",
+    "val_loss": "Loss on held-back volumes",
     "val_mip": "MIP on held-back volumes",
-    "val_mse": "Its mean squared error",
-    "val_constant": "Error of the best single grey value",
-    "val_median": "Error of each view's visible median",
+    "val_mse": "Mean squared error on held-back volumes",
+    "val_constant": "MIP of the best single grey value",
+    "val_median": "MIP of each view's visible median",
     "val_dice": "Mean Dice of the last validation",
     "best_dice": "Best mean Dice so far",
     "mpd_entropy": "Entropy of a patch's target, share of ln K",
@@ -72,7 +84,7 @@ body { font: 16px/1.5 sans-serif; max-width: 1900px; margin: 1.5em auto; padding
        color: #222 }
 h1 { margin-bottom: 0 } h2 { margin-top: 1.6em }
 figure { margin: 1em 0 1.6em; overflow-x: auto } figcaption { color: #444; max-width: 60em }
-svg { max-width: 100%; height: auto; border: 1px solid #ddd }
+svg { max-width: 100%; height: auto; border: 1px solid #ddd; box-sizing: border-box }
 .charts { display: grid; column-gap: 1.2em;
           grid-template-columns: repeat(auto-fit, minmax(min(100%, 560px), 1fr)) }
 .charts figure { margin: 0 0 1.2em } .charts svg { width: 100% }
@@ -82,14 +94,16 @@ svg { max-width: 100%; height: auto; border: 1px solid #ddd }
 .facts b { font: 14px/1.7 monospace; flex: 0 0 auto; max-width: 60%; overflow-wrap: anywhere;
            text-align: right }
 .scroll { overflow-x: auto }
-table { border-collapse: collapse } th { text-align: left; vertical-align: bottom }
+table { border-collapse: collapse } th { text-align: left } th + th { text-align: right }
 th, td { padding: 0.15em 1.2em 0.15em 0; border-top: 1px solid #ddd }
 td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-td small, th small { color: #666; font-weight: normal } tr.mean { font-weight: bold }
+td.interval { color: #666 }
+td small, th small { color: #666; font-weight: normal; margin-left: 0.5em }
+tr.mean td:not(.interval) { font-weight: bold }
 """
 
 
-# ----------------------------------------------------------------------------------- parts of a page
+# --------------------------------------------------------------------------------- parts of a page
 def number_text(value, digits=None):
     """Write a value: four significant digits, or so many decimals; a dash if it is not known."""
     if value is None or isinstance(value, float) and not math.isfinite(value):
@@ -111,13 +125,23 @@ def facts_html(entries):
 
 
 def table_html(header, rows, last_bold=0):
-    """Return a table; rows of cells, each a string of HTML, the first one of a row its name."""
+    """Return a table; rows of cells, each a string of HTML, the first one of a row its name.
+
+    Cells under a heading with the word "interval" are grey. The last so many rows are bold.
+    """
     lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"]
     for number, (name, *cells) in enumerate(rows):
         mark = ' class="mean"' if number >= len(rows) - last_bold else ""
-        body = "".join(f"<td>{cell}</td>" for cell in cells)
+        body = ""
+        for heading, cell in zip(header[1:], cells):
+            kind = ' class="interval"' if "interval" in heading else ""
+            body += f"<td{kind}>{cell}</td>"
         lines.append(f"<tr{mark}><th>{name}</th>{body}</tr>")
     return '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"
+
+
+def paragraph_html(sentences):
+    return "<p>" + escaped(" ".join(sentences)) + "</p>"
 
 
 def figure_html(svg_path, name, caption):

@@ -101,11 +101,10 @@ class Panel:
         return self.LEFT + column * (self.column_width + self.GAP)
 
     def box(self, column, row):
-        """Return (x, y, width, height) of a picture, centred in its column."""
+        """Return (x, y, width, height) of a picture."""
         width, height = self.sizes[row]
-        x = self.left_of(column) + (self.column_width - width) / 2
         y = self.TOP + sum(above + self.CAPTION for _, above in self.sizes[:row])
-        return x, y, width, height
+        return self.left_of(column), y, width, height
 
     def heading(self, column, words):
         self.drawing.append(text(self.left_of(column), self.TOP - 10, words, font_weight="bold"))
@@ -210,7 +209,7 @@ def reconstruction_panel(path, image, hidden, reconstruction, spacing_mm,
     panel.write(path, title, (
         f"Whole volume: {mse_text(error[hidden])} where hidden, {mse_text(error[~hidden])} "
         "elsewhere. Grey: 0 is black, 1 is white.",
-        "MSE under a picture: of the whole plane. MSE under the error: of its hidden voxels alone."))
+        "MSE under a picture: of the whole plane. MSE under the error: of hidden voxels alone."))
 
 
 def mse_text(errors):
@@ -388,7 +387,8 @@ def token_panel(path, image, features, spacing_mm, at=None, title="Tokens"):
         chosen = tuple(index // cell for index in at)
         components, shares = token_map(tokens)
         similarity = similarity_map(tokens, chosen)
-        low = min(0.9, float(similarity.min()))      # a narrower range would show noise as structure
+        # a narrower range would show noise as structure
+        low = min(0.9, float(similarity.min()))
 
         size = " x ".join(map(str, tokens.shape[1:]))
         left, right = 2 * number + 1, 2 * number + 2

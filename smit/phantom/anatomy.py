@@ -2,8 +2,8 @@
 
 Each patient is an atlas of shapes of random size and place, seen through a
 smooth random warp. One patient has one anatomy, at any spacing, in CT and in
-MR. The atlas is in mm: x to the right, y to the front, z up; its origin lies
-between the kidneys. All lengths here are in mm.
+MR. The atlas has x to the right, y to the front, z up, and its origin between
+the kidneys. All lengths are in mm.
 
 Read: tissues, the body from the skin inwards, the canvas on which it is
 painted, the scanner, a patient, the files. Check against: a labelled CT.
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
+from smit.data.organs import ORGANS
 from smit.phantom.shapes import (
     Array, Difference, Ellipsoid, Grown, HalfSpace, Intersection, Outside, Point, Shape, Tube,
     Union)
@@ -24,10 +25,6 @@ from smit.runtime import atomic_write
 
 Rng = np.random.Generator
 
-ORGANS = (
-    "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach",
-    "aorta", "inferior vena cava", "portal and splenic veins", "pancreas",
-    "right adrenal gland", "left adrenal gland")
 MODALITIES = ("ct", "mr")
 RIGHT, LEFT = 1, -1                                                     # the sign of x
 
@@ -102,7 +99,7 @@ def mirrored(points: Sequence[Point], side: int) -> Array:
     return np.array(points) * (side, 1, 1)
 
 
-# --------------------------------------------------------------- trunk and chest
+# -------------------------------------------------------------- trunk and chest
 # The outer face of the muscles around chest and belly, and the space they enclose.
 WALL = Ellipsoid((0, -6, 40), (146, 108, np.inf))
 BELLY = Grown(WALL, -14)
@@ -307,7 +304,7 @@ def in_front_of(y: float) -> HalfSpace:
     return HalfSpace((0, -1, 0), np.float32(y))
 
 
-# --------------------------------------------- organs: liver to stomach
+# ----------------------------------------------------- organs: liver to stomach
 def liver(rng: Rng, cavity: Shape) -> list[Part]:
     """Return the liver, two lobes under the dome and flat beneath, with its hepatic veins."""
     left = Ellipsoid(near(rng, (0, 50, 80), 3), sized(rng, 64, 42, 34), 0, 12)
@@ -350,7 +347,7 @@ def stomach(rng: Rng, cavity: Shape) -> list[Part]:
     return [Part("stomach", shape, {4: filling}), Part("air", gas, keeps_label=True)]
 
 
-# ------------------------------------------- organs: kidneys to vessels
+# --------------------------------------------------- organs: kidneys to vessels
 def kidney_and_adrenal(rng: Rng, name: str, side: int) -> list[Part]:
     """Return a kidney, a bean around its sinus, and an adrenal of two limbs, both in fat."""
     middle = near(rng, (side * 67, -34, 1 - side * 5), 2)               # the right one is lower

@@ -1,30 +1,42 @@
-"""Make the paper's comparisons, one command each: Table 2, Figures 3, 4 and 5 [SMIT 3]; and probes.
+"""Make the paper's comparisons, one command each: Table 2, Figures 3, 4 and 5 [SMIT 3]; and more.
 
     python -m smit.study table2 --data btcv/dataset.json --pretrain_data ct btcv/dataset.json \\
         --labels 3 7 21 --dry_run
-    python -m smit.study fig3a --data btcv/dataset.json --pretrain_data ct --preset small --parallel 2
+    python -m smit.study fig3a --data btcv/dataset.json --pretrain_data ct --preset small
     python -m smit.study table2 --data chaos/dataset.json --pretrain_data ct --modality mr --folds 5
-    python -m smit.study fig5 --data btcv/dataset.json --mr_data chaos/dataset.json --pretrain_data ct
+    python -m smit.study fig5 --data btcv/dataset.json --mr_data chaos/dataset.json \\
+        --pretrain_data ct
+    python -m smit.study probe --data btcv/dataset.json --pretrain_data ct --labels 3 7 21
+    python -m smit.study recipe --data btcv/dataset.json --seeds 0 1 --draws 0 1 \\
+        --recipes "now=" "slow=--lr 2e-3"
 
 A study is a list of steps, and a step is one of the three scripts with its flags: pre-train a row
-of the paper's comparisons, fine-tune it on the first n labelled volumes of a shuffle, score the last
-checkpoint on volumes held back. No checkpoint is picked by its score. All rows share data order,
-decoder weights and budget. Steps are named for what they depend on, so experiments with one --out
-share them. Finished steps are not run again, and one that was cut off goes on.
+of the paper's comparisons, fine-tune it on the first n labelled volumes of a shuffle, score the
+last checkpoint on volumes held back. No checkpoint is picked by its score. All rows share data
+order, decoder weights and budget. Steps are named for what they depend on, so experiments with one
+--out share them. Finished steps are not run again, and one that was cut off goes on.
 
-Writes OUT/EXPERIMENT/ (OUT/EXPERIMENT-mr/) with a table, figures, and cases.csv, which has a row for
-each number in them, from all cells that are finished. A study may be stopped anywhere; the rows that
-it did not reach are missing from its tables.
+`probe` asks frozen encoders what they know of organs: linear and k-NN segmentation, and tokens.
+`recipe` compares ways to fine-tune on a third of the training split, which no run of it trains on,
+and no case of the validation split: choose rates and recipes there.
+
+Writes OUT/EXPERIMENT/ (OUT/EXPERIMENT-mr/) with a table, figures, and cases.csv, which has a row
+for each number in them, from all cells that are finished. A study may be stopped anywhere; the rows
+that it did not reach are missing from its tables.
 """
 import argparse
+import re
 import shlex
 from pathlib import Path
 
 from smit import runtime
 from smit.settings import Help
-from smit.study import probe, reconstruction, scores, tables
-from smit.study.plan import EXPERIMENTS, FROZEN, PRESETS, ROWS, plan, pretrainings, student_path
+from smit.study import probe, recipes, reconstruction, scores, tables
+from smit.study.plan import (
+    EXPERIMENTS, FROZEN, PRESETS, RECIPES, ROWS, labelled_volumes, plan, pretrainings, student_path)
 from smit.study.run import command, estimate, finished, run
+
+WRITERS = {**tables.WRITERS, "recipe": recipes.recipe}
 
 
 def parse_arguments(argv=None):
@@ -39,11 +51,14 @@ def parse_arguments(argv=None):
     add("--mr_data", metavar="PATH", help="fig5: MR volumes, none of them in --pretrain_data")
     add("--out", default="runs/study", help="output folder, shared by experiments [ours]")
     add("--preset", choices=PRESETS, default="paper", help="sizes of all runs")
-    add("--rows", nargs="+", choices=ROWS, metavar="ROW",
-        help=f"of {', '.join(ROWS)}; default: the experiment's. rand, smit and simmim come first")
+    add("--rows", nargs="+", metavar="ROW",
+        help=f"of {', '.join(ROWS)}, and others with a --checkpoint; default: the experiment's. "
+             "rand, smit and simmim come first")
     add("--labels", nargs="+", type=int,
         help="numbers of volumes to fine-tune on, nested; default: the experiment's, or what every "
              "fold leaves")
+    add("--draws", nargs="+", type=int,
+        help="seeds of the draw of these volumes; default: the run's; in recipe 0 and 1 [ours]")
     add("--seeds", nargs="+", type=int, default=[0], help="of pre-training and fine-tuning [ours]")
     add("--ratios", nargs="+", type=float, default=[.1, .3, .5, .7, .9],
         help="fig3b: mask ratios [SMIT Fig. 3b]")
@@ -52,9 +67,14 @@ def parse_arguments(argv=None):
     add("--modality", choices=["ct", "mr"], default="ct",
         help="of --data; pre-training is on CT [SMIT 3]")
     add("--checkpoint", nargs="+", default=[], metavar="ROW=PATH",
-        help="a student.pt to use in place of pre-training")
+        help="a student.pt to use in place of pre-training; {seed} in it stands for the seed")
     add("--pretrain_flags", default="", help="more flags for train_ssl.py, in one string")
     add("--finetune_flags", default="", help="more flags for finetune.py, in one string")
+    add("--init_flags", default="",
+        help="more flags for finetune.py in rows with loaded weights alone, such as a rate of "
+             "their own")
+    add("--recipes", nargs="+", default=[], metavar="NAME=FLAGS",
+        help=f"recipe: flags for finetune.py under a name; default: {', '.join(RECIPES)}")
     add("--parallel", type=int, default=1,
         help="steps at a time, each on its share of the CPU cores [ours]")
     add("--ranks", type=int, default=1, help="processes of a training step, by torchrun [ours]")
@@ -62,8 +82,18 @@ def parse_arguments(argv=None):
         help="show the plan and what it may take, and run nothing")
 
     args = parser.parse_args(argv)
+    experiment = EXPERIMENTS[args.experiment]
     args.checkpoint = dict(entry.split("=", 1) for entry in args.checkpoint if "=" in entry)
-    args.rows = args.rows or EXPERIMENTS[args.experiment].rows
+    args.rows = args.rows or experiment.rows
+    args.draws = args.draws or experiment.draws
+    unknown = [row for row in args.rows if row not in ROWS and row not in args.checkpoint]
+    if unknown:
+        parser.error(f"--rows {unknown[0]}: choose from {', '.join(ROWS)}, or give its "
+                     "--checkpoint")
+    recipes = dict(entry.partition("=")[::2] for entry in args.recipes)
+    args.recipes = recipes or RECIPES
+    if not all(re.fullmatch(r"[\w.+-]+", name) for name in args.recipes):
+        parser.error("--recipes NAME=FLAGS: a NAME has letters, digits, and . + - _ alone")
     if not args.pretrain_data and set(args.rows) - {"rand", *args.checkpoint}:
         parser.error("--pretrain_data is missing; only --rows rand and those with a --checkpoint "
                      "do without")
@@ -117,7 +147,7 @@ def write_tables(args, out, cells):
         return
     for cell in whole:
         scores.complete_results(args.out, cell)
-    tables.WRITERS[args.experiment](out, *scores.read_cells(args.out, whole))
+    WRITERS[args.experiment](out, *scores.read_cells(args.out, whole))
 
 
 def write_frozen(args, out, first):
@@ -125,12 +155,14 @@ def write_frozen(args, out, first):
     students = {}
     for (row, seed), step in first.items():
         if not step or finished(args, step):
-            students[row, seed] = student_path(args, row, step)
+            students[row, seed] = student_path(args, row, seed, step)
     cache = f"{args.out}/cache"
     if args.experiment == "fig5":
         reconstruction.fig5(out, students, {"ct": args.data, "mr": args.mr_data}, cache)
     else:
-        probe.probe(out, students, "rand" in args.rows, args.data, args.modality, cache)
+        settings = probe.Settings(args.data, args.modality, labelled_volumes(args), args.draws,
+                                  cache)
+        probe.probe(out, students, "rand" in args.rows, settings)
 
 
 if __name__ == "__main__":

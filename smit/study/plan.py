@@ -2,6 +2,7 @@
 
 Reading order: what there is to choose, Step and Cell, pretraining, cell, plan.
 """
+import itertools
 import math
 import os
 import shlex
@@ -48,10 +49,28 @@ PRESETS = {
 }
 
 
+# Ways to fine-tune, as flags of finetune.py, that the experiment `recipe` compares. They are steps
+# from the preset "small"; --recipes takes others. [ours]
+ORGANS_FIRST = "--background_weight .05 --dice_on organs"
+RECIPES = {
+    "as-it-is": "",
+    "organs-first": ORGANS_FIRST,      # off the plateau of "all background" early
+    "averaged": f"{ORGANS_FIRST} --average .99",
+    "four-crops": f"{ORGANS_FIRST} --crops_per_volume 2",
+    "no-warm-up": f"{ORGANS_FIRST} --warmup_epochs 0",
+    "long-warm-up": f"{ORGANS_FIRST} --warmup_epochs 250",
+    "clipped": f"{ORGANS_FIRST} --clip 1",
+    "half-rate": f"{ORGANS_FIRST} --lr 2e-3",
+    "twice-the-steps": f"{ORGANS_FIRST} --steps 2400",
+}
+TRAINING_PARTS = 3                     # `recipe` holds back a third of the training split [ours]
+
+
 class Experiment(NamedTuple):
-    """A table or figure of the paper: its rows, and numbers of labelled volumes to fine-tune on."""
+    """A table or figure of the paper: its rows, and the rest that flags leave open."""
     rows: list
-    labels: list
+    labels: list                       # numbers of labelled volumes to fine-tune on
+    draws: list = [None]               # seeds of the draw of these volumes; None: the run's own
 
 
 EXPERIMENTS = {
@@ -61,7 +80,8 @@ EXPERIMENTS = {
     "fig3c": Experiment(TABLE2, [21]),
     "fig4": Experiment(FIGURE4, [21]),
     "fig5": Experiment(["smit", "ml-smit"], []),
-    "probe": Experiment(TABLE2, []),
+    "probe": Experiment(TABLE2, [None]),         # all labelled volumes
+    "recipe": Experiment(["rand"], [3], [0, 1]),
 }
 FROZEN = ("fig5", "probe")             # these look at pre-trained encoders without fine-tuning
 
@@ -82,6 +102,8 @@ class Cell(NamedTuple):
     fold: int
     ratio: float
     modality: str
+    draw: int
+    recipe: str
     steps: list                        # (pre-train,) fine-tune, evaluate
 
     @property
@@ -98,8 +120,8 @@ def ratio_suffix(ratio):
 
 
 def pretraining(args, row, seed, ratio=None):
-    """Plan the step that makes OUT/name/student.pt; None for random weights and given checkpoints."""
-    if ROWS[row] is None or row in args.checkpoint:
+    """Plan the step that makes OUT/name/student.pt; None where there is nothing to pre-train."""
+    if row in args.checkpoint or ROWS[row] is None:
         return None
     flags = shlex.split(f"{PRESETS[args.preset].pretrain} {args.pretrain_flags} {ROWS[row]}")
     if ratio_suffix(ratio):
@@ -108,28 +130,39 @@ def pretraining(args, row, seed, ratio=None):
     return Step(f"pretrain/{row}{ratio_suffix(ratio)}-seed{seed}", "train_ssl.py", flags)
 
 
-def student_path(args, row, step):
-    """Name the student.pt that a row begins with; None for random weights."""
+def student_path(args, row, seed, step):
+    """Name the student.pt that a row begins with; None for random weights.
+
+    step: its pre-training, or None. A "{seed}" in the path of a given one stands for the seed.
+    """
     if row in args.checkpoint:
-        return args.checkpoint[row]
+        return args.checkpoint[row].replace("{seed}", str(seed))
     return f"{args.out}/{step.name}/student.pt" if step else None
 
 
-def cell(args, row, labels, seed, fold=None, ratio=None):
+def cell(args, row, labels, seed, fold=None, ratio=None, draw=None, recipe=None):
     """Plan one number of a table: pre-train, fine-tune, evaluate."""
     first = pretraining(args, row, seed, ratio)
-    init = student_path(args, row, first)
+    init = student_path(args, row, seed, first)
     data_path = os.path.abspath(args.data)
     name = f"{row}{ratio_suffix(ratio)}-{args.modality}{labels}-seed{seed}"
-    if fold is not None:
-        name += f"-fold{fold}"
+    for prefix, value in (("draw", draw), ("fold", fold), ("", recipe)):
+        if value is not None:
+            name += f"-{prefix}{value}"
 
     tune = shlex.split(f"{PRESETS[args.preset].finetune} {args.finetune_flags}")
-    tune += ["--seed", seed, "--data", data_path, "--num_train", labels, "--modality", args.modality]
+    if init:
+        tune += shlex.split(args.init_flags)
+    if recipe:
+        tune += shlex.split(args.recipes[recipe])
+    tune += ["--seed", seed, "--data", data_path, "--num_train", labels,
+             "--modality", args.modality]
+    if draw is not None:
+        tune += ["--subset_seed", draw]
     if init:
         tune += ["--init", os.path.abspath(init)]
     if fold is not None:
-        tune += ["--folds", args.folds, "--fold", fold]
+        tune += ["--folds", folds_of(args)[0], "--fold", fold]
 
     # the last checkpoint, so that no score picks one
     weights = os.path.abspath(f"{args.out}/finetune/{name}/last.pt")
@@ -141,34 +174,54 @@ def cell(args, row, labels, seed, fold=None, ratio=None):
              Step(f"evaluate/{name}", "evaluate.py", score, (f"finetune/{name}",))]
     if first:
         steps = [first, *steps]
-    return Cell(row, labels, seed, fold, ratio, args.modality, steps)
+    return Cell(row, labels, seed, fold, ratio, args.modality, draw, recipe, steps)
+
+
+def folds_of(args):
+    """Choose the parts of the training split: (how many, which of them are held back in turn).
+
+    `recipe` holds back the first alone, in every run the same: a choice made on it has seen no
+    volume of the validation split. (0, [None]): validate on the validation split.
+    """
+    if args.experiment == "recipe":
+        return args.folds or TRAINING_PARTS, [0]
+    return args.folds, range(args.folds) if args.folds else [None]
 
 
 def labelled_volumes(args):
-    """Choose the numbers of volumes to fine-tune on: asked for, what every fold leaves, or the paper's."""
+    """Choose the numbers of volumes to fine-tune on.
+
+    Those that were asked for, or as many as every fold leaves, or the experiment's.
+    """
     if args.labels:
         return args.labels
-    if not args.folds:
+    if args.experiment == "recipe" or not args.folds:
         return EXPERIMENTS[args.experiment].labels
     n = len(data.read_list(args.data))
     return [n - math.ceil(n / args.folds)]
 
 
+def ranked_rows(rows):
+    """Sort rows as ROWS has them, then those that only a checkpoint knows."""
+    known = [row for row in ROWS if row in rows]
+    return known + [row for row in rows if row not in ROWS]
+
+
 def plan(args):
     """List the cells of an experiment, the most telling first: rand, smit and simmim in every seed.
 
-    Of these, seeds follow each other, within a seed the numbers of labels, and within those the rows.
+    Seeds follow each other; within a seed draws, then numbers of labels, then rows, and so on.
     """
-    ranked = [row for row in ROWS if row in args.rows]
-    folds = range(args.folds) if args.folds else [None]
+    ranked = ranked_rows(args.rows)
+    _, folds = folds_of(args)
     ratios = args.ratios if args.experiment == "fig3b" else [None]
+    recipes = args.recipes if args.experiment == "recipe" else [None]
     cells = []
     for rows in (ranked[:3], ranked[3:]):
-        for seed in args.seeds:
-            for labels in labelled_volumes(args):
-                for row in rows:
-                    for fold in folds:
-                        cells += [cell(args, row, labels, seed, fold, ratio) for ratio in ratios]
+        choices = itertools.product(args.seeds, args.draws, labelled_volumes(args), rows, folds,
+                                    ratios, recipes)
+        for seed, draw, labels, row, fold, ratio, recipe in choices:
+            cells.append(cell(args, row, labels, seed, fold, ratio, draw, recipe))
     return cells
 
 
@@ -179,7 +232,7 @@ def pretrainings(args):
     """
     steps = {}
     for row in args.rows:
-        if ROWS[row]:
+        if row in args.checkpoint or ROWS[row]:
             for seed in args.seeds:
                 steps[row, seed] = pretraining(args, row, seed)
     return steps

@@ -1,117 +1,209 @@
-"""Ask frozen tokens what they know of organs: a linear probe and nearest neighbours, untrained [ours].
+"""Ask frozen encoders what they know of organs, without training a decoder [ours].
 
 A token is its features of all stages at the resolution of the first one (2^3 voxels); its organ is
-that of its last voxel. Fitted on the labelled training volumes, scored on those held back. Every
-class counts alike, the background too.
+that of its last voxel. Two classifiers that need no search are fitted on the tokens of the labelled
+training volumes: least squares, and k nearest neighbours. They are asked twice. *Tokens*: every
+class counts alike, the background too. *Segmentation*: the classes' scores, brought to the grid of
+the case's file, make a label map, scored as fine-tuned networks are.
+
+Reading order: probe and its tables, one encoder, tokens, the two classifiers, segmentation.
 """
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, pretrain, runtime, scoring
-from smit.study.scores import group
-from smit.study.tables import save
+from smit import data, metrics, pretrain, runtime, scoring
+from smit.data.organs import case_name, numbered, organ_ids
+from smit.data.samples import nested_subset
+from smit.study import power
+from smit.study.reconstruction import load_student
+from smit.study.scores import (
+    Score, as_array, dice_by_case, dice_by_organ, dice_by_run_and_case, estimate_mean, group, write,
+    write_csv)
+from smit.transforms import crop_affine, to_file_grid
 
 BANK = 150                             # tokens of each organ to look for neighbours among
 QUERIES = 60                           # tokens of each organ to ask for in each case
+NEIGHBOURS = 20                        # that vote for a token's organ [DINO]
+TEMPERATURE = .07                      # of a neighbour's vote, exp(cosine / temperature) [DINO]
+# How much rarer classes weigh in segmentation, from 0 (as often as they come: no small organ is
+# found) to 1 (all alike: small organs are found everywhere). Of 0, .25, .5, .75 and 1, .75 was best
+# for both classifiers on BTCV's training volumes, with an encoder of 6 mm voxels
+BALANCE = .75
+CLASSIFIERS = ("linear", "k-NN")       # the recipes of Score
+NOTE = f"""Linear and nearest: tokens, all classes alike (balanced accuracy; share whose nearest
+neighbour is of the same organ). Segmentation: DSC on the original grid, background excluded;
+intervals: bootstrap over cases, or over seeds and cases where there are several seeds. k-NN:
+k = {NEIGHBOURS}.
+"""
+
+
+class Settings(NamedTuple):
+    """What encoders are asked about."""
+    volumes: str                       # dataset.json with training and validation
+    modality: str
+    labels: list                       # numbers of labelled training volumes; None: all
+    draws: list                        # seeds of their draw; None: the encoder's seed
+    cache: str
 
 
 class Probe(NamedTuple):
     """What the tokens of one encoder know, over all held-back cases."""
     row: str
+    labels: int
     seed: int
+    draw: int
     linear_probe: float                # balanced accuracy
     nearest_neighbour: float           # share whose nearest neighbour is of the same organ
     n: int                             # cases
 
 
-def probe(out, checkpoints, with_random, volumes, modality, cache):
-    """Probe the encoders of {(row, seed): student.pt}, and write probe.md and cases.csv.
+def probe(out, checkpoints, with_random, settings):
+    """Probe the encoders of {(row, seed): student.pt}: probe.md, tokens.csv and cases.csv.
 
     with_random: probe each seed's architecture with random weights too, as the row "rand".
     """
-    probes = []
+    encoders = []
     if with_random:
         path_of_seed = {seed: path for (_, seed), path in checkpoints.items()}
-        for seed, path in path_of_seed.items():
-            probes.append(Probe("rand", seed, *probe_encoder(path, volumes, modality, cache, seed)))
-    for (row, seed), path in checkpoints.items():
-        probes.append(Probe(row, seed, *probe_encoder(path, volumes, modality, cache)))
+        encoders += [("rand", seed, path) for seed, path in path_of_seed.items()]
+    encoders += [(row, seed, path) for (row, seed), path in checkpoints.items()]
+
+    probes, scores = [], []
+    for row, seed, path in encoders:
+        encoder, config = load_encoder(path, seed if row == "rand" else None)
+        for labels in settings.labels:
+            for draw in settings.draws:
+                found, segmented = probe_encoder(encoder, config, settings, row, labels, seed, draw)
+                probes.append(found)
+                scores += segmented
     if probes:
-        save(out, "probe", table(probes), probes)
+        write_csv(out / "tokens.csv", probes)
+        write_csv(out / "cases.csv", scores)
+        write(out / "probe.md", table(probes, scores) + "\n" + organ_tables(scores) + NOTE)
 
 
-def table(probes):
-    """Format the mean over seeds of each row."""
+def table(probes, scores):
+    """Format the means over seeds of each row and number of labels."""
     lines = []
-    for row, part in group(probes, "row").items():
-        linear = np.mean([one.linear_probe for one in part])
-        nearest = np.mean([one.nearest_neighbour for one in part])
-        lines.append([row, f"{linear:.3f}", f"{nearest:.3f}", len(part), part[0].n])
-    head = ["row", "linear probe, balanced accuracy", "nearest neighbour of the same organ",
-            "seeds", "n"]
-    return scoring.markdown(head, lines)
+    segmented = group(scores, "row", "labels", "recipe")
+    for (row, labels), part in group(probes, "row", "labels").items():
+        line = [row, "all" if labels is None else labels]
+        line.append(f"{np.mean([one.linear_probe for one in part]):.3f}")
+        line.append(f"{np.mean([one.nearest_neighbour for one in part]):.3f}")
+        for classifier in CLASSIFIERS:
+            line += dsc_cells(segmented[row, labels, classifier])
+        lines.append([*line, len(part), part[0].n])
+    head = ["row", "labelled volumes", "linear probe", "nearest neighbour"]
+    for classifier in CLASSIFIERS:
+        head += [f"{classifier} segmentation, DSC", "95 %"]
+    return scoring.markdown([*head, "seeds", "n"], lines)
 
 
-def probe_encoder(path, volumes, modality, cache, random_seed=None):
-    """Probe one encoder: (linear probe, nearest neighbour, cases scored)."""
-    encoder, config = load_encoder(path, random_seed)
-    settings = data.Preparation(tuple(config["spacing"]), modality, tuple(config["hu_window"]))
-    classes = max(data.label_names(volumes) or {13: ""}) + 1
-
-    def read(split):
-        for case in data.read_list(volumes, split):
-            image, label = data.cached(case, settings, cache, True, classes)
-            yield tokens(encoder, np.array(image), np.array(label))
-
-    features, organs = map(torch.cat, zip(*read("training")))
-    mean, deviation = features.mean(0), features.std(0) + 1e-6
-    features = (features - mean) / deviation
-    weights = fit_linear(features, organs, classes)
-    chosen = some_of_each(organs, BANK)
-    bank, bank_organs = F.normalize(features[chosen], dim=1), organs[chosen]
-
-    linear, nearest, cases = Hits(classes), Hits(classes), 0
-    for features, organs in read("validation"):
-        features = (features - mean) / deviation
-        linear.count(apply_linear(features, weights).argmax(1), organs)
-        asked = some_of_each(organs, QUERIES)
-        similarity = F.normalize(features[asked], dim=1) @ bank.T
-        nearest.count(bank_organs[similarity.argmax(1)], organs[asked])
-        cases += 1
-    return linear.balanced_accuracy(), nearest.balanced_accuracy(), cases
+def dsc_cells(scores):
+    """Format the mean Dice and its interval, over seeds and cases if there are several seeds."""
+    runs = list(dice_by_run_and_case(scores).values())
+    if len(runs) > 1:
+        values = as_array(runs)
+        mean = np.nanmean(values)
+        low, high = power.bootstrap_seeds_and_cases(values)
+    else:
+        mean, low, high = estimate_mean(list(dice_by_case(scores).values()))
+    return [f"{mean:.3f}", f"{low:.3f}-{high:.3f}"]
 
 
+def organ_tables(scores):
+    """Format the segmentations' Dice by organ: rows, labels and classifiers down."""
+    lines = []
+    head = []
+    for key, part in group(scores, "row", "labels", "recipe").items():
+        organs = dice_by_organ(part)
+        head = ["row", "labelled volumes", "classifier", *organs]
+        means = [f"{float(scoring.finite_mean(values)):.3f}" for values in organs.values()]
+        row, labels, classifier = key
+        lines.append([row, "all" if labels is None else labels, classifier, *means])
+    return scoring.markdown(head, lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------ one encoder
 def load_encoder(path, random_seed=None):
     """Load a student.pt: (encoder in eval mode, settings of its run).
 
     random_seed: draw the weights from it in place of loading them.
     """
-    state = runtime.load_checkpoint(path)
-    torch.manual_seed(random_seed or 0)
-    student = pretrain.build_student(state["config"])
     if random_seed is None:
-        student.load_state_dict(state["model"])
-    return student.encoder.eval(), state["config"]
+        student, config = load_student(path)
+        return student.encoder, config
+    config = runtime.load_checkpoint(path)["config"]
+    torch.manual_seed(random_seed)
+    return pretrain.build_student(config).encoder.eval(), config
 
 
+def probe_encoder(encoder, config, settings, row, labels, seed, draw):
+    """Probe one encoder on one draw of labelled volumes: (Probe, list of Score)."""
+    preparation = data.Preparation(tuple(config["spacing"]), settings.modality,
+                                   tuple(config["hu_window"]))
+    names = data.label_names(settings.volumes) or numbered(14)
+    classes = max(names) + 1
+    training = data.read_list(settings.volumes, "training")
+    if labels is not None:                             # the volumes that fine-tuning would take
+        training = nested_subset(training, labels, seed if draw is None else draw)
+
+    features, organs = [], []
+    for case in training:
+        image, label = data.cached(case, preparation, settings.cache, True, classes)
+        features.append(flat(tokens(encoder, np.array(image))))
+        organs.append(token_organs(encoder, np.array(label)).flatten())
+    frozen = Classifiers(torch.cat(features), torch.cat(organs), classes)
+
+    linear, nearest, cases, scores = Hits(classes), Hits(classes), 0, []
+    for case in data.read_list(settings.volumes, "validation"):
+        prepared = data.load_case(case, preparation, True, classes)
+        maps = tokens(encoder, prepared["image"].numpy())               # (C, d, h, w)
+        truth = token_organs(encoder, prepared["label"].numpy()).flatten()
+        guesses, chosen, neighbours = frozen.ask(flat(maps), truth)
+        linear.count(guesses, truth)
+        nearest.count(neighbours, truth[chosen])
+        cases += 1
+        for classifier in CLASSIFIERS:
+            label = segment(frozen, classifier, maps, encoder.patch, prepared)
+            for organ, dice in organ_dice(label, case, names).items():
+                scores.append(Score(row, labels, seed, None, None, settings.modality, draw,
+                                    classifier, case_name(case["image"]), organ, dice))
+    found = Probe(row, labels, seed, draw, linear.balanced_accuracy(), nearest.balanced_accuracy(),
+                  cases)
+    return found, scores
+
+
+# ----------------------------------------------------------------------------------------- tokens
 @torch.no_grad()
-def tokens(encoder, image, label):
-    """Compute the features (n, C) of a prepared volume's tokens, and read their organs (n,)."""
-    side = encoder.patch * 2 ** (len(encoder.stages) - 1)
-    padding = [(0, -size % side) for size in image.shape]
-    image, label = np.pad(image, padding), np.pad(label, padding)
-
+def tokens(encoder, image):
+    """Compute the features of a prepared volume's tokens: (C, d, h, w), padding included."""
     stages = range(len(encoder.stages))
-    maps = encoder(torch.from_numpy(image)[None, None] / 255, wanted=stages)[:-1]
+    padded = torch.from_numpy(pad(encoder, image))[None, None] / 255
+    maps = encoder(padded, wanted=stages)[:-1]
     grid = maps[0].shape[2:]
-    maps = torch.cat([F.interpolate(stage, size=grid) for stage in maps], 1)   # (1, C, d, h, w)
+    return torch.cat([F.interpolate(stage, size=grid) for stage in maps], 1)[0].cpu()
 
+
+def token_organs(encoder, label):
+    """Read the organ of each token's last voxel: (d, h, w) long."""
     last = slice(encoder.patch - 1, None, encoder.patch)
-    organs = torch.from_numpy(label[last, last, last].astype(np.int64))        # (d, h, w)
-    return maps[0].flatten(1).T.cpu(), organs.flatten()
+    return torch.from_numpy(pad(encoder, label)[last, last, last].astype(np.int64))
+
+
+def pad(encoder, volume):
+    """Pad a volume with zeros at its ends, to whole tokens of the last stage."""
+    side = encoder.patch * 2 ** (len(encoder.stages) - 1)
+    return np.pad(volume, [(0, -size % side) for size in volume.shape])
+
+
+def flat(maps):
+    """Turn feature maps (C, d, h, w) into tokens (n, C)."""
+    return maps.flatten(1).T
 
 
 def some_of_each(organs, most):
@@ -123,13 +215,62 @@ def some_of_each(organs, most):
     return torch.cat(chosen)
 
 
-def fit_linear(features, organs, classes):
-    """Fit one-hot organs by least squares with a ridge, each organ weighing alike.
+# ------------------------------------------------------------------------------------ classifiers
+class Classifiers:
+    """Least squares and nearest neighbours, fitted on tokens (n, C) and their organs (n,)."""
+
+    def __init__(self, features, organs, classes):
+        self.mean, self.deviation = features.mean(0), features.std(0) + 1e-6
+        features = self.normed(features)
+        self.alike = fit_linear(features, organs, classes)
+        self.weights = fit_linear(features, organs, classes, BALANCE)
+
+        chosen = some_of_each(organs, BANK)
+        self.bank, self.bank_organs = F.normalize(features[chosen], dim=1), organs[chosen]
+        # each token of the bank stands for as many of its organ as it was chosen from
+        counts = organs.bincount(minlength=classes)
+        shown = self.bank_organs.bincount(minlength=classes)
+        self.stands_for = (counts / shown.clamp(min=1)) ** (1 - BALANCE)
+
+    def normed(self, features):
+        return (features - self.mean) / self.deviation
+
+    def ask(self, features, organs):
+        """Guess organs with all classes alike: (linear guesses (n,), chosen tokens, neighbours').
+
+        The nearest neighbour is asked for some tokens of each organ only.
+        """
+        features = self.normed(features)
+        chosen = some_of_each(organs, QUERIES)
+        similarity = F.normalize(features[chosen], dim=1) @ self.bank.T
+        return (apply_linear(features, self.alike).argmax(1), chosen,
+                self.bank_organs[similarity.argmax(1)])
+
+    def scores(self, classifier, features):
+        """Score the classes of tokens (n, C) for a segmentation: (n, classes)."""
+        features = self.normed(features)
+        if classifier == "linear":
+            return apply_linear(features, self.weights).float()
+        votes = [self.votes(part) for part in features.split(50_000)]   # so many, for the memory
+        return torch.cat(votes)
+
+    def votes(self, features):
+        """Count neighbours' votes for each class, as shares: (n, classes)."""
+        similarity = F.normalize(features, dim=1) @ self.bank.T
+        nearest, places = similarity.topk(min(NEIGHBOURS, len(self.bank)), dim=1)
+        organs = self.bank_organs[places]                               # (n, k)
+        weight = (nearest / TEMPERATURE).softmax(1) * self.stands_for[organs]
+        votes = torch.zeros(len(features), len(self.stands_for)).scatter_add_(1, organs, weight)
+        return votes / votes.sum(1, keepdim=True)
+
+
+def fit_linear(features, organs, classes, balance=1.):
+    """Fit one-hot organs by least squares with a ridge; balance: see BALANCE, 1 for all alike.
 
     features (n, C), organs (n,) -> weights (C + 1, classes) float64, the last row for a constant.
     """
     x = with_constant(features)
-    weight = 1 / organs.bincount(minlength=classes).clamp(min=1).double()
+    weight = organs.bincount(minlength=classes).clamp(min=1).double() ** -balance
     weighted = x * weight[organs, None]
     squares = x.T @ weighted
     ridge = .01 * squares.diagonal().mean() * torch.eye(len(squares), dtype=torch.float64)
@@ -161,3 +302,32 @@ class Hits:
     def balanced_accuracy(self):
         """Average the share of right guesses over the classes that there are."""
         return (self.right / self.all)[self.all > 0].mean().item()
+
+
+# ----------------------------------------------------------------------------------- segmentation
+def segment(frozen, classifier, maps, patch, prepared):
+    """Segment a case: label map (X, Y, Z) uint8 on the grid of its file.
+
+    maps (C, d, h, w): its tokens, of patch^3 voxels; prepared: of data.load_case.
+    """
+    d, h, w = (math.ceil(size / patch) for size in prepared["image"].shape)
+    maps = maps[:, :d, :h, :w]                                          # without the padding
+    scores = frozen.scores(classifier, flat(maps)).T.unflatten(1, (d, h, w))
+    return to_file_grid(scores, token_affine(prepared["affine"], patch),
+                        prepared["original_shape"], prepared["original_affine"])
+
+
+def organ_dice(label, case, names):
+    """Score a label map against a case's label: {organ: Dice}, nan if absent from both."""
+    classes = max(names) + 1
+    truth = data.read_label(case["label"], classes)[0]
+    dice = metrics.dice(label, truth, classes)                          # of labels 1, 2, ...
+    ids = organ_ids(names, case["label"])
+    return {organ: float(dice[number - 1]) for organ, number in ids.items()}
+
+
+def token_affine(affine, patch):
+    """Place tokens where their organs were read, at their last voxels: the affine of their grid."""
+    affine = crop_affine(affine, [patch - 1] * 3)
+    affine[:3, :3] *= patch
+    return affine

@@ -1,6 +1,7 @@
-"""Scores of finished cells: read, grouped, averaged over seeds, compared [SMIT Table 2].
+"""Read, group and average the scores of finished cells [SMIT Table 2].
 
-Seeds are averaged case by case before intervals and tests, so that n is the number of cases.
+Seeds are averaged case by case before the tests and the intervals over cases, so that their n is
+the number of cases. Intervals over seeds and cases keep both. A run has a seed and a draw.
 Reading order: Score and Run, files, grouping, averages, intervals.
 """
 import csv
@@ -24,6 +25,8 @@ class Score(NamedTuple):
     fold: int
     ratio: float
     modality: str
+    draw: int                          # of the labelled volumes; None: by the seed
+    recipe: str                        # of fine-tuning, or of what stands on a frozen encoder
     case: str
     organ: str
     dice: float                        # nan: absent from prediction and label
@@ -37,11 +40,10 @@ class Run(NamedTuple):
     fold: int
     ratio: float
     modality: str
+    draw: int
+    recipe: str
     pretraining: dict                  # None for random weights and given checkpoints
     finetuning: dict
-
-
-CELL = Score._fields[:6]               # what tells one cell from another
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -61,7 +63,9 @@ def write_csv(path, rows):
 
 def facts_of(cell):
     """List what tells a cell from another, by name."""
-    return {name: getattr(cell, name) for name in CELL}
+    facts = cell._asdict()
+    del facts["steps"]
+    return facts
 
 
 def complete_results(out, cell):
@@ -151,6 +155,11 @@ def dice_by_case(scores):
     return dict(zip(cases, dice_by_organ(scores)["AVG"], strict=True))
 
 
+def dice_by_run_and_case(scores):
+    """Average over organs only: {(seed, draw): {case: Dice}}."""
+    return {run: dice_by_case(part) for run, part in group(scores, "seed", "draw").items()}
+
+
 # -------------------------------------------------------------------------------------- intervals
 class Estimate(NamedTuple):
     """A mean over cases with its 95 % bootstrap interval."""
@@ -166,6 +175,29 @@ def estimate_mean(values):
 
 
 def paired_difference(first, second):
-    """Test first - second over the cases that both have, each {case: Dice}: as metrics.paired_test."""
+    """Test first - second, each {case: Dice}, over the cases of both: as metrics.paired_test."""
     cases = [case for case in first if case in second]
     return metrics.paired_test([first[case] for case in cases], [second[case] for case in cases])
+
+
+def differences_by_run(first, second):
+    """Subtract {(seed, draw): {case: Dice}}: an array (runs, cases), nan where one of them lacks.
+
+    Only runs that both have count: their fine-tunings share volumes, order and decoder.
+    """
+    differences = []
+    for run, dice in first.items():
+        if run in second:
+            other = second[run]
+            differences.append({case: dice[case] - other[case] for case in dice if case in other})
+    return as_array(differences)
+
+
+def as_array(dice):
+    """Array (runs, cases) of a list of {case: value}, nan where a run lacks a case."""
+    cases = sorted(set().union(*dice))
+    values = np.full((len(dice), len(cases)), math.nan)
+    for run, by_case in enumerate(dice):
+        for case, value in by_case.items():
+            values[run, cases.index(case)] = value
+    return values

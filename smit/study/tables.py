@@ -9,8 +9,10 @@ import numpy as np
 
 from smit import figures, scoring
 from smit.data.organs import CODES
+from smit.study import power
 from smit.study.scores import (
-    dice_by_case, dice_by_organ, estimate_mean, group, paired_difference, write, write_csv)
+    as_array, dice_by_case, dice_by_organ, dice_by_run_and_case, differences_by_run, estimate_mean,
+    group, paired_difference, write, write_csv)
 
 TABLE2 = ["rand", "dino", "ibot", "simmim", "smit"]
 PAPER = {  # DSC of Table 2's Swin columns, in the order of TABLE2
@@ -55,8 +57,18 @@ def save(out, name, text, rows):
 
 
 # ---------------------------------------------------------------------------------------- Table 2
+EFFECT = .03                           # the difference in Dice that a study should be able to show
+INTERVALS = f"""Over cases: bootstrap over cases of the mean over seeds, and p by Wilcoxon's signed
+rank over cases, two-sided. It is about these trained networks. Over seeds and cases: bootstrap over
+both, and so about other trainings as well; too narrow with few seeds (with two, half the variance
+of seeds). Deviation: of the mean over cases, from seed to seed. Seeds: as many would show a
+difference of {EFFECT:g} with probability .8 if it deviates as here, by the normal approximation;
+rough with few.
+"""
+
+
 def table2(out, scores, runs):
-    """Write table2.md: organs down, rows of the comparison across, averages and differences last."""
+    """Write table2.md: organs down, rows of the comparison across, differences last."""
     text = ("DSC on the original grid, background excluded; in parentheses the paper's Table 2, "
             "from 21 volumes (CT) or 92 (MR).\n")
     for labels, part in group(scores, "labels").items():
@@ -64,7 +76,7 @@ def table2(out, scores, runs):
         cases = len(dice_by_organ(next(iter(by_row(part).values())))["AVG"])
         text += f"\n{labels} labelled volumes, n = {cases} cases, seeds {seeds}\n\n"
         text += comparison(part)
-    text += ("\np: Wilcoxon signed rank over cases, two-sided; intervals: bootstrap over cases.\n")
+    text += "\n" + INTERVALS
     save(out, "table2", text, scores)
 
 
@@ -82,10 +94,13 @@ def comparison(scores):
     printed = paper_scores(scores[0].modality, organs)
 
     lines = [organ_line(organ, tables, printed) for organ in organs]
-    lines += summary_lines("", rows)
-    for seed, part in sorted(group(scores, "seed").items()):
+    lines += lines_over_cases("", rows)
+    seeds = sorted(group(scores, "seed").items())
+    if len(group(scores, "seed", "draw")) > 1:
+        lines += lines_over_seeds(rows)
+    for seed, part in seeds:
         alone = group(part, "row")
-        lines += summary_lines(f", seed {seed}", {row: alone.get(row) for row in rows})
+        lines += lines_over_cases(f", seed {seed}", {row: alone.get(row) for row in rows})
     return scoring.markdown(["", *rows], lines)
 
 
@@ -116,10 +131,11 @@ def organ_line(organ, tables, printed):
     return line
 
 
-def summary_lines(suffix, rows):
+def lines_over_cases(suffix, rows):
     """Format the averages of {row: scores or None}, and how much SMIT is ahead of each."""
     cases = {row: dice_by_case(part) for row, part in rows.items() if part}
-    average, difference = [f"AVG{suffix}, 95 % interval"], [f"SMIT less this{suffix}"]
+    average = [f"AVG{suffix}, 95 % over cases"]
+    difference = [f"SMIT less this{suffix}, 95 % over cases"]
     for row in rows:
         average.append(average_text(cases[row]) if row in cases else "")
         compared = row != "smit" and row in cases and "smit" in cases
@@ -128,7 +144,7 @@ def summary_lines(suffix, rows):
 
 
 def average_text(dice):
-    """Format the mean of {case: Dice} with its interval."""
+    """Format the mean of {case: Dice} with its interval over cases."""
     mean, low, high = estimate_mean(list(dice.values()))
     return f"{mean:.3f}, {low:.3f}-{high:.3f}"
 
@@ -138,6 +154,42 @@ def difference_text(first, second):
     test = paired_difference(first, second)
     return (f"{test['mean_difference']:+.3f} ({test['low']:+.3f} to {test['high']:+.3f}), "
             f"p {test['p']:.2g}")
+
+
+def lines_over_seeds(rows):
+    """Format what seeds do to the averages of {row: scores}, and to SMIT's lead over each."""
+    names = ["AVG, 95 % over seeds and cases", "AVG, deviation over seeds",
+             "SMIT less this, 95 % over seeds and cases", "SMIT less this, deviation over seeds",
+             f"seeds to show {EFFECT:g}"]
+    runs = {row: dice_by_run_and_case(part) for row, part in rows.items()}
+    columns = []
+    for row, own in runs.items():
+        cells = spread_of(as_array(list(own.values())))
+        ahead = differences_by_run(runs["smit"], own) if "smit" in runs else np.empty((0, 0))
+        if row == "smit" or not ahead.size:
+            cells += ["", "", ""]
+        else:
+            cells += [*spread_of(ahead, "+.3f"), seeds_text(ahead)]
+        columns.append(cells)
+    return [list(line) for line in zip(names, *columns)]
+
+
+def spread_of(values, form=".3f"):
+    """Format the mean of values (runs, cases) with its interval over both, and runs' deviation."""
+    low, high = power.bootstrap_seeds_and_cases(values)
+    interval = f"{np.nanmean(values):{form}}, {low:{form}} to {high:{form}}"
+    return [interval, number(power.deviation(np.nanmean(values, axis=1)), ".3f")]
+
+
+def seeds_text(differences):
+    """Format how many seeds would show EFFECT, from differences (runs, cases)."""
+    deviation = power.deviation(np.nanmean(differences, axis=1))
+    return "" if math.isnan(deviation) else power.seeds_needed(deviation, EFFECT)
+
+
+def number(value, form=".3f"):
+    """Format a number; nothing for nan."""
+    return "" if math.isnan(value) else format(value, form)
 
 
 # --------------------------------------------------------------------------------------- Figure 3
@@ -168,7 +220,7 @@ def fig3a(out, scores, runs):
     out.mkdir(parents=True, exist_ok=True)
     figures.curves_svg(out / "fig3a.svg", curves, "labelled volumes", "mean DSC",
                        "Fig. 3a: fine-tuning size")
-    head = ["row", "labelled volumes", "DSC", "95 % interval", "seeds"]
+    head = ["row", "labelled volumes", "DSC", "95 %, over cases", "seeds"]
     save(out, "fig3a", scoring.markdown(head, lines), scores)
 
 
@@ -191,7 +243,7 @@ def fig3b(out, scores, runs):
                        "Fig. 3b: mask ratio and MSE")
     figures.curves_svg(out / "fig3b-dsc.svg", {"smit": dsc}, "mask ratio", "DSC",
                        "Fig. 3b: mask ratio and DSC")
-    head = ["mask ratio", "MSE", "DSC", "95 % interval", "runs"]
+    head = ["mask ratio", "MSE", "DSC", "95 %, over cases", "runs"]
     save(out, "fig3b", scoring.markdown(head, lines), scores)
 
 
@@ -233,12 +285,12 @@ def fig4(out, scores, runs):
         mean, low, high = estimate_mean(table["AVG"])
         numbers = [f"{value:.3f}" for value in [*means, mean]]
         lines.append([row, labels, *numbers, f"{low:.3f}-{high:.3f}"])
-    head = ["row", "labelled volumes", *GROUPS, "AVG", "95 % interval"]
+    head = ["row", "labelled volumes", *GROUPS, "AVG", "95 %, over cases"]
     save(out, "fig4", scoring.markdown(head, lines), scores)
 
 
 def organ_group_mean(table, organs):
-    """Average the means of some organs of {organ: Dice of each case}; nan unless it has them all."""
+    """Average some organs' means in {organ: Dice of each case}; nan unless it has them all."""
     if not all(organ in table for organ in organs):
         return math.nan
     return float(np.mean([scoring.finite_mean(table[organ]) for organ in organs]))
