@@ -1,4 +1,4 @@
-"""What does not stop a run and must be seen: intensities and orientations that are hardly what the user thinks."""
+"""Oddities that do not stop a run and must be seen: of intensities, orientations, labels."""
 
 import os
 
@@ -36,7 +36,7 @@ def found_in(volume, tmp_path, **settings):
     return data.load_case(case, data.Preparation(**COARSE, **settings))["concerns"]
 
 
-# ---------------------------------------------------------------------------------------- intensities
+# -------------------------------------------------------------------------------------- intensities
 @pytest.mark.parametrize("volume", [body(), body(high=1500), body(low=-1024, tissue=-30)])
 def test_a_ct_in_hu_raises_no_concern(volume, tmp_path):
     assert found_in(volume, tmp_path) == []
@@ -143,7 +143,7 @@ def test_a_slab_whose_views_are_mostly_padding_is_told(tmp_path):
     ]
 
 
-# ------------------------------------------------------------------------------------------- geometry
+# ----------------------------------------------------------------------------------------- geometry
 def header_of(tmp_path, *edits, **more):
     (tmp_path / "x.nii").write_bytes(hostile.patched(*edits, **more))
     return nifti.read_header(tmp_path / "x.nii")
@@ -239,7 +239,7 @@ def test_a_label_of_another_orientation_comes_to_its_images_grid(tmp_path):
         data.check_case({**case, "label": str(tmp_path / "moved.nii")}, True)
 
 
-# ------------------------------------------------------------------------- over-strict checks, the cache
+# -------------------------------------------------------------------- over-strict checks, the cache
 @pytest.mark.parametrize("classes, dtype", [(13, "i2"), (13, "u1"), (117, "i2"), (99, "i2")])
 def test_labels_scaled_to_the_range_of_their_type_are_read_whole(classes, dtype, tmp_path):
     truth = (np.arange(960).reshape(12, 10, 8) % (classes + 1)).astype(np.uint8)

@@ -34,7 +34,7 @@ def write_list(folder, name="dataset.json", **content):
     return folder / name
 
 
-# ------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 def test_hidden_names_and_label_folders_are_left_out_with_one_line(tmp_path, capsys):
     touch(
         tmp_path,
@@ -153,7 +153,7 @@ def test_an_eight_bit_scan_is_no_label(tmp_path):
     )
 
 
-# --------------------------------------------------------------------------------------------- lists
+# -------------------------------------------------------------------------------------------- lists
 NNUNET = {
     "channel_names": {"0": "CT"},
     "labels": {"background": 0, "liver": 1},
@@ -289,9 +289,9 @@ def test_other_formats_are_known_by_content_and_their_converter_is_named(head, n
         data.read_list(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------- folds
+# -------------------------------------------------------------------------------------------- folds
 def test_folds_are_nnunets_whatever_the_padding_of_names_and_the_order_of_the_list():
-    # KFold(5, shuffle=True, random_state=12345) over the sorted names liver_0, liver_1, liver_10, ...
+    # KFold(5, shuffle=True, random_state=12345) over the sorted names: liver_0, liver_1, liver_10
     cases = [{"image": f"/d/imagesTr/liver_{n}_0000.nii.gz", "label": None} for n in range(13)]
     for order in (cases, cases[::-1]):
         train, held_back = samples.fold_split(order, 0, 5)
@@ -328,7 +328,7 @@ def test_splits_final_json_gives_the_folds(tmp_path):
         data.read_list(path)
 
 
-# ------------------------------------------------------------------------------------------ identity
+# ----------------------------------------------------------------------------------------- identity
 def test_cases_are_told_apart_by_the_folders_that_differ():
     kits = [f"/data/case_{n}/imaging.nii.gz" for n in range(3)]
     assert organs.case_names(kits) == ["case_0", "case_1", "case_2"]

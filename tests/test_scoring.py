@@ -1,4 +1,4 @@
-"""Scores that do not mislead: organs without a partner, numbers without names, skewed grids, other orientations."""
+"""Scores that do not mislead: organs without a partner, numbers without names, skewed grids."""
 
 import csv
 import json
