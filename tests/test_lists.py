@@ -217,13 +217,14 @@ def test_an_empty_split_is_none_and_the_keys_that_hold_cases_are_named(tmp_path)
         data.read_list(nnunet, "validation")
 
 
-def test_a_list_may_lie_apart_from_its_data(tmp_path):
+def test_a_list_may_lie_apart_from_its_data(tmp_path, capsys):
     path = write_list(tmp_path / "jsons", training=[{"image": "imagesTr/a.nii.gz"}, "../b.nii.gz"])
     cases, problems = data.read_lists([path], data_root=tmp_path / "data")
     assert names_of(cases, tmp_path) == ["data/imagesTr/a.nii.gz"]
     assert (
         len(problems) == 1 and "../b.nii.gz leaves" in problems[0] and "--data_root" in problems[0]
     )
+    assert "none of its images is there" in capsys.readouterr().err
     touch(tmp_path, "data/imagesTr/p_0000.nii.gz")
     nnunet = write_list(tmp_path / "jsons", "nnunet.json", **NNUNET)
     assert names_of(data.read_list(nnunet, data_root=tmp_path / "data"), tmp_path) == [
@@ -254,6 +255,7 @@ def test_windows_separators_are_read_or_told(tmp_path):
     ],
 )
 def test_a_lists_modality_is_held_against_the_flag(said, modality, told, tmp_path, capsys):
+    touch(tmp_path, "a.nii.gz")
     path = write_list(tmp_path, **said, training=["a.nii.gz"])
     data.read_lists([path], modality=modality)
     lines = capsys.readouterr().err.splitlines()
