@@ -2,19 +2,19 @@
 
 It has the paper's 28.19M parameters.
 Reading order: SegmentationNet, its decoder's Up and ResidualBlock, load_encoder,
-predict. The tricks for speed stand at the end.
+predict. The tricks for speed stand at the end. From Python, inference.py is the door.
 """
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from smit.baselines.unet import UNet3D
+from smit.settings import SIZES, UNET_SIZES
 from smit.sliding import sliding_window
 from smit.swin import SwinTransformer3D
 from smit.transforms import rotate90
-
-# settings that the pre-trained and the fine-tuned encoder must share
-SIZES = ("embed_dim", "depths", "heads", "window")
+from smit.weights import adopt, count, fill
 
 
 # ---------------------------------------------------------------------- network
@@ -23,11 +23,12 @@ class SegmentationNet(nn.Module):
 
     It has 28,192,614 parameters with 14 classes. encoder: arguments of
     SwinTransformer3D (in_channels, embed_dim, window, drop_path, ...).
+    habits: of weights.habits.HABITS, for an imported encoder alone.
     """
 
-    def __init__(self, num_classes=14, **encoder):
+    def __init__(self, num_classes=14, habits=(), **encoder):
         super().__init__()
-        self.encoder = SwinTransformer3D(**encoder, mask_token=False)
+        self.encoder = adopt(SwinTransformer3D(**encoder, mask_token=False), habits)
         channels = self.encoder.channels                                   # 48, 96, 192, 384, 768
         self.ups = nn.ModuleList()
         for level in reversed(range(len(channels) - 1)):
@@ -55,17 +56,39 @@ class SegmentationNet(nn.Module):
         return self.out(y)                                               # (B, num_classes, D, H, W)
 
 
+class SegmentationUNet(UNet3D):
+    """Segment with the U-Net of the paper's CNN columns [SMIT Table 2].
+
+    It has 19,074,510 parameters with 14 classes, at width 64.
+    """
+
+    def __init__(self, num_classes=14, width=64):
+        super().__init__(num_classes, width)
+
+    def forward(self, x, noise=None):
+        """x (B, 1, D, H, W), sides multiples of 8 -> logits (B, num_classes, D, H, W).
+
+        noise is not used: no path is dropped.
+        """
+        return super().forward(x)
+
+
 def build_network(config):
     """Build the network of a fine-tuning run's settings, drawn from torch's global generator.
 
     ValueError where they describe none: they may come from a stranger's checkpoint.
     """
+    is_unet = config.get("network", "swin") == "unet"
+    names = UNET_SIZES if is_unet else SIZES
     try:
-        sizes = {name: config[name] for name in SIZES}
+        sizes = {name: config[name] for name in names}
+        if is_unet:
+            return SegmentationUNet(config["num_classes"], **sizes)
+        sizes |= config.get("imported", {})              # what only an imported encoder has
         return SegmentationNet(config["num_classes"], drop_path=config["drop_path"],
                                checkpointing=config["checkpointing"], **sizes)
     except (RuntimeError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
-        sizes = {name: config.get(name) for name in SIZES}
+        sizes = {name: config.get(name) for name in names}
         reason = str(error).splitlines()[0]
         raise ValueError(f"sizes {sizes} make no network: {reason}") from None
 
@@ -140,33 +163,35 @@ def load_encoder(net, state_dict, partial=False):
     """
     # differs: the release's fine-tuner loads nothing from its own checkpoints and
     # reports success
-    own = net.encoder.state_dict()
     given = encoder_weights(state_dict)
+    counts = fill(net.encoder, given, partial)
     dropped = count(state_dict) - count(given)
-    if "patch_embed.weight" in given:
-        channels = own["patch_embed.weight"].shape[1]
-        given["patch_embed.weight"] = adapt_channels(given["patch_embed.weight"], channels)
+    return f"encoder weights: {counts}; heads and mask token dropped: {dropped:,}"
 
-    matched, unexpected = {}, {}
+
+def load_decoder(net, state_dict):
+    """Copy the decoder too, if there is one, into a U-Net [Models Genesis]; report it.
+
+    The last convolution stays as it was drawn. ValueError unless all of the decoder fits, and for
+    values that are not finite.
+    """
+    prefix = "decoder."
+    given = {}
+    for name, weight in state_dict.items():
+        if name.startswith(prefix):
+            given[name.removeprefix(prefix)] = weight
+    if not given:
+        return "decoder weights: random, none were pre-trained"
+
     for name, weight in given.items():
-        if name in own and weight.shape == own[name].shape:
-            matched[name] = weight
-        else:
-            unexpected[name] = weight
-    missing = {name: weight for name, weight in own.items() if name not in matched}
-    report = (f"encoder weights: {count(matched):,} of {count(own):,} matched; "
-              f"missing {listed(missing)}; unexpected {listed(unexpected)}; "
-              f"heads and mask token dropped: {dropped:,}")
-
-    if not partial and (missing or unexpected):
-        raise ValueError(f"{report}; build the network as the pre-trained one was, "
-                         "or ask for a partial load")
-    for name, weight in matched.items():
         if not weight.isfinite().all():
-            raise ValueError(f"encoder weights that are not finite, first in {name}: "
+            raise ValueError(f"decoder weights that are not finite, first in {name}: "
                              "use another checkpoint")
-    net.encoder.load_state_dict(matched, strict=False)
-    return report
+    try:
+        net.decoder.load_state_dict(given)
+    except RuntimeError as error:
+        raise ValueError(f"decoder weights do not fit: {str(error).splitlines()[1].strip()}") from None
+    return f"decoder weights: {count(given):,} of {count(net.decoder.state_dict()):,} matched"
 
 
 def encoder_weights(state_dict):
@@ -180,31 +205,6 @@ def encoder_weights(state_dict):
         weights[name.removeprefix(prefix)] = weight
     weights.pop("mask_token", None)
     return weights
-
-
-def adapt_channels(weight, channels):
-    """Fit a patch embedding (C, c, *patch) to another number of channels.
-
-    An image repeated in every channel gives the output of the original layer.
-    """
-    if weight.ndim != 5 or weight.shape[1] == channels:
-        return weight
-    return weight.sum(1, keepdim=True).repeat(1, channels, 1, 1, 1) / channels
-
-
-def count(weights):
-    """Count the numbers in a dict of tensors."""
-    return sum(weight.numel() for weight in weights.values())
-
-
-def listed(weights):
-    """Say how many parameters there are, and the first three names."""
-    if not weights:
-        return "0"
-    names = list(weights)[:3]
-    if len(weights) > 3:
-        names.append("...")
-    return f"{count(weights):,} ({', '.join(names)})"
 
 
 # ------------------------------------------------------------------- prediction

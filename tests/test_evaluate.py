@@ -12,7 +12,7 @@ import torch
 
 import evaluate
 import finetune
-from smit import data, metrics, phantom, runtime, scoring, segment, transforms
+from smit import data, inference, metrics, phantom, runtime, scoring, segment, transforms
 from smit.data import organs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -114,6 +114,30 @@ def test_scores_are_those_of_the_metrics_on_the_original_grid(weights, phantoms,
     assert results["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert results["n"] == 1 and results["tta"]
     assert results["overlap"] == .5 and results["blend"] == "constant" and results["spacing"] == [10, 10, 10]
+
+
+def test_several_networks_vote_and_the_record_says_so(weights, phantoms, tmp_path):
+    state = runtime.load_checkpoint(weights)
+    torch.manual_seed(1)
+    state["model"] = {name: w + .3 * torch.randn_like(w) for name, w in state["model"].items()}
+    state["config"] = {**state["config"], "train": ["phantom0004.nii.gz"], "held_back": ["phantom0001.nii.gz"]}
+    runtime.save_checkpoint(tmp_path / "other.pt", state)
+    scan, pair = phantoms.parent / "imagesTr" / "phantom0004.nii.gz", [weights, tmp_path / "other.pt"]
+    run("--weights", *pair, "--data", scan, "--out", tmp_path / "both")
+    label = np.asarray(nib.load(tmp_path / "both" / scan.name).dataobj)
+    nets = [inference.load_network(path) for path in pair]
+    alone = [inference.segment(net, scan).numpy() for net in nets]
+    assert np.array_equal(label, inference.segment(nets, scan)) and not np.array_equal(*alone)
+    results = json.loads((tmp_path / "both" / "results.json").read_text())
+    assert results["models"] == 2 and results["weights"] == [str(path) for path in pair]
+    assert results["weights_sha256"] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in pair]
+    assert results["seen_in_training"] == ["phantom0004"]                   # by one of them
+    with pytest.raises(ValueError, match="none of .* was held back"):       # no case is new to both
+        run("--weights", *pair, "--data", phantoms, "--key", "training", "--held_out", "--out", tmp_path / "none")
+    state["config"]["spacing"] = [9., 9., 9.]
+    runtime.save_checkpoint(tmp_path / "other.pt", state)
+    with pytest.raises(ValueError, match="different spacing cannot vote"):
+        run("--weights", *pair, "--data", scan, "--out", tmp_path / "none")
 
 
 def test_the_table_has_the_papers_columns_and_averages():

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smit import runtime
+from smit import runtime, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = runtime.Ranks(0, 1, 0, torch.device("cpu"))
@@ -455,11 +455,28 @@ def test_a_setting_that_came_or_went_is_read_as_its_default(tmp_path):
         runtime.resume(tmp_path, parts, {"lr": 1, "offset": 0}, set(), ALONE, defaults)
 
 
-def test_a_run_in_an_older_layout_is_refused_with_the_way_out(tmp_path):
-    parts = parts_at(1)
-    runtime.save_state(tmp_path / "last.pt", parts, step=7, config={"lr": 1})
-    with pytest.raises(ValueError, match="layout 1.*layout 2.*new run from its weights"):
-        runtime.resume(tmp_path, parts, {"lr": 1, "format": 2}, set(), ALONE)
+def test_weights_and_moments_of_an_older_format_are_upgraded_before_they_are_loaded(tmp_path):
+    def parts():
+        net = torch.nn.Module()
+        net.stages = torch.nn.ModuleList([torch.nn.Module()])
+        net.stages[0].merge = torch.nn.Module()
+        net.stages[0].merge.reduction = torch.nn.Linear(8, 1, bias=False)   # of one channel
+        return {"net": net, "optimizer": torch.optim.SGD(net.parameters(), momentum=0.9)}
+
+    old, new, again = parts(), parts(), parts()
+    weight = old["net"].stages[0].merge.reduction.weight
+    weight.grad = torch.arange(8.0)[None]
+    old["optimizer"].step()
+    runtime.save_state(tmp_path / "last.pt", old, step=7, config={})
+    runtime.resume(tmp_path, new, {"format": 2}, set(), ALONE, None, weights.upgrade_run)
+    order = [0, 3, 2, 5, 1, 6, 4, 7]        # where 000, 001, ..., 111 stood in format 1
+    assert torch.equal(new["net"].stages[0].merge.reduction.weight, weight[:, order])
+    moment = new["optimizer"].state_dict()["state"][0]["momentum_buffer"]
+    assert moment.tolist() == [order]
+
+    runtime.save_state(tmp_path / "last.pt", new, step=8, config={"format": 2})
+    runtime.resume(tmp_path, again, {"format": 2}, set(), ALONE, None, weights.upgrade_run)
+    assert torch.equal(again["net"].stages[0].merge.reduction.weight, weight[:, order])
 
 
 @pytest.mark.parametrize("state", [{"model": 1}, {"step": "1", "config": {}}, {"step": 1, "config": 2}])

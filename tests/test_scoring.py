@@ -89,7 +89,7 @@ def test_an_organ_that_the_predictions_do_not_name_is_a_miss_and_told(tmp_path, 
 
 
 def test_a_network_whose_numbers_have_gaps_is_scored_by_its_own_numbers(tmp_path):
-    names = evaluate.network_names(
+    names = evaluate.class_names(
         {"labels": {0: "background", 6: "liver", 8: "aorta"}, "num_classes": 9}
     )
     save(tmp_path / "label.nii.gz", blocks(1, 2))

@@ -178,9 +178,6 @@ def join_group(rank, world, device, timeout):
 
 
 # ---------------------------------------------------------------- precision, memory
-FIRST = is_first()
-
-
 def pick_precision(name, device):
     return Precision(name, device).dtype
 
