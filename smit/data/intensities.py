@@ -54,8 +54,9 @@ def judge_raw(path, image, settings):
                         values, "give the original HU, or use --modality mr")]
     if np.mean(voxels < AIR_HU) > STRAY:
         return []
-    tissue = voxels[voxels > low + 100]
-    if np.mean((tissue > SOFT_TISSUE[0]) & (tissue < SOFT_TISSUE[1])) > HALF:
+    tissue = np.count_nonzero(voxels > low + 100)
+    near_1024 = np.count_nonzero((voxels > SOFT_TISSUE[0]) & (voxels < SOFT_TISSUE[1]))
+    if near_1024 > HALF * tissue > 0:
         return [Concern(path, "no air near -1000, and most of it lies near 1024: HU were stored "
                         "with 1024 added", values, "use --hu_offset -1024")]
     if -1000 < low < -10 and np.mean(voxels == low) > MANY:
