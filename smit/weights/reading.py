@@ -103,7 +103,7 @@ def recognise(path, state, part, merge, drop):
         lines.append(f"habit: {HABITS[habit]}")
     if new_norms:
         lines.append(f"new: {listed(new_norms)}, as 1 and 0; MONAI's encoder has none")
-    lines.append(f"encoder weights: {counts}; left out {listed(left_out)}")
+    lines.append(f"encoder in the file: {counts}; left out {listed(left_out)}")
     return Encoder(weights, arguments, habits, config, left_out, "\n".join(lines))
 
 
