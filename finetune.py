@@ -109,16 +109,17 @@ def prepare_cases(args, train, held_back, num_classes, ranks):
 
 
 # ------------------------------------------------------------------------- network, optimiser
-def read_pretrained(path, network, ranks):
+def read_pretrained(path, network, sizes, ranks):
     """Read a checkpoint of train_ssl.py that may lack tensors: (weights, settings of its run).
 
-    network: "student" or "teacher". ValueError for any other file.
+    network: "student" or "teacher"; sizes: names of settings that must be there. ValueError for
+    any other file.
     """
     state = runtime.load_checkpoint(path)
     alone = "model" in state                                    # student.pt holds one network
     found, config = state.get("model" if alone else network), state.get("config")
     sound = (isinstance(found, dict) and len(found) > 0
-             and isinstance(config, dict) and config.keys() >= set(settings.SIZES)
+             and isinstance(config, dict) and config.keys() >= set(sizes)
              and all(isinstance(name, str) for name in found)
              and all(isinstance(value, torch.Tensor) for value in found.values()))
     settings.require(sound and not (alone and network != "student"),
@@ -135,11 +136,15 @@ def read_init(args, ranks):
 
     Without --init the weights are None and the settings the flags'.
     """
+    names = settings.UNET_SIZES if args.network == "unet" else settings.SIZES
     if not args.init:
-        return None, {name: getattr(args, name) for name in settings.SIZES}, ""
-    if args.partial_init:
-        pretrained, config = read_pretrained(args.init, args.weights, ranks)
-        encoder, report = {name: config[name] for name in settings.SIZES}, f"{args.init}:"
+        return None, {name: getattr(args, name) for name in names}, ""
+    if args.partial_init or args.network == "unet":
+        pretrained, config = read_pretrained(args.init, args.weights, names, ranks)
+        encoder, report = {name: config[name] for name in names}, f"{args.init}:"
+        network = config.get("network", "swin")
+        settings.require(network == args.network, f"--net {args.network}: {args.init} holds a "
+                                                  f"{network}; give --net {network}")
     else:
         found = weights.read_encoder(args.init, args.weights)
         pretrained, config, report = found.weights, found.config, found.report
@@ -217,6 +222,8 @@ def train(args, ranks, out):
     net = segment.build_network(config)
     if pretrained:
         report += "\n" + segment.load_encoder(net, pretrained, args.partial_init)
+        if args.network == "unet" and not args.encoder_only:
+            report += "\n" + segment.load_decoder(net, pretrained)
     else:
         report = "encoder weights: random"
     net.to(ranks.device).encoder.requires_grad_(not args.freeze_encoder)
@@ -227,8 +234,12 @@ def train(args, ranks, out):
 
     # ---------------------------------------------------------------------- resume, outputs
     state = dict(model=net, average=average, optimizer=optimizer, scaler=precision.scaler)
-    resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks)
+    before = {**settings.FINETUNING_BEFORE, "width": args.width}
+    resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks, before,
+                             weights.upgrade_run)
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
+    if step:
+        report = f"weights: as they were after step {step}"
     best = resumed.get("best", -1.0)
     if ranks.is_main:
         runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())
@@ -304,7 +315,8 @@ def train(args, ranks, out):
             image, label = data.cached(case, preparation(args), args.cache, True, num_classes)
             if pred is None and last:
                 pred = predict(kept.eval(), image, args, precision)
-            figures.finetuning_report(out, config, image, label, pred, organs.case_name(case["image"]))
+            figures.finetuning_report(out, config, image, label, pred,
+                                      organs.case_name(case["image"]))
 
         (leaving,) = ranks.agree(stop.asked)
         if ranks.is_main and improved:

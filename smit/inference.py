@@ -54,7 +54,7 @@ def load_network(path, device="cpu"):
     if "model" not in state or not isinstance(config, dict) or not SETTINGS <= config.keys():
         raise ValueError(f"{path} holds no fine-tuned network: give the best.pt of finetune.py")
     config = {"train": [], "held_back": [], "labels": {}, "drop_path": 0.0, "checkpointing": False,
-              **config}
+              "hu_offset": 0.0, **config}
     try:
         net = build_network(config)
         upgraded, note = weights.upgrade(state.get("average") or state["model"], config)

@@ -1,6 +1,7 @@
-"""From label maps to tables: organs by name, a row per case and organ, means and intervals [SMIT Tables 1 and 2].
+"""From label maps to tables: rows per case and organ, means, intervals [SMIT Tables 1 and 2].
 
-Reading order: finding what to score, score_case, columns and summary, files that are written, compare.
+Organs are matched by name. Reading order: finding what to score, score_case, columns and summary,
+files that are written, compare.
 """
 import csv
 import io
@@ -14,13 +15,15 @@ import torch
 
 from smit import data, metrics, runtime, transforms
 from smit.data import cases as case_files
-from smit.data.organs import CODES, ORGANS, case_key, case_name, case_names, numbered, organ, organ_ids
+from smit.data.organs import (
+    CODES, ORGANS, case_key, case_name, case_names, numbered, organ, organ_ids)
 
-ABSENT = ("absent from prediction and label: not scored; in one of them alone: a miss, Dice and surface Dice 0, HD95 "
-          "inf; the mean HD95 leaves misses out and stands beside their number; the background is not scored")
+ABSENT = ("absent from prediction and label: not scored; in one of them alone: a miss, Dice and "
+          "surface Dice 0, HD95 inf; the mean HD95 leaves misses out and stands beside their "
+          "number; the background is not scored")
 FILES = ("cases.csv", "table.md", "index.html", "results.json")
 COLUMNS = "case organ dice hd95_mm surface_dice prediction_ml label_ml".split()
-SCORES = {"dice": ("DSC", 3), "hd95_mm": ("HD95, mm", 1), "surface_dice": ("surface Dice", 3)}   # title, digits
+SCORES = {"dice": ("DSC", 3), "hd95_mm": ("HD95, mm", 1), "surface_dice": ("surface Dice", 3)}
 MEANS = ("AG", "AVG", "AVG12")         # columns that are means of others
 SKEW_DEGREES = .05                     # beyond it distances are measured on the skewed grid
 PAIRS = 2 ** 24                        # of surface voxels whose distances are held at a time
@@ -28,14 +31,14 @@ PAIRS = 2 ** 24                        # of surface voxels whose distances are h
 
 # ----------------------------------------------------------------------------- what is to be scored
 def find_predictions(predictions, labels, key, names_path=None):
-    """Pair another system's files with labels: (cases with their "prediction", its names, what failed, facts).
+    """Pair another system's files with labels: (cases, names of its numbers, what failed, facts).
 
-    predictions: a folder; labels: a folder of label files, or a list whose `key` has labels; names_path: a
-    JSON that names the numbers of both.
+    predictions: a folder; labels: a folder of label files, or a list whose `key` has labels;
+    names_path: a JSON that names the numbers of both. A case has a "prediction", too.
     """
     label_files = by_key(labelled_files(labels, key), labels)
     files = by_key(data.find_volumes(predictions), predictions)
-    for case in label_files:                                         # nnU-Net's channel, where a label has none
+    for case in label_files:                             # nnU-Net's channel; labels have none
         if case not in files and f"{case}_0000" in files:
             files[case] = files.pop(f"{case}_0000")
 
@@ -47,7 +50,8 @@ def find_predictions(predictions, labels, key, names_path=None):
     cases, failed = [], {}
     for case, label in label_files.items():
         if case in files:
-            cases.append({"name": titles[files[case]], "image": files[case], "prediction": files[case], "label": label,
+            path = files[case]
+            cases.append({"name": titles[path], "image": path, "prediction": path, "label": label,
                           "names": label_names})
         else:
             failed[case] = f"{label}: has no prediction in {predictions}"
@@ -56,7 +60,7 @@ def find_predictions(predictions, labels, key, names_path=None):
 
 
 def labelled_files(labels, key):
-    """Return the label files of a folder, or of a list; a folder of no label but with a dataset.json is a list."""
+    """Return the label files of a list or a folder; one with files below a JSON is a list."""
     if os.path.isdir(labels):
         files = data.find_volumes(labels)
         is_list = Path(labels, "dataset.json").is_file()
@@ -66,35 +70,41 @@ def labelled_files(labels, key):
 
 
 def by_key(paths, where):
-    """Return {what image, label and prediction of a case share: path}; ValueError where two files are one case."""
+    """Return {key of the case: path}; ValueError where two files are one case."""
     files = {}
     for path, name in zip(paths, case_names(paths)):
         key = case_key(name)
         if key in files:
-            raise ValueError(f"{where}: {path} and {files[key]} are both case {key}; rename or drop one")
+            raise ValueError(f"{where}: {path} and {files[key]} are both case {key}; rename or "
+                             "drop one")
         files[key] = path
     return files
 
 
 def folder_names(path):
-    """Return {id: name} for a folder of label files, of its results.json or dataset.json, or of a JSON; or None."""
+    """Return {id: name} for a folder of label files, of its own JSON or its parent's; or None."""
     folder = Path(path)
-    for file in (folder, folder / "results.json", folder / "dataset.json", folder.parent / "dataset.json"):
+    for file in (folder, folder / "results.json", folder / "dataset.json",
+                 folder.parent / "dataset.json"):
         if file.is_file() and file.suffix == ".json":
             return data.label_names(file, ignore=True)
     return None
 
 
 def unmatched(cases, names):
-    """Return the organs without a partner: {"in_labels_only": [...], "in_predictions_only": [...]}."""
-    label_organs, predicted = {}, organ_ids(names or {}, "predictions")
+    """Return the organs without a partner, of labels and of predictions: a dict of two lists."""
+    label_organs = {}
     for case in cases:
         label_organs |= organ_ids(case["names"] or {}, case["label"])
     label_organs.pop("ignore", None)
-    if not names or not label_organs:
+    predicted = organ_ids(names or {}, "predictions")
+    if not predicted or not label_organs:
         return {"in_labels_only": [], "in_predictions_only": []}
+
+    # a network has classes without a name between named ones
+    known = {*label_organs, *numbered(256).values()}
     return {"in_labels_only": [name for name in label_organs if name not in predicted],
-            "in_predictions_only": [name for name in predicted if name not in label_organs]}
+            "in_predictions_only": [name for name in predicted if name not in known]}
 
 
 def unmatched_text(organs):
@@ -104,7 +114,8 @@ def unmatched_text(organs):
         lines.append(f"not named by the predictions, so missed wherever a label has it: "
                      f"{', '.join(organs['in_labels_only'])}\n")
     if organs["in_predictions_only"]:
-        lines.append(f"not named by the labels, so not scored: {', '.join(organs['in_predictions_only'])}\n")
+        lines.append("not named by the labels, so not scored: "
+                     f"{', '.join(organs['in_predictions_only'])}\n")
     return "".join(lines)
 
 
@@ -112,10 +123,10 @@ def unmatched_text(organs):
 def score_case(case, names, tolerance_mm):
     """Score a case: a row for each organ that its label names, on the label's own grid [ours].
 
-    case: paths "label" and "prediction", and {id: name} of the label as "names"; names: those of the
-    prediction. An organ that the prediction's names lack is missed. Voxels of a label named "ignore" count
-    on neither side.
-    ValueError for files that are damaged or of two grids, and for numbers without a name.
+    case: paths "label" and "prediction", and {id: name} of the label as "names"; names: those of
+    the prediction. An organ that the prediction's names lack is missed. Voxels of a label named
+    "ignore" count on neither side. ValueError for files that are damaged or of two grids, and for
+    numbers without a name.
     """
     truth, affine = data.read_label(case["label"])
     pred = on_grid_of_label(case, truth.shape, affine)
@@ -130,17 +141,20 @@ def score_case(case, names, tolerance_mm):
         counted = truth != label_ids.pop("ignore")
         truth, pred = truth * counted, pred * counted
     if not label_ids:
-        raise ValueError(f"{case['label']}: its names have no organ; give the JSON that names its numbers")
+        raise ValueError(f"{case['label']}: its names have no organ; give the JSON that names its "
+                         "numbers")
 
     rows, millilitres = [], abs(np.linalg.det(affine[:3, :3])) / 1000
     for name, number in sorted(label_ids.items(), key=order_of_rows(ids)):
         p = pred == ids[name] if name in ids else np.zeros_like(pred, dtype=bool)
         t = truth == number
         distances = surface_distances(p, t, affine)
-        rows.append({"case": case_title(case), "organ": name, "dice": float(metrics.dice(p, t, 2)[0]),
+        rows.append({"case": case_title(case), "organ": name,
+                     "dice": float(metrics.dice(p, t, 2)[0]),
                      "hd95_mm": metrics.hausdorff_95(*distances),
                      "surface_dice": metrics.share_within(*distances, tolerance_mm),
-                     "prediction_ml": float(p.sum() * millilitres), "label_ml": float(t.sum() * millilitres)})
+                     "prediction_ml": float(p.sum() * millilitres),
+                     "label_ml": float(t.sum() * millilitres)})
     return rows
 
 
@@ -150,35 +164,37 @@ def case_title(case):
 
 
 def order_of_rows(ids):
-    """Return a sort key for (organ, number of the label): by the prediction's numbers, then those that it lacks."""
+    """Return a sort key of (organ, number): by the prediction's numbers, what it lacks last."""
     def key(item):
         return ids.get(item[0], 256), item[1]
     return key
 
 
 def on_grid_of_label(case, shape, affine):
-    """Read a case's prediction, its axes turned as the label's; ValueError if it is on another grid."""
+    """Read a case's prediction and turn its axes as the label's; ValueError if grids differ."""
     pred, pred_affine = data.read_label(case["prediction"])
     turned = case_files.onto_grid(pred, pred_affine, shape, affine)
     if turned is None:
         raise ValueError(f"{case['label']}: affine or shape is not the prediction's: "
                          f"{case_files.describe_grid(tuple(shape), affine)}, the prediction "
-                         f"{case_files.describe_grid(tuple(pred.shape), pred_affine)}; resample one")
+                         f"{case_files.describe_grid(tuple(pred.shape), pred_affine)}; "
+                         "resample one")
     return turned
 
 
 def names_of_both(case, names, highest):
-    """Return the names of the label's numbers and of the prediction's: given for both, or for neither.
+    """Return the names of the label's numbers and of the prediction's.
 
-    One side's names never name the other's numbers: a perfect prediction could score as a bad one.
+    Given for both, or for neither. One side's names never name the other's numbers: a perfect
+    prediction could score as a bad one.
     """
     label_names = case["names"]
     if not label_names and not names:
         return numbered(highest + 1), numbered(highest + 1)
     for known, kind in ((label_names, "label"), (names, "prediction")):
         if not known:
-            raise ValueError(f"{case[kind]}: no name for its numbers, while the other side's have names; give the JSON "
-                             "that has them with --names")
+            raise ValueError(f"{case[kind]}: no name for its numbers, while the other side's have "
+                             "names; give the JSON that has them with --names")
     return label_names, names
 
 
@@ -186,11 +202,12 @@ def check_named(array, names, path):
     """Raise ValueError if a label map holds numbers that have no name."""
     unnamed = set(np.unique(array).tolist()) - {0, *names}
     if unnamed:
-        raise ValueError(f"{path}: no name for its numbers {sorted(unnamed)}; give the JSON that has them")
+        raise ValueError(f"{path}: no name for its numbers {sorted(unnamed)}; give the JSON that "
+                         "has them")
 
 
 def surface_distances(pred, label, affine):
-    """Return metrics.surface_distances of two masks (X, Y, Z) on a grid whose axes may be skewed (gantry tilt)."""
+    """Return metrics.surface_distances of two masks on a grid that may be skewed (gantry tilt)."""
     if data.skew_degrees(affine) <= SKEW_DEGREES:
         return metrics.surface_distances(pred, label, transforms.spacing_of(affine))
     axes = torch.from_numpy(affine[:3, :3])
@@ -202,7 +219,7 @@ def surface_distances(pred, label, affine):
 
 
 def nearest_points(query, target):
-    """Return the distance in mm of each of `query` (N, 3) to the nearest of `target` (M, 3): (N,) float32."""
+    """Return the distance of each of `query` (N, 3) to the nearest of `target` (M, 3): (N,)."""
     if not len(target):
         return torch.full((len(query),), math.inf)
     distances = []
@@ -212,7 +229,7 @@ def nearest_points(query, target):
     return torch.cat(distances) if distances else torch.empty(0)
 
 
-# ------------------------------------------------------------------------------- columns and summary
+# ------------------------------------------------------------------------------ columns and summary
 def finite_mean(values):
     """Return the mean of the finite values along axis 0; nan if there are none."""
     values = np.asarray(values, dtype=float)
@@ -220,16 +237,21 @@ def finite_mean(values):
 
 
 def columns(rows, score):
-    """Return {column: values over cases, nan where absent}: the paper's columns if its 13 organs are there, else by name."""
+    """Return {column: values over cases, nan where absent}.
+
+    The columns are the paper's if its 13 organs are there, else the organs' names.
+    """
     organs = list(dict.fromkeys(row["organ"] for row in rows))
     cases = list(dict.fromkeys(row["case"] for row in rows))
     values = {(row["case"], row["organ"]): row[score] for row in rows}
-    table = {name: np.array([values.get((case, name), math.nan) for case in cases]) for name in organs}
+    table = {}
+    for name in organs:
+        table[name] = np.array([values.get((case, name), math.nan) for case in cases])
     average = finite_mean(list(table.values()))
     if set(organs) != set(ORGANS):
         return {**table, "AVG": average}
     table = {code: table[name] for name, code in CODES.items()}
-    glands = finite_mean([table["RA"], table["LA"]])                 # Table 1 has AG, Table 2 RA and LA
+    glands = finite_mean([table["RA"], table["LA"]])     # Table 1 has AG, Table 2 RA and LA
     others = [values for code, values in table.items() if code not in ("RA", "LA")]
     return {**table, "AG": glands, "AVG": average, "AVG12": finite_mean([*others, glands])}
 
@@ -237,15 +259,15 @@ def columns(rows, score):
 def summary(rows, score):
     """Return {column: mean, 95 % bootstrap interval over cases, n, misses}.
 
-    AG and AVG are the means of their columns. AVG tells over how many organs, and how many there should be:
-    one that is nowhere to be scored has no mean.
+    AG and AVG are the means of their columns. AVG tells over how many organs, and how many there
+    should be: one that is nowhere to be scored has no mean.
     """
     result = {}
     for name, values in columns(rows, score).items():
         finite = values[np.isfinite(values)]
         low, high = metrics.bootstrap_interval(finite)
-        result[name] = {"mean": float(finite_mean(values)), "low": low, "high": high, "n": len(finite),
-                        "misses": int(np.isinf(values).sum())}
+        result[name] = {"mean": float(finite_mean(values)), "low": low, "high": high,
+                        "n": len(finite), "misses": int(np.isinf(values).sum())}
 
     organs = [name for name in result if name not in MEANS]
     others = [name for name in organs if name not in ("RA", "LA")]
@@ -284,8 +306,10 @@ def table_text(scores, tolerance_mm):
 def mean_text(cell, digits):
     if not math.isfinite(cell["mean"]):
         return "-"
-    partial = cell.get("organs", 0) < cell.get("of", 0)
-    return f"{cell['mean']:.{digits}f}" + (f" ({cell['organs']} of {cell['of']})" if partial else "")
+    text = f"{cell['mean']:.{digits}f}"
+    if cell.get("organs", 0) < cell.get("of", 0):
+        text += f" ({cell['organs']} of {cell['of']})"
+    return text
 
 
 def interval_text(cell, digits):
@@ -309,9 +333,11 @@ def write_results(out, rows, names, failed, facts, tolerance_mm):
     runtime.atomic_write(out / "table.md", text.encode())
 
     scored = list(dict.fromkeys(row["case"] for row in rows))
-    results = json.dumps({**facts, "n": len(scored), "cases": scored, "failed": failed, "labels": names,
-                          "absent_organs": ABSENT, "tolerance_mm": tolerance_mm, "scores": scores})
-    plain = json.loads(results, parse_constant=lambda name: None)    # NaN and infinity are no JSON: null
+    results = json.dumps({
+        **facts, "n": len(scored), "cases": scored, "failed": failed, "labels": names,
+        "absent_organs": ABSENT, "tolerance_mm": tolerance_mm, "scores": scores})
+    # NaN and infinity are no JSON: null
+    plain = json.loads(results, parse_constant=lambda name: None)
     runtime.atomic_write(out / "results.json", json.dumps(plain, indent=1).encode())
     return text
 
@@ -322,13 +348,17 @@ def csv_text(rows):
     writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in row.items()})
+        cells = dict(row)
+        for name in cells:
+            if isinstance(cells[name], float):
+                cells[name] = f"{cells[name]:.6g}"
+        writer.writerow(cells)
     return lines.getvalue()
 
 
-# ------------------------------------------------------------------------------------------- compare
+# ------------------------------------------------------------------------------------------ compare
 def read_dice(folder):
-    """Return {(key of the case, organ): Dice} of a folder's cases.csv; ValueError if it cannot be read."""
+    """Return {(key of the case, organ): Dice} of a folder's cases.csv; ValueError if unreadable."""
     scores = {}
     try:
         with open(Path(folder, "cases.csv"), newline="") as file:
@@ -338,12 +368,13 @@ def read_dice(folder):
                     raise ValueError(f"case {place[0]}, {place[1]} is there twice")
                 scores[place] = float(row["dice"])
     except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{folder}: no cases.csv to read ({error}); give a folder that evaluate.py wrote") from None
+        raise ValueError(f"{folder}: no cases.csv to read ({error}); give a folder that "
+                         "evaluate.py wrote") from None
     return scores
 
 
 def compare(folders, out):
-    """Test the Dice of two result folders in pairs, per organ and of the cases' mean; write and return compare.md."""
+    """Test the Dice of two result folders case by case, per organ; write and return compare.md."""
     first, second = (read_dice(folder) for folder in folders)
     common = [place for place in first if place in second]
     if not common:
@@ -354,18 +385,22 @@ def compare(folders, out):
         sides.append(columns(rows, "dice"))
 
     rows = [compared_row(name, sides[0][name], sides[1][name]) for name in sides[0]]
-    text = markdown(["", "n", *folders, "difference", "95 % interval (paired bootstrap)", "p (Wilcoxon)"], rows)
+    header = ["", "n", *folders, "difference", "95 % interval (paired bootstrap)", "p (Wilcoxon)"]
+    text = markdown(header, rows)
     out.mkdir(parents=True, exist_ok=True)
     runtime.atomic_write(out / "compare.md", text.encode())
     alone = len(first) + len(second) - 2 * len(common)
-    return text + (f"\n{alone} rows of cases.csv are in one folder alone and were left out\n" if alone else "")
+    if alone:
+        text += f"\n{alone} rows of cases.csv are in one folder alone and were left out\n"
+    return text
 
 
 def compared_row(name, values, others):
-    """Return a column's cells in compare.md: n, both means, their difference with its interval, p."""
+    """Return a column's cells in compare.md: n, both means, difference, its interval, p."""
     test = metrics.paired_test(values, others)
     means = [f"{float(finite_mean(side)):.3f}" for side in (values, others)]
     if not test["n"]:
         return [name, 0, "-", "-", "-", "-", "-"]
-    return [name, test["n"], *means, f"{test['mean_difference']:+.3f}", f"{test['low']:+.3f} to {test['high']:+.3f}",
+    interval = f"{test['low']:+.3f} to {test['high']:+.3f}"
+    return [name, test["n"], *means, f"{test['mean_difference']:+.3f}", interval,
             f"{test['p']:.3g}"]

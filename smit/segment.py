@@ -2,17 +2,19 @@
 
 It has the paper's 28.19M parameters.
 Reading order: SegmentationNet, its decoder's Up and ResidualBlock, load_encoder,
-predict. The tricks for speed stand at the end.
+predict. The tricks for speed stand at the end. From Python, inference.py is the door.
 """
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from smit.baselines.unet import UNet3D
+from smit.settings import SIZES, UNET_SIZES
 from smit.sliding import sliding_window
 from smit.swin import SwinTransformer3D
 from smit.transforms import rotate90
-from smit.weights import SIZES, adopt, count, fill
+from smit.weights import adopt, count, fill
 
 
 # ---------------------------------------------------------------------- network
@@ -54,18 +56,39 @@ class SegmentationNet(nn.Module):
         return self.out(y)                                               # (B, num_classes, D, H, W)
 
 
+class SegmentationUNet(UNet3D):
+    """Segment with the U-Net of the paper's CNN columns [SMIT Table 2].
+
+    It has 19,074,510 parameters with 14 classes, at width 64.
+    """
+
+    def __init__(self, num_classes=14, width=64):
+        super().__init__(num_classes, width)
+
+    def forward(self, x, noise=None):
+        """x (B, 1, D, H, W), sides multiples of 8 -> logits (B, num_classes, D, H, W).
+
+        noise is not used: no path is dropped.
+        """
+        return super().forward(x)
+
+
 def build_network(config):
     """Build the network of a fine-tuning run's settings, drawn from torch's global generator.
 
     ValueError where they describe none: they may come from a stranger's checkpoint.
     """
+    is_unet = config.get("network", "swin") == "unet"
+    names = UNET_SIZES if is_unet else SIZES
     try:
-        encoder = {name: config[name] for name in SIZES}
-        encoder |= config.get("imported", {})            # what only an imported encoder has
+        sizes = {name: config[name] for name in names}
+        if is_unet:
+            return SegmentationUNet(config["num_classes"], **sizes)
+        sizes |= config.get("imported", {})              # what only an imported encoder has
         return SegmentationNet(config["num_classes"], drop_path=config["drop_path"],
-                               checkpointing=config["checkpointing"], **encoder)
+                               checkpointing=config["checkpointing"], **sizes)
     except (RuntimeError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
-        sizes = {name: config.get(name) for name in SIZES}
+        sizes = {name: config.get(name) for name in names}
         reason = str(error).splitlines()[0]
         raise ValueError(f"sizes {sizes} make no network: {reason}") from None
 
@@ -144,6 +167,31 @@ def load_encoder(net, state_dict, partial=False):
     counts = fill(net.encoder, given, partial)
     dropped = count(state_dict) - count(given)
     return f"encoder weights: {counts}; heads and mask token dropped: {dropped:,}"
+
+
+def load_decoder(net, state_dict):
+    """Copy the decoder too, if there is one, into a U-Net [Models Genesis]; report it.
+
+    The last convolution stays as it was drawn. ValueError unless all of the decoder fits, and for
+    values that are not finite.
+    """
+    prefix = "decoder."
+    given = {}
+    for name, weight in state_dict.items():
+        if name.startswith(prefix):
+            given[name.removeprefix(prefix)] = weight
+    if not given:
+        return "decoder weights: random, none were pre-trained"
+
+    for name, weight in given.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"decoder weights that are not finite, first in {name}: "
+                             "use another checkpoint")
+    try:
+        net.decoder.load_state_dict(given)
+    except RuntimeError as error:
+        raise ValueError(f"decoder weights do not fit: {str(error).splitlines()[1].strip()}") from None
+    return f"decoder weights: {count(given):,} of {count(net.decoder.state_dict()):,} matched"
 
 
 def encoder_weights(state_dict):

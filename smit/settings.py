@@ -13,7 +13,10 @@ import sys
 # Settings of a run that a resumed one may change: they choose no number that the run computes.
 FREE_ON_RESUME = {"preset", "out", "resume", "overwrite", "cache", "device", "workers", "log_every",
                   "checkpointing", "save_steps", "save_minutes"}
+# What a run did before a flag existed, or did with one that is gone: so older runs resume.
+BEFORE = {"data_root": None, "hu_offset": 0.0, "init": None}
 SIZES = ("embed_dim", "depths", "heads", "window")   # pre-trained and fine-tuned encoder share them
+UNET_SIZES = ("width",)                              # the same of the CNN columns' U-Net
 PATCH = 2                                            # voxels per axis of the first tokens [SMIT 2]
 
 
@@ -161,20 +164,20 @@ def parse(parser, argv, presets, methods=None):
     return args
 
 
-def typed_sizes(parser, argv):
-    """List the encoder's sizes that were typed, no defaults: {name: value}."""
+def typed_sizes(parser, argv, names=SIZES):
+    """List the network's sizes that were typed, no defaults: {name: value}."""
     # argparse gives a default to no attribute that is there already: what is None now was not typed
-    blank = argparse.Namespace(**dict.fromkeys(SIZES))
+    blank = argparse.Namespace(**dict.fromkeys(names))
     argv = sys.argv[1:] if argv is None else argv
     typed = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")], blank))
-    return {name: typed[name] for name in SIZES if typed[name] is not None}
+    return {name: typed[name] for name in names if typed[name] is not None}
 
 
 def check_sizes(args, sizes):
     """Refuse sizes that were typed and are not those of the encoder that --init names."""
     for name, size in args.sizes_given.items():
-        require(size == sizes[name], f"--{name} {size}: the encoder of {args.init} has "
-                                     f"{sizes[name]}; drop the flag")
+        require(size == sizes.get(name, size), f"--{name} {size}: the encoder of {args.init} has "
+                                               f"{sizes.get(name)}; drop the flag")
 
 
 def preparation_warning(args, config):
@@ -212,7 +215,10 @@ METHODS = {   # loss weights of the rows of Table 2 and Fig. 4 on the Swin backb
     "ml-mip": dict(mip=1.0, mpd=0.1, itd=0.1, voxel_head="multilayer"),   # Fig. 5's decoder
 }
 PRETRAINING_FREE = FREE_ON_RESUME | {"method", "max_bad", "batch", "accumulate", "val_every",
-                                       "monitor_every", "sizes_given"}
+                                       "monitor_every"}
+
+
+PRETRAINING_BEFORE = {**BEFORE, "contrast": 0.0, "monitor_every": 10, "val_volumes": 200}
 
 
 def parse_pretraining(description, argv=None):
@@ -323,10 +329,12 @@ FINETUNING_PRESETS = {   # what differs from the flags' defaults
     "paper": {},
     # coarser than pre-training's tiny: a crop of 48^3 must hold whole organs to learn in minutes
     "tiny": dict(spacing=[6.0, 6.0, 6.0], crop=[48] * 3, embed_dim=24, depths=[2, 2, 2],
-                 heads=[2, 4, 8], steps=1000, batch=2, crops_per_volume=2, lr=1.5e-3, clip=3.0,
+                 heads=[2, 4, 8], width=16, steps=1000, batch=2, crops_per_volume=2, lr=1.5e-3, clip=3.0,
                  workers=1, phantoms=20),
 }
-FINETUNING_FREE = FREE_ON_RESUME | {"batch", "sizes_given"}
+FINETUNING_FREE = FREE_ON_RESUME | {"batch"}
+FINETUNING_BEFORE = {**BEFORE, "subset_seed": None, "background_weight": 1.0, "dice_on": "all",
+                     "average": 0.0, "network": "swin", "encoder_only": False}
 SPLITS = ("smit21_9", "monai24_6")   # of BTCV; the numbers are in smit/data/samples.py
 
 
@@ -358,6 +366,11 @@ def parse_finetuning(description, argv=None):
         help="with the background; default: as the JSON's labels say, else 14 [SMIT 3]")
 
     add = add_encoder_flags(parser, drop_path=0.0)
+    add("--net", dest="network", choices=["swin", "unet"], default="swin",
+        help="unet: the network of the paper's CNN columns, for weights of smit.baselines")
+    add("--width", type=count, default=64, help="unet: channels of its first level [MG, PCRL]")
+    add("--encoder_only", action="store_true",
+        help="unet: leave the decoder random, where --init has it too [MG loads both]")
     add("--init", metavar="PATH",
         help="student.pt or last.pt of train_ssl.py [SMIT 3], or an encoder that smit.weights "
              "reads, as MONAI's model_swinvit.pt; without it, random weights")
@@ -388,7 +401,7 @@ def parse_finetuning(description, argv=None):
         help="momentum of an average of the weights, validated and saved in their place [ours]; "
              "0: none")
 
-    typed = typed_sizes(parser, argv)
+    typed = typed_sizes(parser, argv, SIZES + UNET_SIZES)
     args = parse(parser, argv, FINETUNING_PRESETS)
     args.sizes_given = typed
     return args
@@ -402,6 +415,10 @@ def check_finetuning(args):
     require(args.fold is None or 0 <= args.fold < args.folds,
             f"--fold {args.fold} is not one of 0..{args.folds - 1}")
     require(args.layer_decay <= 1, f"--layer_decay {args.layer_decay} is above 1, which is none")
+    require(args.network == "swin" or all(side % 8 == 0 for side in args.crop),
+            f"--crop {args.crop} must be multiples of 8 for the U-Net")
+    require(args.network == "unet" or not args.encoder_only,
+            "--encoder_only is of --net unet: of a Swin network only the encoder is loaded")
     require(args.init or not args.freeze_encoder,
             "--freeze_encoder without --init would freeze random weights")
     require(args.num_classes is None or 2 <= args.num_classes <= 256,

@@ -384,7 +384,7 @@ class SwinTransformer3D(nn.Module):
     def drop_path_draws(self, noise, x):
         """Split drop path's noise (B, drops) into each block's (B, 2); None where nothing drops."""
         if not (self.drops and self.training):
-            return [None for stage in self.stages for _ in stage.blocks]
+            return [None] * sum(len(stage.blocks) for stage in self.stages)
         if noise is None:
             noise = torch.rand(len(x), self.drops, device=x.device)
         return noise.split(2, dim=1)
@@ -436,6 +436,8 @@ def initialise(module):
 
 # tokens x channels recomputed at once on a CPU, so that attention's buffers stay in cache [ours]
 PIECE = 2 ** 18
+# no function below draws random numbers, so their state need not be kept
+CHECKPOINT = dict(use_reentrant=False, preserve_rng_state=False)
 
 
 def fused_attention(q, k, v, bias, mask=None, multiple=None):
@@ -476,10 +478,6 @@ class MLP(nn.Sequential):
         if torch.compiler.is_compiling():
             return narrow(gelu(widen(x)))
         return checkpoint(nn.Sequential(gelu, narrow), widen(x), **CHECKPOINT)
-
-
-# nothing inside draws random numbers, so their state need not be kept
-CHECKPOINT = dict(use_reentrant=False, preserve_rng_state=False)
 
 
 def recompute(function, *tensors):

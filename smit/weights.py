@@ -22,10 +22,14 @@ def upgrade(state_dict, config):
     state_dict: of a student, a teacher, a fine-tuned network or an encoder alone.
     config: the settings of the run that made it.
     Returns (state dict, a line to print, or None where nothing had to be done). The
-    state dict given is not changed.
+    state dict given is not changed. ValueError for a format that is not known here.
     """
-    if config.get("format", 1) >= FORMAT:
+    layout = config.get("format", 1)
+    if layout == FORMAT:
         return state_dict, None
+    if layout != 1:
+        raise ValueError(f"weights of format {layout!r} are newer than this program, which reads "
+                         f"formats 1 and {FORMAT}: update it")
     upgraded = {}
     for name, weight in state_dict.items():
         if MERGE_WEIGHT.search(name):

@@ -9,7 +9,7 @@ from smit.baselines import contrast, cpc
 
 
 def small(**sizes):
-    return cpc.CPC(**{"width": 4, "patch": 16, "code": 16, "context": 16, "rows": 3} | sizes)
+    return cpc.CPC(**{"width": 4, "patch": 16, "code": 16, "context": 16, "view": (32, 32, 32)} | sizes)
 
 
 # ------------------------------------------------------------------------------------------- InfoNCE
@@ -94,7 +94,7 @@ def test_zero_predictions_cost_the_logarithm_of_the_columns_of_the_batch():
 
 def test_the_loss_equals_the_sum_over_candidates_column_by_column():
     torch.manual_seed(0)
-    task = small(rows=4)
+    task = small(view=(24, 32, 40))
     batch = {"patches": torch.rand(1, 2, 2, 3, 4, 1, 16, 16, 16)}
     codes = task.encode(torch.cat([batch["patches"][:, 0], batch["patches"][:, 1]]))
     terms = []

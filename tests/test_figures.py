@@ -6,6 +6,7 @@ import struct
 import xml.etree.ElementTree as ET
 import zlib
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -488,7 +489,7 @@ def test_the_fine_tuning_report_shows_charts_and_the_overlay_of_a_named_case(tmp
     report.finetuning_report(tmp_path, config, np.uint8(image > 0) * 200, label, torch.tensor(label), case="p<7>")
     assert {path.stem for path in tmp_path.iterdir()} == {"log", "loss", "dice", "rate", "overlay", "index"}
     root = parsed(tmp_path / "index.html")
-    assert {"liver 1.00", "p<7>, step 20, held back"} <= set(words_of(root))
+    assert {"liver 1.00", "p<7>, held back, step 20"} <= set(words_of(root))
     image_column = columns_of(parsed(tmp_path / "overlay.svg"), "image", "truth")[0]
     assert set(np.unique(image_column[0])) == {0, 200}
 
@@ -511,7 +512,7 @@ def test_evaluation_shows_scores_and_three_cases_with_organs_matched_by_name(tmp
     table = {line[0].text.strip(): ["".join(cell.itertext()) for cell in line] for line in all_of(scores, "tr")}
     liver = [row["dice"] for row in rows if row["organ"] == "liver"]
     assert table["liver"][0] == "liver LV" and table["liver"][1] == "3"
-    assert table["liver"][2].startswith(f"{np.mean(liver):.3f} {min(liver):.3f} to 1.000")
+    assert table["liver"][2:4] == [f"{np.mean(liver):.3f}", f"{min(liver):.3f} to 1.000"]
     assert [line[0].text for line in all_of(ranking, "tr")] == ["case", "p2", "p1", "p0"]
 
 
@@ -520,8 +521,23 @@ def test_an_organ_that_no_case_has_is_a_dash_and_a_missed_one_is_counted(tmp_pat
     rows = [row, {**row, "organ": "<spleen>", "dice": math.nan, "hd95_mm": math.nan, "surface_dice": math.nan}]
     scores = ET.fromstring("<p>" + report.scores_html(rows) + "</p>")
     lines = [["".join(cell.itertext()) for cell in line] for line in all_of(scores, "tr")]
-    assert ["liver", "1", "0.000 0.000 to 0.000", "–", "0.000 0.000 to 0.000", "1"] in lines
-    assert ["<spleen>", "0", "–", "–", "–", "0"] in lines
+    assert ["liver", "1", "0.000", "0.000 to 0.000", "–", "–", "0.000", "0.000 to 0.000", "1"] in lines
+    assert ["<spleen>", "0", "–", "–", "–", "–", "–", "–", "0"] in lines
+    assert "The mean of all organs is of 1 of 2: no case has the rest." in "".join(scores.itertext())
+
+
+def test_a_prediction_whose_axes_run_differently_lies_over_its_label_and_what_is_ignored_goes(tmp_path):
+    label = np.zeros((8, 9, 10), np.uint8)
+    label[1:4, 2:5, 3:6], label[5:7, 2:4, 3:9] = 2, 7
+    prediction = label.copy()
+    prediction[5:7, 2:4, 3:9] = 2                                                        # on ignored voxels alone
+    nib.save(nib.Nifti1Image(label, np.diag([2., 2, 3, 1])), tmp_path / "label.nii.gz")
+    flipped = np.array([[-2., 0, 0, 14], [0, 2, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(prediction[::-1], flipped), tmp_path / "a.nii.gz")
+    paths = {"image": tmp_path / "a.nii.gz", "prediction": tmp_path / "a.nii.gz", "label": tmp_path / "label.nii.gz"}
+    names = {2: "liver", 7: "ignore"}
+    report.case_panel(tmp_path / "a.svg", {**paths, "names": names}, {2: "Liver"}, {}, "t")
+    assert [*legend_of(parsed(tmp_path / "a.svg"))] == ["liver 1.00"]
 
 
 def test_the_example_shows_a_phantom_and_its_own_student_in_a_small_file(tmp_path):

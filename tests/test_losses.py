@@ -107,16 +107,17 @@ def test_hidden_tokens_found_before_a_mask_is_moved_give_the_same_loss():
 
 
 def test_no_loss_waits_for_a_gpu():
-    with FakeTensorMode():                                              # has shapes and a device, but no value to read
+    with FakeTensorMode():                             # has shapes and a device, but no value to read
         logits, center = torch.empty(2, 4, 5, device="cuda"), torch.empty(5, device="cuda")
         image_logits = torch.empty(2, 5, device="cuda")
         views = torch.empty(2, 1, 4, 4, 4, device="cuda")
-        hidden, index = torch.ones(2, 4, dtype=torch.bool, device="cuda"), torch.empty(6, device="cuda").long()
+        hidden = torch.ones(2, 4, dtype=torch.bool, device="cuda")
+        index = torch.empty(6, device="cuda").long()
         terms = [losses.mip_loss(views, views, views > 0),
                  losses.mpd_loss(logits, logits, hidden, center, .1, .04, index),
                  losses.itd_loss(image_logits, image_logits, center, .1, .04)]
         assert all(term.is_cuda and term.shape == () for term in terms)
-        with pytest.raises(DataDependentOutputException):               # without the index it would wait
+        with pytest.raises(DataDependentOutputException):              # without the index it would wait
             losses.mpd_loss(logits, logits, hidden, center, .1, .04)
 
 

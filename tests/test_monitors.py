@@ -24,7 +24,8 @@ def test_effective_rank_counts_dimensions_in_use():
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(32, 32))[0][:5]
     tokens = (torch.eye(5).repeat(200, 1) @ basis).view(4, 250, 32) * 3 + 7
-    assert monitors.effective_rank(tokens) == pytest.approx(4, rel=1e-3)    # five points span four dimensions
+    # five points span four dimensions
+    assert monitors.effective_rank(tokens) == pytest.approx(4, rel=1e-3)
     assert monitors.effective_rank(torch.ones(2, 9, 8)) == pytest.approx(1, abs=1e-3)
 
 
@@ -36,17 +37,22 @@ class Stub(torch.nn.Module):
         return pretrain.Outputs(tokens=None, voxels=1 - masking.expand_mask(hidden, 2)[:, None].float())
 
 
-def test_validation_by_hand():
-    views = torch.zeros(1, 2, 1, 4, 4, 8, dtype=torch.uint8)             # two cells of 4^3 a view, the second hidden
-    views[0, 0, 0, :, :, :4], views[0, 0, 0, :, :, 4:] = 51, 102         # .2 visible, .4 hidden
-    views[0, 1, 0, :, :, :4], views[0, 1, 0, :, :, 4:] = 255, 204        # 1. visible, .8 hidden
+def test_errors_on_held_back_volumes_by_hand():
+    views = torch.zeros(1, 2, 1, 4, 4, 8, dtype=torch.uint8)       # two cells of 4^3 a view
+    views[0, 0, ..., :4], views[0, 0, ..., 4:] = 51, 102           # .2 visible, .4 hidden
+    views[0, 1, ..., :4], views[0, 1, ..., 4:] = 255, 204          # 1. visible, .8 hidden
     cells = torch.tensor([False, True]).view(1, 1, 1, 1, 2).expand(1, 2, 1, 1, 2)
     batch = [{"views": views, "hidden": cells}]
-    found = monitors.masked_image_errors(Stub(), batch, 4, False, torch.device("cpu"), contextlib.nullcontext, ALONE)
-    assert found["val_mip"] == pytest.approx((.4 + .8) / 2) and found["val_mse"] == pytest.approx((.16 + .64) / 2)
-    assert found["val_constant"] == pytest.approx((.0 + .4) / 2) and found["val_median"] == pytest.approx((.2 + .2) / 2)
-    everything = monitors.masked_image_errors(Stub(), batch, 4, True, torch.device("cpu"), contextlib.nullcontext, ALONE)
-    assert everything["val_mip"] == pytest.approx((.8 + .4 + .0 + .8) / 4)
+
+    def errors(count_all):
+        return monitors.masked_image_errors(Stub(), batch, 4, count_all, torch.device("cpu"),
+                                            contextlib.nullcontext, ALONE)
+    found = errors(count_all=False)                                # the student answers 0 there
+    assert found["val_mip"] == pytest.approx((.4 + .8) / 2)
+    assert found["val_mse"] == pytest.approx((.16 + .64) / 2)
+    assert found["val_constant"] == pytest.approx((.0 + .4) / 2)
+    assert found["val_median"] == pytest.approx((.2 + .2) / 2)
+    assert errors(count_all=True)["val_mip"] == pytest.approx((.8 + .4 + .0 + .8) / 4)
 
 
 def test_guesses_without_anatomy_by_hand():
@@ -67,7 +73,7 @@ def test_collapse_reports_the_heads_that_are_there():
     row = monitors.collapse(taught, centers, .04, ALONE)
     assert row.keys() == {"effective_rank", "mpd_entropy", "mpd_mean_entropy", "mpd_center"}
     assert row["mpd_center"] == 5
-    assert row["mpd_entropy"] == pytest.approx(.5)                       # the centre leaves two prototypes of four
+    assert row["mpd_entropy"] == pytest.approx(.5)           # the centre leaves two prototypes of four
 
 
 def test_entropy_of_the_mean_is_taken_over_all_ranks():
@@ -75,4 +81,4 @@ def test_entropy_of_the_mean_is_taken_over_all_ranks():
     logits[:, 2] = 1
     other_rank = torch.tensor([1., 0, 0, 0])
     each, mean = monitors.entropies(logits, 0., .01, lambda own: (own + other_rank) / 2)
-    assert each == pytest.approx(0, abs=1e-6) and mean == pytest.approx(.5)               # ln 2 of ln 4
+    assert each == pytest.approx(0, abs=1e-6) and mean == pytest.approx(.5)      # ln 2 of ln 4

@@ -198,10 +198,10 @@ def test_making_gelu_again_in_backward_changes_nothing():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("multiple", [1, 8])                       # as on a CPU; heads zero-padded, as on a GPU
+@pytest.mark.parametrize("multiple", [1, 8])           # as on a CPU; heads zero-padded, as on a GPU
 def test_fused_attention_equals_the_plain_form(masked, multiple):
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 3, 24, 5)                        # 2 volumes of 4 windows, 3 heads of 5 channels
+    q, k, v = torch.randn(3, 2, 4, 3, 24, 5)           # 2 volumes of 4 windows, 3 heads of 5 channels
     bias, mask = torch.randn(3, 24, 24), None
     scores = q @ k.transpose(-1, -2) / 5 ** .5 + bias
     if masked:
@@ -233,24 +233,25 @@ def test_compiled_blocks_answer_alike_and_keep_their_names():
     plain, compiled = (tiny(depths=(2,), heads=(2,)) for _ in range(2))
     compiled.compile_blocks(fullgraph=True, backend="aot_eager")
     assert list(plain.state_dict()) == list(compiled.state_dict())
-    x = torch.rand(1, 1, 8, 16, 12)                                    # one block with a shift mask, one without
+    x = torch.rand(1, 1, 8, 16, 12)                    # one block with a shift mask, one without
     for a, b in zip(plain(x), compiled(x)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_layers_hold_each_parameter_once_from_the_bottom_up():
     encoder = tiny(depths=(1, 2))
-    names = {p: name for name, p in encoder.named_parameters()}
-    layers = [[names[p] for p in layer.parameters()] for layer in encoder.layers()]
-    assert sorted(sum(layers, [])) == sorted(names.values()) and len(layers) == 4
-    begins = [{name.split(".")[0] + "." + ".".join(name.split(".")[1:4]) for name in layer} for layer in layers]
-    assert {name.split(".")[0] for name in layers[0]} == {"patch_embed", "patch_norm", "mask_token"}
-    for layer, block, stage in ((1, 0, 0), (2, 0, 1), (3, 1, 1)):
-        ends = begins[layer] - {f"stages.{stage}.blocks.{block}"}
-        last = layer in (1, 3)                                     # a stage's merge and norm go with its last block
-        expected = {f"stages.{stage}.merge.norm", f"stages.{stage}.merge.reduction"}
-        expected |= {f"norms.{stage}.weight", f"norms.{stage}.bias"}
-        assert ends == (expected if last else set())
+    depths = {"patch_embed": 0, "patch_norm": 0, "mask_token": 0,
+              "stages.0.blocks.0": 1, "norms.0": 1, "stages.0.merge": 1,
+              "stages.1.blocks.0": 2,
+              "stages.1.blocks.1": 3, "norms.1": 3, "stages.1.merge": 3}
+    names = {parameter: name for name, parameter in encoder.named_parameters()}
+    for depth, layer in enumerate(encoder.layers()):
+        for parameter in layer.parameters():
+            name = names.pop(parameter)
+            (place,) = [place for place in depths if name.startswith(place)]
+            assert depths[place] == depth, name
+    assert not names
+    assert len(tiny(mask_token=False).layers()) == 5
 
 
 def test_drop_path_follows_the_samples_noise_not_its_batch():

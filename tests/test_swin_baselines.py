@@ -12,7 +12,7 @@ SIZES = dict(embed_dim=8, depths=(1, 1), heads=(2, 2), window=(2, 2, 2))
 
 
 def small_moco(**sizes):
-    return moco.MoCo(SIZES | sizes, width=16, embedding=8)
+    return moco.MoCo(SIZES | sizes, head_width=16, bottleneck=8)
 
 
 # -------------------------------------------------------------------------------------------- MoCo v3

@@ -1,4 +1,5 @@
 """Older checkpoints, whose patch merging joins its neighbours in another order."""
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -31,18 +32,19 @@ def test_an_old_merge_gives_the_same_bits_after_its_upgrade():
     assert "row-major" in line and "\n" not in line
     new.load_state_dict({name.split("merge.")[1]: w for name, w in upgraded.items()})
     x = torch.randn(2, 4, 6, 2, 6)
-    eight = (0, 3, 2, 5, 1, 6, 4, 7)                                       # of RELEASE, read row-major, by hand
+    eight = (0, 3, 2, 5, 1, 6, 4, 7)                   # of RELEASE, read row-major, by hand
     plain = torch.cat([x[:, d::2, h::2, w::2] for d, h, w in weights.ROW_MAJOR], dim=-1)
     weight = old.reduction.weight.view(12, 8, 6)[:, eight].flatten(1)
     norm = (p.view(8, 6)[eight, :].flatten() for p in (old.norm.weight, old.norm.bias))
     assert torch.equal(new(x), F.linear(F.layer_norm(plain, (48,), *norm), weight))
-    torch.testing.assert_close(new(x), old_merge(old, x))                  # the same sums, in another order
+    torch.testing.assert_close(new(x), old_merge(old, x))                  # sums in another order
 
 
 def test_an_old_encoder_answers_as_it_did(monkeypatch):
     torch.manual_seed(0)
     settings = dict(embed_dim=8, depths=(2, 2), heads=(2, 4), window=(2, 4, 3))
-    old, new, x = randomised(SwinTransformer3D(**settings)), SwinTransformer3D(**settings), torch.rand(1, 1, 16, 8, 16)
+    old, new = randomised(SwinTransformer3D(**settings)), SwinTransformer3D(**settings)
+    x = torch.rand(1, 1, 16, 8, 16)
     new.load_state_dict(weights.upgrade(old.state_dict(), {})[0])
     after = new(x)
     monkeypatch.setattr(PatchMerging, "forward", old_merge)
@@ -57,5 +59,8 @@ def test_only_merges_of_old_files_are_touched():
     upgraded, _ = weights.upgrade(state, {})
     changed = {name for name in state if not torch.equal(upgraded[name], state[name])}
     assert changed == {name for name in state if ".merge." in name} and len(changed) == 6
-    assert all(torch.equal(state[name], before[name]) for name in state)   # the argument is left alone
+    assert all(torch.equal(state[name], before[name]) for name in state)   # left alone
     assert weights.upgrade(state, {"format": 2}) == (state, None)
+    for unknown in (3, "2", None):
+        with pytest.raises(ValueError, match="format"):
+            weights.upgrade(state, {"format": unknown})

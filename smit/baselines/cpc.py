@@ -19,19 +19,19 @@ SHRINK = 8               # one part in so many of a patch's sides is lost [CPC]
 class CPC(Task):
     """CPC: the mean of InfoNCE over the rows that are predicted.
 
-    patch: voxels per axis of a patch; a third of the view gives 5 x 5 x 5 patches at half its
-    stride. The release cuts 4 x 4 x 4 patches of 32^3 without overlap from 128^3.
+    view, patch: voxels per axis. Patches overlap by half, so 5 x 5 x 5 of 32^3 lie in a view of
+    96^3. The release cuts 4 x 4 x 4 of 32^3 from 128^3, without overlap.
     """
     terms = ("info_nce",)
 
-    def __init__(self, width=64, patch=32, code=1024, context=256, rows=5):
+    def __init__(self, width=64, patch=32, view=(96, 96, 96), code=1024, context=256):
         super().__init__()
         self.patch = patch
         # differs: the release's encoder has levels of 16 to 256, a fifth pooling and dropout
         self.encoder = Encoder(1, width)
         self.to_code = nn.Linear(self.encoder.channels[-1], code)
         self.recurrent = nn.GRU(code, context, batch_first=True)            # sizes [CPC]
-        _, targets = pyramid(rows)
+        _, targets = pyramid(2 * view[2] // patch - 1)
         self.predictors = nn.ModuleList()
         for _ in targets:
             self.predictors.append(nn.Linear(context, code))

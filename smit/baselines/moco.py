@@ -25,12 +25,12 @@ class MoCo(Task):
     network = "swin"
     terms = ("contrast",)
 
-    def __init__(self, encoder, width=2048, embedding=256, momentum=0.996, temperature=0.2):
+    def __init__(self, encoder, head_width=2048, bottleneck=256, momentum=0.996, temperature=0.2):
         super().__init__()
         self.encoder = SwinTransformer3D(**encoder)
         channels = self.encoder.channels[-2]                                # 384
-        self.projector = mlp(channels, width, embedding)
-        self.predictor = mlp(embedding, width, embedding)
+        self.projector = mlp(channels, head_width, bottleneck)
+        self.predictor = mlp(bottleneck, head_width, bottleneck)
         self.teacher = nn.ModuleDict({"encoder": copy.deepcopy(self.encoder).eval(),
                                       "projector": copy.deepcopy(self.projector)})
         self.teacher.requires_grad_(False)

@@ -106,7 +106,7 @@ class PCRL(Task):
     def contrast(self, queries, keys):
         """Find each query's key (B, E) among those of the queue, by their cosines."""
         # differs: the release's batch norms keep embeddings apart. With instance norms all share
-        # one direction, and the contrast stays at chance: so cosines are about the queue's mean
+        # one direction, and small runs stayed at chance: so cosines are about the queue's mean
         mean = self.queue.mean(dim=0)                                       # (E,)
         queries = F.normalize(queries - mean, dim=1)
         keys = F.normalize(keys - mean, dim=1)

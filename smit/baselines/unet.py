@@ -38,8 +38,10 @@ class UNet3D(nn.Module):
 class Encoder(nn.Module):
     """Turn a volume into features of four resolutions.
 
-    channels: of those features, the finest first.
+    channels: of those features, the finest first. drops: random numbers that a sample needs for
+    drop path, none here.
     """
+    drops = 0
 
     def __init__(self, in_channels, width):
         super().__init__()
@@ -62,6 +64,10 @@ class Encoder(nn.Module):
         for level in self.levels[1:]:
             features.append(level(self.halve(features[-1])))
         return features
+
+    def layers(self):
+        """List the levels bottom-up, for layer-wise learning rates [BEiT]."""
+        return list(self.levels)
 
 
 class Decoder(nn.Module):

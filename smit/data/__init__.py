@@ -1,9 +1,10 @@
-"""From files to samples: lists, NIfTI, cases and their cache; samples.py and organs.py have doors of their own."""
+"""From files to cases: lists, NIfTI, preparation, cache. Samples and organs have own doors."""
 from smit.data.cases import (  # noqa: F401
-    cached, cached_with_concerns, check_case, check_cases, check_voxels, find_problems, load_case, readable_cases,
-    same_grid)
+    cached, cached_with_concerns, check_case, check_cases, check_voxels, find_problems, load_case,
+    readable_cases, same_grid)
 from smit.data.concerns import Concern, count, note, tell, verdict  # noqa: F401
-from smit.data.lists import find_volumes, has_split, label_names, read_list, read_lists  # noqa: F401
+from smit.data.lists import (  # noqa: F401
+    find_volumes, has_split, label_names, read_list, read_lists)
 from smit.data.nifti import (  # noqa: F401
     BadVolume, is_volume, read_header, read_label, read_volume, skew_degrees, stem, write_label)
 from smit.transforms import Preparation  # noqa: F401

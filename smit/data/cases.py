@@ -25,7 +25,7 @@ from smit.transforms import Preparation, from_ras, prepare, ras_grid, regrid, sp
 
 CACHE_FORMAT = 4                       # raise it when `prepare` changes
 CASE_TIMEOUT_S = 300                   # a case that takes longer ends the check
-ENDS = 2 ** 16                         # bytes of a file's head and tail that the cache's key depends on
+ENDS = 2 ** 16                         # bytes of a file's head and tail in the cache's key
 CORNER = .1                            # voxels that the farthest corners of one grid may lie apart
 
 
@@ -49,7 +49,7 @@ def load_case(case, settings=Preparation(), with_label=False, num_classes=None):
     found = intensities.judge_raw(path, raw["image"], settings)
     refuse_labels(case, found)
     try:
-        with warnings.catch_warnings():                              # `found` has it, once for all workers
+        with warnings.catch_warnings():              # `found` has it, once for all workers
             warnings.filterwarnings("ignore", ".*hardly HU")
             # popped, so that prepare() can free the unrotated copy
             image, prepared_affine = prepare(raw.pop("image"), affine, settings, path)
@@ -67,7 +67,10 @@ def load_case(case, settings=Preparation(), with_label=False, num_classes=None):
 
 
 def load_label(case, num_classes, prepared_affine, prepared_shape):
-    """Bring a case's label to the grid of its prepared image: (label, concerns). BadVolume as in check_case."""
+    """Bring a case's label to the grid of its prepared image: (label, concerns).
+
+    BadVolume as in check_case.
+    """
     check_case(case, labels=True)
     header = read_header(case["image"])
     label, affine = read_label(case["label"], num_classes)
@@ -80,14 +83,17 @@ def load_label(case, num_classes, prepared_affine, prepared_shape):
 
 def refuse_labels(case, found):
     """Raise BadVolume for an image that looks like a label, unless somebody named that file."""
-    if isinstance(case, WalkedCase) and any(concern.what == intensities.LABEL_LIKE for concern in found):
-        raise BadVolume(f"{case['image']}: {intensities.LABEL_LIKE}; move it out of the folder, or name the files to "
-                        "use in a list")
+    is_label = any(concern.what == intensities.LABEL_LIKE for concern in found)
+    if is_label and isinstance(case, WalkedCase):
+        raise BadVolume(f"{case['image']}: {intensities.LABEL_LIKE}; move it out of the folder, "
+                        "or name the files to use in a list")
 
 
 def empty_concerns(path, label):
-    """Return a concern if a label has no organ at all: legal, for patients without one, but seldom meant."""
-    return [] if label.any() else [Concern(path, "the label is empty", "", "fine if no organ is in the scan")]
+    """Return a concern if a label has no organ. There are such patients, but it is seldom meant."""
+    if label.any():
+        return []
+    return [Concern(path, "the label is empty", "", "fine if no organ is in the scan")]
 
 
 def header_concerns(path):
@@ -97,7 +103,10 @@ def header_concerns(path):
 
 # ---------------------------------------------------------------------------------------- two grids
 def same_grid(one, two):
-    """Return whether two (shape, affine) hold the same voxels in space, though their axes may run differently."""
+    """Return whether two (shape, affine) hold the same voxels in space.
+
+    Their axes may run differently.
+    """
     (shape, affine), (other_shape, other) = ras_grid(*one), ras_grid(*two)
     apart_mm = np.abs((affine - other)[:3]) @ [*shape, 1]            # in the farthest corner
     return shape == other_shape and apart_mm.max() <= CORNER * spacing_of(affine).min()
@@ -112,14 +121,17 @@ def describe_grid(shape, affine):
 
 
 def onto_grid(label, affine, shape, target_affine):
-    """Turn a label (X, Y, Z) to the axes of a grid with the same voxels; None if it is not the same grid."""
+    """Turn a label (X, Y, Z) to the axes of a grid; return None unless it is the same in space."""
     if not same_grid((tuple(label.shape), affine), (tuple(shape), target_affine)):
         return None
     return from_ras(to_ras(label, affine)[0], target_affine)
 
 
 def check_case(case, labels):
-    """Raise BadVolume unless the headers of a case's image and, with `labels`, of its label are good and of one grid."""
+    """Raise BadVolume unless the headers of a case are good.
+
+    With `labels`, those of image and label, which must be of one grid; else the image's.
+    """
     image = read_header(case["image"])
     if not labels:
         return
@@ -127,24 +139,28 @@ def check_case(case, labels):
         raise BadVolume(f"{image.path}: has no label; name it in the list, or leave the case out")
     label = read_header(case["label"])
     if not same_grid((label.shape, label.affine), (image.shape, image.affine)):
-        raise BadVolume(f"{label.path}: is not on its image's grid: {describe_grid(label.shape, label.affine)}, the "
-                        f"image {describe_grid(image.shape, image.affine)}; resample the label")
+        raise BadVolume(f"{label.path}: is not on its image's grid: "
+                        f"{describe_grid(label.shape, label.affine)}, the image "
+                        f"{describe_grid(image.shape, image.affine)}; resample the label")
 
 
-# ---------------------------------------------------------------------------------------- pre-flight
+# --------------------------------------------------------------------------------------- pre-flight
 def find_problems(cases, check, workers=0):
-    """Return what check(case) finds wrong, in the order of the cases; `workers` processes with one case each."""
+    """Return what check(case) finds wrong, in the order of the cases, with `workers` processes."""
     return [problem for problem, _ in examine(cases, check, workers) if problem]
 
 
 def examine(cases, check, workers=0):
-    """Return (what is wrong or None, what check(case) returned or None) for each case, in their order.
+    """Return for each case, in their order, (what is wrong or None, what check(case) returned).
 
-    A DataLoader is the pool: its workers leave when their parent is killed, those of concurrent.futures stay.
+    A DataLoader is the pool: its workers leave when their parent is killed, and a case that hangs
+    ends the check. Those of concurrent.futures would stay.
     """
     loader = torch.utils.data.DataLoader(
-        cases, batch_size=None, collate_fn=functools.partial(examine_one, check), num_workers=workers,
-        multiprocessing_context="fork" if workers else None,         # so that `check` may be any function
+        cases, batch_size=None, collate_fn=functools.partial(examine_one, check),
+        num_workers=workers,
+        # fork, so that `check` may be any function
+        multiprocessing_context="fork" if workers else None,
         timeout=CASE_TIMEOUT_S if workers else 0, worker_init_fn=ignore_stop_signals)
     return list(loader)
 
@@ -164,10 +180,10 @@ def raise_problems(problems):
 
 
 def check_cases(cases, labels=False, load=None, problems=(), workers=0):
-    """Pre-flight: check every header, with `labels` each label against its image; or what `load` finds in a case.
+    """Check the headers of all cases, with `labels` each label against its image: the pre-flight.
 
-    Tells what is odd about the headers. ValueError with all that is wrong, a line each, after the `problems`
-    of their lists.
+    With `load`, call that on each case in place of checking headers. Tells what is odd about the
+    headers. ValueError with all that is wrong, a line each, after the `problems` of their lists.
     """
     if load:
         raise_problems([*problems, *find_problems(cases, load, workers)])
@@ -201,11 +217,13 @@ def check_headers(case, labels=False):
 
 
 def check_voxels(cases, settings, labels=False, num_classes=None, problems=(), workers=0):
-    """The full pass: CRC, finite voxels, preparation; values and grid of every label, with labels=None of listed ones.
+    """Read and prepare all cases: CRC, finite voxels, preparation; values and grid of the labels.
 
-    Tells what is odd. ValueError as in `check_cases`.
+    labels: True for every case, None for those that list one, False for none. Tells what is odd.
+    ValueError as in `check_cases`.
     """
-    check = functools.partial(check_voxels_of, settings=settings, labels=labels, num_classes=num_classes)
+    check = functools.partial(check_voxels_of, settings=settings, labels=labels,
+                              num_classes=num_classes)
     results = examine(cases, check, workers)
     concerns.tell([concern for _, (_, found) in results for concern in found], names=None)
     image_problems = [texts[0] for _, (texts, _) in results if texts[0]]
@@ -239,7 +257,10 @@ def check_label(case, num_classes):
 
 # -------------------------------------------------------------------------------------------- cache
 def cached(case, settings, folder, with_label=False, num_classes=None):
-    """Return (image, label or None) of `load_case` as read-only memory maps: only what is touched costs memory."""
+    """Return (image, label or None) of `load_case` as read-only memory maps.
+
+    Only what is touched costs memory.
+    """
     image, label, _ = cached_with_concerns(case, settings, folder, with_label, num_classes)
     return image, label
 
@@ -247,9 +268,9 @@ def cached(case, settings, folder, with_label=False, num_classes=None):
 def cached_with_concerns(case, settings, folder, with_label=False, num_classes=None):
     """Return (image, label or None, concerns) of `load_case`, prepared at the first call.
 
-    The voxels are in folder/KEY/CHECKSUM.npy, the concerns in folder/KEY/concerns.json. KEY is made of the
-    case's files and the settings. A file is renamed into place, so processes may race or die at any byte;
-    one whose checksum is not its name is made again.
+    The voxels are in folder/KEY/CHECKSUM.npy, the concerns in folder/KEY/concerns.json. KEY is
+    made of the case's files and the settings. A file is renamed into place, so processes may race
+    or die at any byte; one whose checksum is not its name is made again.
     """
     check_case(case, with_label)
     kinds = ("image", "label") if with_label else ("image",)
@@ -258,14 +279,16 @@ def cached_with_concerns(case, settings, folder, with_label=False, num_classes=N
     key = repr((CACHE_FORMAT, state, settings, num_classes))
     entry = Path(folder, hashlib.sha256(key.encode()).hexdigest()[:32])
 
-    whole = [path for path in entry.glob("*.npy") if checksum(path, path.stat().st_mtime_ns) == path.stem]
+    whole = [path for path in entry.glob("*.npy")
+             if checksum(path, path.stat().st_mtime_ns) == path.stem]
     if whole:
         found = read_concerns(entry / "concerns.json")
         refuse_labels(case, found)
     else:
         made = load_case(case, settings, with_label, num_classes)
         if [stamp(file) for file in files] != state:
-            raise BadVolume(f"{case['image']}: changed while it was read; begin again when its files are complete")
+            raise BadVolume(f"{case['image']}: changed while it was read; begin again when its "
+                            "files are complete")
         found = made["concerns"]
         whole = [write_entry(entry, [made[kind].numpy() for kind in kinds], found)]
     voxels = np.load(whole[0], mmap_mode="r", allow_pickle=False)
@@ -295,9 +318,9 @@ def read_concerns(path):
 def stamp(path):
     """Return what changes when a file does: its path, size, times and the checksum of its ends.
 
-    The time of the last change of its inode (ctime) is the kernel's: it notices a file corrected in place whose
-    size and mtime were put back. Some network disks have none; there a checksum of the head and the tail,
-    where gzip has its CRC, notices most corrections.
+    The time of the last change of its inode (ctime) is the kernel's: it notices a file corrected
+    in place whose size and mtime were put back. Some network disks have none; there a checksum of
+    the head and the tail, where gzip has its CRC, notices most corrections.
     """
     info = os.stat(path)
     return (str(path), info.st_size, info.st_mtime_ns, info.st_ctime_ns,
@@ -306,7 +329,10 @@ def stamp(path):
 
 @functools.lru_cache(maxsize=None)
 def checksum_of_ends(path, size, *state):
-    """Return the CRC-32 of a file's first and last bytes; read once a process for each `state` of the file."""
+    """Return the CRC-32 of a file's first and last bytes.
+
+    Read once a process for each `state` of the file.
+    """
     with open(path, "rb") as file:
         crc = zlib.crc32(file.read(ENDS))
         file.seek(max(0, size - ENDS))

@@ -1,7 +1,7 @@
 """Concerns: what does not stop a run and yet must be seen. [ours]
 
-A concern is a file, what is odd about it, the numbers that show it, and the way out. Files that share one
-oddity share one line, and a line is printed once, by the first rank, on stderr.
+A concern is a file, what is odd about it, the numbers that show it, and the way out. Files that
+share one oddity share one line, and a line is printed once, by the first rank, on stderr.
 """
 import os
 import sys
@@ -20,7 +20,7 @@ class Concern(NamedTuple):
 
 
 def describe(concerns, names=3):
-    """Return one line for each oddity: its first file, and `names` of the others (None: all of them)."""
+    """Return one line for each oddity, with its first file and `names` others (None: all)."""
     groups = {}
     for concern in dict.fromkeys(concerns):
         groups.setdefault((concern.what, concern.way_out), []).append(concern)
@@ -40,17 +40,22 @@ def enumerate_names(names, most=3):
     return shown if most is None or len(names) <= most else shown + ", ..."
 
 
-def tell(concerns, names=3):
-    """Print a line for each oddity that this process has not told yet."""
+def tell(concerns, names=3, one_by_one=False):
+    """Print a line for each oddity that this process has not told yet.
+
+    one_by_one: files come singly, so that the line is of the first one, and says so.
+    """
     new = [concern for concern in concerns if (concern.what, concern.way_out) not in printed]
     for line in describe(new, names):
+        if one_by_one:
+            line += " (told once, of the first such file; --check names all)"
         warned.append(line)
         say(f"warning: {line}")
     printed.update((concern.what, concern.way_out) for concern in new)
 
 
 def say(line):
-    if os.environ.get("RANK", "0") == "0":                           # torchrun's first rank, or alone
+    if os.environ.get("RANK", "0") == "0":               # torchrun's first rank, or alone
         print(line, file=sys.stderr, flush=True)
 
 
@@ -62,7 +67,7 @@ def note(text):
 
 
 def verdict():
-    """Return the last words of a check that found no problem: "all good", or the number of warnings told so far."""
+    """Return the last words of a check that found no problem: all good, or how many warnings."""
     return count(len(warned), "warning") if warned else "all good"
 
 

@@ -1,8 +1,8 @@
-"""Judge intensities: is a volume what its modality says, and did the window leave anything of it? [ours]
+"""Judge intensities: is a volume what its modality says, and is anything of it left to see? [ours]
 
-A CT must be in HU: air near -1000, tissue around 0. Files hold other things: MR, HU with 1024 added, HU
-clipped, values scaled to [0, 1] before. None can be told for certain, so these are concerns, not refusals.
-A label map, on the other hand, is no scan at all, whatever the modality.
+A CT must be in HU: air near -1000, tissue around 0. Files hold other things: MR, HU with 1024
+added, HU clipped, values scaled to [0, 1] before. None can be told for certain, so these are
+concerns, not refusals. A label map, on the other hand, is no scan at all, whatever the modality.
 """
 import numpy as np
 
@@ -21,17 +21,20 @@ LABEL_VALUES = 32                      # a label map has no more values ...
 SMALL = 1000                           # ... though a scan of fewer voxels may have as few
 ALIKE = .8                             # share of its voxels that equal their neighbours
 LABEL_LIKE = "holds few whole numbers, as a label does and a scan does not"
-SAMPLE = 2 ** 21                       # voxels that are looked at
+SAMPLE = 2 ** 18                       # voxels that are looked at
 
 
 def sample_of(image):
-    """Return about SAMPLE voxels of an image, evenly spread, as a flat numpy array in file order."""
+    """Return about SAMPLE voxels of an image, evenly spread in file order, as a flat array."""
     flat = image.numpy().ravel(order="K")
     return flat[::max(1, flat.size // SAMPLE)]
 
 
 def judge_raw(path, image, settings):
-    """Return concerns, none or one, about an image before preparation: float32 (X, Y, Z), in HU if it is CT."""
+    """Return concerns, none or one, about an image before preparation, float32 (X, Y, Z).
+
+    In HU if it is CT, `settings.hu_offset` being added already.
+    """
     if looks_like_label(image, settings.hu_offset):
         return [Concern(path, LABEL_LIKE, "", "leave it out")]
     voxels = sample_of(image)
@@ -47,26 +50,27 @@ def judge_raw(path, image, settings):
         return [Concern(path, "the range is too narrow for HU: it was scaled before", values,
                         "give the original HU, for the window would be laid over it once more")]
     if low >= 0 and high <= 255:
-        return [Concern(path, "these are grey values, hardly HU: it was scaled before, or is no CT", values,
-                        "give the original HU, or use --modality mr")]
+        return [Concern(path, "these are grey values, hardly HU: it was scaled before, or is no CT",
+                        values, "give the original HU, or use --modality mr")]
     if np.mean(voxels < AIR_HU) > STRAY:
         return []
-    tissue = voxels[voxels > low + 100]
-    if np.mean((tissue > SOFT_TISSUE[0]) & (tissue < SOFT_TISSUE[1])) > HALF:
-        return [Concern(path, "no air near -1000, and most of it lies near 1024: HU were stored with 1024 added",
-                        values, "use --hu_offset -1024")]
+    tissue = np.count_nonzero(voxels > low + 100)
+    near_1024 = np.count_nonzero((voxels > SOFT_TISSUE[0]) & (voxels < SOFT_TISSUE[1]))
+    if near_1024 > HALF * tissue > 0:
+        return [Concern(path, "no air near -1000, and most of it lies near 1024: HU were stored "
+                        "with 1024 added", values, "use --hu_offset -1024")]
     if -1000 < low < -10 and np.mean(voxels == low) > MANY:
-        return [Concern(path, "nothing lies below -200 HU: air was cut off, and is grey in place of black", values,
-                        "give the full range of HU, unless all volumes are cut off alike")]
+        return [Concern(path, "nothing lies below -200 HU: air was cut off, and is grey in place "
+                        "of black", values, "give the full HU, unless all are cut off alike")]
     return [Concern(path, "nothing lies below -200, where CT has its air: these are no HU", values,
                     "use --modality mr for MR, or --hu_offset -1024 for HU with 1024 added")]
 
 
 def judge_prepared(path, image):
-    """Return concerns, none or one, about a prepared image, uint8 (D, H, W): what is left to be seen."""
-    voxels = sample_of(image)
-    levels = np.count_nonzero(np.bincount(voxels, minlength=256))
-    white, black = np.mean(voxels == 255), np.mean(voxels == 0)
+    """Return concerns, none or one, about what is left to be seen of a prepared uint8 image."""
+    counts = np.bincount(sample_of(image), minlength=256)            # of each grey level
+    levels = np.count_nonzero(counts)
+    white, black = counts[255] / counts.sum(), counts[0] / counts.sum()
     shares = f"{levels} grey levels, {white:.0%} white, {black:.0%} black"
     if levels < FEW_LEVELS or white > SATURATED or black > EMPTY:
         return [Concern(path, "little is left to be seen after preparation", shares,
@@ -92,7 +96,10 @@ def looks_like_label(image, offset=0.):
 
 
 def share_of_equal_neighbours(image):
-    """Return the share of voxels, other than those of a corner's value, that equal the next one along the last axis."""
+    """Return the share of voxels that equal the next one along the last axis, in the middle plane.
+
+    Voxels of the corner's value, the background, do not count.
+    """
     middle = image.numpy()[image.shape[0] // 2]
     here, there = middle[:, :-1], middle[:, 1:]
     inside = here != image.numpy().flat[0]

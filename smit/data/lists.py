@@ -1,8 +1,9 @@
-"""From what a user names to cases: folders, NIfTI files, MSD's, MONAI's and nnU-Net's dataset.json, text lists. [ours]
+"""From what a user names to cases: folders, NIfTI files, JSON lists, text lists. [ours]
 
-No list is trusted, and nothing is lost silently: a key or a case that is there twice, a path that climbs out
-of its folder, a name that cannot be printed are told, and so is what a folder holds and is not used. The
-files themselves are checked in nifti.py.
+JSON lists are those of MSD, MONAI and nnU-Net. No list is trusted, and nothing is lost silently: a
+key or a case that is there twice, a path that climbs out of its folder, a name that cannot be
+printed are told, and so is what a folder holds and is not used. The files themselves are checked
+in nifti.py.
 
 Reading order: read_list, folders, JSON lists, text lists, names and modalities.
 """
@@ -19,7 +20,8 @@ from smit.data.nifti import is_volume, name_format, open_unpacked, stem
 MAX_LIST = 2 ** 26                     # bytes of a list, unpacked
 MODALITIES = {  # words in a list's "modality" or "channel_names"
     "ct": "ct cta cect ncct cbct ldct".split(),
-    "mr": "mr mri mrt t1 t1w t1c t1ce t1gd t1n t2 t2w t2f t2spir t2star flair dwi adc swi spir pd dixon".split(),
+    "mr": ("mr mri mrt t1 t1w t1c t1ce t1gd t1n t2 t2w t2f t2spir t2star flair dwi adc swi spir pd "
+           "dixon").split(),
 }
 LABEL_WORDS = "labels?|segmentations?|segs?|masks?|gts?|ground[ _-]?truths?|annotations?"
 LABEL_FOLDER = rf"({LABEL_WORDS})[ _-].*|(.*[ _-])?({LABEL_WORDS})(tr|ts|va|val)?"
@@ -29,19 +31,24 @@ PRINTABLE = "[^\0-\x1f\x7f\ud800-\udfff]+"
 
 
 class WalkedCase(dict):
-    """A case that was found by walking a folder. Nobody named it, so `load_case` refuses it if it looks like a label."""
+    """A case that was found by walking a folder.
+
+    Nobody named it, so `load_case` refuses it if it looks like a label.
+    """
 
 
 def read_list(path, key="training", data_root=None):
-    """Read the cases of a folder, NIfTI file, JSON or text list: [{"image": path, "label": path or None}].
+    """Read the cases of one source: [{"image": path, "label": path or None}], absolute paths.
 
-    Paths are absolute. A folder that holds a dataset.json is read through it; of any other folder, every
-    NIfTI file below it, naturally sorted, except labels and hidden files. JSON: of MSD, MONAI or nnU-Net;
-    `key` names the split, and cases to which the list gives a fold have a "fold", too. Text: one image a
-    line, then a tab or comma and its label, if any; # starts a comment. Relative paths begin at `data_root`,
-    or at the list's folder.
-    ValueError, a line each, for anything else, for relative paths that climb out of that folder, and for a
-    case listed twice.
+    Folder    its dataset.json, if it holds one; else every NIfTI file below it, naturally sorted,
+              without labels and hidden files
+    JSON      of MSD, MONAI or nnU-Net; `key` names the split; a case has a "fold", too, if the
+              list gives it one
+    text      one image a line, then a tab or comma and its label, if any; # starts a comment
+    A NIfTI file is a case by itself. Relative paths begin at `data_root`, or at the list's folder.
+
+    ValueError, a line each, for anything else, for relative paths that climb out of that folder,
+    and for a case listed twice.
     """
     cases, problems = read_lists([path], key, data_root)
     if problems:
@@ -56,26 +63,48 @@ def read_lists(paths, key="training", data_root=None, modality=None):
     """
     cases, problems = {}, []
     for path in map(os.path.abspath, paths):
-        try:
-            path, entries = read_entries(path, key, modality)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        for entry in entries:
-            try:
-                case = make_case(path, entry, data_root)
-                identity = without_suffix(os.path.realpath(case["image"]))
-                if identity in cases:
-                    raise ValueError(f"{path}: {case['image']} is listed twice, by two sources, or is there as .nii "
-                                     "and .nii.gz; keep one")
+        listed, wrong = read_source(path, key, data_root, modality)
+        problems += wrong
+        for case in listed:
+            identity = without_suffix(os.path.realpath(case["image"]))
+            if identity in cases:
+                problems.append(f"{path}: {case['image']} is listed twice, by two sources, or is "
+                                "there as .nii and .nii.gz; keep one")
+            else:
                 cases[identity] = case
-            except ValueError as error:
-                problems.append(str(error))
     return list(cases.values()), problems
 
 
-def read_entries(path, key, modality=None):
-    """Read one source: (path of the list, its entries). An entry is a dict of image, label and fold, not yet trusted."""
+def read_source(path, key, data_root=None, modality=None):
+    """Read one source, a list, folder or file: (cases, problems)."""
+    try:
+        path, entries = read_entries(path, key, data_root, modality)
+    except ValueError as error:
+        return [], [str(error)]
+    cases, problems = [], []
+    for entry in entries:
+        try:
+            cases.append(make_case(path, entry, root_of(path, data_root)))
+        except ValueError as error:
+            problems.append(str(error))
+
+    images = [case["image"] for case in cases]
+    if images and not any(map(os.path.lexists, images)):
+        concerns.tell([Concern(path, "none of its images is there", f"such as {images[0]}",
+                               "name the folder that they are in with --data_root")])
+    return cases, problems
+
+
+def root_of(path, data_root=None):
+    """Return the folder at which a list's relative paths begin."""
+    return os.path.abspath(data_root or os.path.dirname(path))
+
+
+def read_entries(path, key, data_root=None, modality=None):
+    """Read one source: (path of the list, its entries).
+
+    An entry is a dict of image, label and fold, not yet trusted.
+    """
     inside = os.path.join(path, "dataset.json")
     if os.path.isdir(path) and os.path.isfile(inside):
         concerns.note(f"{path}: read through its dataset.json{other_keys(inside, key)}")
@@ -86,13 +115,14 @@ def read_entries(path, key, modality=None):
         entries = [{"image": path}]
     elif path.lower().endswith(".json"):
         content = read_json(path)
-        entries = json_entries(path, content, key)
-        concerns.tell(list_concerns(path, content, entries, key, modality))
+        root = root_of(path, data_root)
+        entries = json_entries(path, content, key, root)
+        concerns.tell(list_concerns(path, content, entries, key, root, modality))
     else:
         entries = text_entries(path)
     if not entries:
-        raise ValueError(f"{path}: holds no NIfTI image (*.nii, *.nii.gz, *.hdr){other_formats(path)}; "
-                         "give the folder or list that does")
+        raise ValueError(f"{path}: holds no NIfTI image (*.nii, *.nii.gz, *.hdr)"
+                         f"{other_formats(path)}; give the folder or list that does")
     return path, entries
 
 
@@ -102,16 +132,19 @@ def other_keys(path, key):
     return f", its {key!r} cases" + (f", not {', '.join(others)}" if others else "")
 
 
-def make_case(path, entry, data_root=None):
-    """Turn an entry of the list at `path` into a case with absolute paths; ValueError if it is none."""
+def make_case(path, entry, root):
+    """Turn an entry of the list at `path` into a case with absolute paths.
+
+    ValueError if it is none.
+    """
     names = [entry["image"]]
     if entry.get("label") is not None:
         names.append(entry["label"])
     if not all(isinstance(name, str) and re.fullmatch(PRINTABLE, name) for name in names):
-        raise ValueError(f"{path}: {str(names)[:200]!r} is no path of one image (one channel), or two; repair it")
+        raise ValueError(f"{path}: {str(names)[:200]!r} is no path of one image (one channel), or "
+                         "two; repair it")
 
-    folder = os.path.abspath(data_root or os.path.dirname(path))
-    names = [resolve(path, name, folder) for name in names]
+    names = [resolve(path, name, root) for name in names]
     image = with_channel(path, names[0])
     label = names[1] if len(names) > 1 else None
     kind = WalkedCase if os.path.isdir(path) else dict
@@ -124,8 +157,8 @@ def make_case(path, entry, data_root=None):
 def resolve(path, name, folder):
     """Return a listed path as an absolute one.
 
-    An absolute path was named by the user and may lie anywhere; ValueError for a relative one of a JSON
-    that climbs out of its folder, for lists are passed on and unpacked.
+    An absolute path was named by the user and may lie anywhere; ValueError for a relative one of
+    a JSON that climbs out of its folder, for lists are passed on and unpacked.
     """
     full = os.path.normpath(os.path.join(folder, name))
     if "\\" in name and not os.path.exists(full):
@@ -142,7 +175,7 @@ def resolve(path, name, folder):
 
 
 def with_channel(path, image):
-    """Return CASE_0000.nii.gz for a listed CASE.nii.gz that is not there itself: nnU-Net's v1 lists omit the channel."""
+    """Return CASE_0000.nii.gz for a listed CASE.nii.gz that is not there: nnU-Net v1's habit."""
     if os.path.lexists(image) or not is_volume(image):
         return image
     suffix = image[len(without_suffix(image)):]
@@ -150,8 +183,9 @@ def with_channel(path, image):
     if not os.path.exists(channels[0]):
         return image
     if os.path.exists(channels[1]):
-        raise ValueError(f"{path}: {image} has several channels, {channels[0]} and more; only one is supported")
-    concerns.note(f"{path}: its images are found with nnU-Net's channel, as {os.path.basename(channels[0])}")
+        raise ValueError(f"{path}: {image} has several channels, {channels[0]} and more; only one "
+                         "is supported")
+    concerns.note(f"{path}: its images are found with nnU-Net's channel in their names, _0000")
     return channels[0]
 
 
@@ -159,13 +193,13 @@ def without_suffix(path):
     return os.path.join(os.path.dirname(path), stem(path))
 
 
-# ------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 def find_volumes(folder, images=False):
     """Find every NIfTI file below a folder, naturally sorted. Prints what was left out.
 
-    Hidden names (git-annex, macOS's ._x.nii.gz) and __MACOSX are left out. Linked folders are entered once,
-    after the real ones, so loops end; of a file and links to it one is taken. With `images`, labels are
-    left out as well, by the names of their folders and files.
+    Hidden names (git-annex, macOS's ._x.nii.gz) and __MACOSX are left out. Linked folders are
+    entered once, after the real ones, so loops end; of a file and links to it one is taken. With
+    `images`, labels are left out as well, by the names of their folders and files.
     """
     folder = os.path.abspath(folder)
     volumes, left_out = [], collections.Counter()
@@ -199,7 +233,7 @@ def find_volumes(folder, images=False):
 
 
 def why_left_out(name, is_folder, images):
-    """Return why a name in a folder is not used, or None: it is a volume, a folder to enter, or no data at all."""
+    """Return why a name in a folder is not used; None for volumes, folders to enter, no data."""
     hidden = name.startswith(".") or name == "__MACOSX"
     if hidden:
         return "hidden names" if is_folder or is_volume(name) else None
@@ -228,7 +262,7 @@ def natural(name):
 
 
 def other_formats(path):
-    """Return ", but DICOM files: ..." if a folder without NIfTI files holds volumes of another format, else ""."""
+    """Return ", but x is DICOM ..." if a folder holds volumes of another format, else ""."""
     if not os.path.isdir(path):
         return ""
     for where, _, names in os.walk(path):
@@ -239,9 +273,12 @@ def other_formats(path):
     return ""
 
 
-# ---------------------------------------------------------------------------------------- JSON lists
+# --------------------------------------------------------------------------------------- JSON lists
 def read_json(path):
-    """Read a JSON file as a dict; ValueError unless it is one object whose keys are all different."""
+    """Read a JSON file as a dict.
+
+    ValueError unless it is one object whose keys are all different.
+    """
     text = read_text(path)
     try:
         content = json.loads(text, object_pairs_hook=object_of)
@@ -249,11 +286,15 @@ def read_json(path):
             raise TypeError(f"it is a {type(content).__name__}")
         return content
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON object ({error}); write it in MSD or nnU-Net form") from None
+        raise ValueError(f"{path}: no JSON object ({error}); write it in MSD or nnU-Net "
+                         "form") from None
 
 
 def object_of(pairs):
-    """Return a dict of a JSON object's pairs; of a key that is there twice json would drop the first value silently."""
+    """Return a dict of a JSON object's pairs; ValueError if a key is there twice.
+
+    json by itself would drop the first value silently.
+    """
     counts = collections.Counter(name for name, _ in pairs)
     twice = [name for name in counts if counts[name] > 1]
     if twice:
@@ -261,18 +302,25 @@ def object_of(pairs):
     return dict(pairs)
 
 
-def json_entries(path, content, key):
-    """Return the entries under `key`. nnU-Net's v2 lists have none: its files are found by their names."""
+def json_entries(path, content, key, root):
+    """Return the entries under `key`; nnU-Net v2's lists have none, and their files are found."""
     listed = content.get(key)
     if listed is None and key in nnunet_keys(content):
-        entries = nnunet_entries(path, content, key)
+        entries = nnunet_entries(path, content, key, root)
     elif not isinstance(listed, list) or not listed:
         state = "is empty" if listed == [] else "is no list of cases"
-        raise ValueError(f"{path}: {key!r} {state}; --key can be {', '.join(map(repr, case_keys(content))) or 'none'}")
+        keys = ", ".join(map(repr, case_keys(content)))
+        raise ValueError(f"{path}: {key!r} {state}; --key can be {keys or 'none'}")
     else:
-        entries = [case if isinstance(case, dict) else {"image": case} for case in listed]
-        entries = [{name: case.get(name) for name in ("image", "label", "fold")} for case in entries]
+        entries = [listed_entry(case) for case in listed]
     return with_folds(path, entries) if key == "training" else entries
+
+
+def listed_entry(case):
+    """Return the entry of a case that a JSON lists as a dict, or as the name of its image."""
+    if not isinstance(case, dict):
+        return {"image": case}
+    return {"image": case.get("image"), "label": case.get("label"), "fold": case.get("fold")}
 
 
 def case_keys(content):
@@ -282,52 +330,65 @@ def case_keys(content):
 
 
 def nnunet_keys(content):
-    """Return the splits of an nnU-Net v2 dataset.json, which lists no cases: [] for any other list."""
-    is_nnunet = isinstance(content.get("channel_names"), (dict, list)) or isinstance(content.get("dataset"), dict)
-    return ["training", "test"] if is_nnunet else []
+    """Return the splits of an nnU-Net v2 dataset.json, which lists no cases; else []."""
+    has_channels = isinstance(content.get("channel_names"), (dict, list))
+    has_files = isinstance(content.get("dataset"), dict)
+    return ["training", "test"] if has_channels or has_files else []
 
 
-def nnunet_entries(path, content, key):
+def nnunet_entries(path, content, key, root):
     """Find the files of nnU-Net's v2 form.
 
-    "training" is what "dataset" names, or else imagesTr/{case}_0000.nii.gz with labelsTr/{case}.nii.gz;
-    "test" is imagesTs.
+    "training" is what "dataset" names, or else imagesTr/{case}_0000.nii.gz with
+    labelsTr/{case}.nii.gz; "test" is imagesTs.
     """
     channels = content.get("channel_names") or [0]
     if len(channels) != 1:
-        raise ValueError(f"{path}: {len(channels)} channels, {str(channels)[:200]}; only one is supported")
+        raise ValueError(f"{path}: {len(channels)} channels, {str(channels)[:200]}; only one is "
+                         "supported")
     if key == "training" and isinstance(content.get("dataset"), dict):
         return [nnunet_entry(path, name, files) for name, files in content["dataset"].items()]
 
     ending = str(content.get("file_ending", ".nii.gz"))
     if not is_volume(ending):
-        raise ValueError(f"{path}: its files end in {ending}, which is no NIfTI; convert them to .nii.gz")
-    images, labels = nnunet_folders(path, key)
-    cases = [name.removesuffix("_0000" + ending) for name in visible(images) if name.endswith("_0000" + ending)]
-    if not cases and visible(images):
-        raise ValueError(f"{images}: none of its {len(visible(images))} files is named CASE_0000{ending}, as nnU-Net "
-                         f"has them; rename them, or name them under {key!r} in {path}")
-    has_labels = os.path.isdir(labels)
-    return [{"image": f"{images}/{case}_0000{ending}", "label": f"{labels}/{case}{ending}" if has_labels else None}
-            for case in cases]
+        raise ValueError(f"{path}: its files end in {ending}, which is no NIfTI; convert them to "
+                         ".nii.gz")
+    images, labels = nnunet_folders(root, key)
+    names, suffix = visible(images), "_0000" + ending
+    cases = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+    if names and not cases:
+        raise ValueError(f"{images}: none of its {len(names)} files is named CASE{suffix}, as "
+                         f"nnU-Net has them; rename them, or name them under {key!r} in {path}")
+    entries = [{"image": f"{images}/{case}{suffix}"} for case in cases]
+    if os.path.isdir(labels):
+        for entry, case in zip(entries, cases):
+            entry["label"] = f"{labels}/{case}{ending}"
+    return entries
 
 
 def nnunet_entry(path, name, files):
-    """Return the entry of a case that nnU-Net's "dataset" names; ValueError unless it has one image."""
+    """Return the entry of a case that nnU-Net's "dataset" names.
+
+    ValueError unless it has one image.
+    """
     images = files.get("images") if isinstance(files, dict) else None
     if not isinstance(images, list) or len(images) != 1:
-        raise ValueError(f"{path}: case {name[:200]!r} under 'dataset' has not one image (one channel); repair it")
+        raise ValueError(f"{path}: case {name[:200]!r} under 'dataset' has not one image (one "
+                         "channel); repair it")
     return {"image": images[0], "label": files.get("label")}
 
 
-def nnunet_folders(path, key):
+def nnunet_folders(root, key):
     """Return the folders of images and labels of an nnU-Net split."""
     part = "Tr" if key == "training" else "Ts"
-    return [os.path.join(os.path.dirname(path), kind + part) for kind in ("images", "labels")]
+    return [os.path.join(root, kind + part) for kind in ("images", "labels")]
 
 
 def visible(folder):
-    """Return the names in a folder, without hidden ones, naturally sorted; none if there is no folder."""
+    """Return the names in a folder, without hidden ones, naturally sorted.
+
+    None if there is no folder.
+    """
     names = list_names(folder) if os.path.isdir(folder) else []
     return [name for name in names if not name.startswith(".")]
 
@@ -335,55 +396,62 @@ def visible(folder):
 def with_folds(path, entries):
     """Give entries the folds of a splits_final.json beside the list [nnU-Net].
 
-    Its k-th part holds back the cases under "val" and trains on all others. ValueError if it does not.
+    Its k-th part holds back the cases under "val" and trains on all others. ValueError if it does
+    not.
     """
     splits_path = os.path.join(os.path.dirname(path), "splits_final.json")
-    if not os.path.isfile(splits_path) or not all(isinstance(entry["image"], str) for entry in entries):
+    images = [entry["image"] for entry in entries]
+    if not os.path.isfile(splits_path) or not all(isinstance(image, str) for image in images):
         return entries
-    names = [stem(entry["image"]).removesuffix("_0000") for entry in entries]
+    names = [stem(image).removesuffix("_0000") for image in images]
     folds = {}
     try:
         for fold, split in enumerate(json.loads(read_text(splits_path))):
             complete = {*split["train"], *split["val"]} == {*names}
             if not complete or any(name in folds for name in split["val"]):
-                raise ValueError(f"fold {fold} leaves cases of the list out, or holds back one of another fold")
+                raise ValueError(f"fold {fold} leaves cases of the list out, or holds back one of "
+                                 "another fold")
             folds.update(dict.fromkeys(split["val"], fold))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{splits_path}: {error}; repair it, or move it away to have folds made") from None
+        raise ValueError(f"{splits_path}: {error}; repair it, or move it away to have folds "
+                         "made") from None
     return [{**entry, "fold": folds.get(name)} for name, entry in zip(names, entries)]
 
 
-def list_concerns(path, content, entries, key, modality=None):
-    """Return what is odd about a JSON list: another modality, another number of cases, files that are not used."""
+def list_concerns(path, content, entries, key, root, modality=None):
+    """Return what is odd about a JSON list: modality, number of cases, files that are not used."""
     found = []
     listed = list_modality(content)
     if modality and listed and listed != modality:
-        found.append(Concern(path, f"the list says {listed.upper()}, and it is read as {modality.upper()}",
-                             "", f"use --modality {listed}, or correct the list"))
+        what = f"the list says {listed.upper()}, and it is read as {modality.upper()}"
+        found.append(Concern(path, what, "", f"use --modality {listed}, or correct the list"))
     number = content.get("numTraining")
     if key == "training" and isinstance(number, int) and number != len(entries):
         found.append(Concern(path, "numTraining is not the number of cases",
-                             f"{number} expected, {len(entries)} found", "add the missing ones or correct it"))
+                             f"{number} expected, {len(entries)} found",
+                             "add the missing ones or correct it"))
     if key in nnunet_keys(content) and key not in content and "dataset" not in content:
-        found += unused_files(path, entries, key)
+        found += unused_files(root, entries, key)
     return found
 
 
-def unused_files(path, entries, key):
-    """Return a concern for nnU-Net images without a channel in their names, and one for labels without an image."""
-    folders = nnunet_folders(path, key)
-    used = [{entry[kind] for entry in entries} for kind in ("image", "label")]
-    whats = ("images without _0000 in their names are not used", "labels without an image are not used")
+def unused_files(root, entries, key):
+    """Return concerns about nnU-Net images without a channel, and about labels without an image."""
+    images, labels = nnunet_folders(root, key)
     found = []
-    for folder, paths, what in zip(folders, used, whats):
-        unused = [name for name in visible(folder) if is_volume(name) and f"{folder}/{name}" not in paths]
+    for folder, kind, what in (
+            (images, "image", "images without _0000 in their names are not used"),
+            (labels, "label", "labels without an image are not used")):
+        used = {entry.get(kind) for entry in entries}
+        volumes = filter(is_volume, visible(folder))
+        unused = [name for name in volumes if f"{folder}/{name}" not in used]
         if unused:
-            names = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+            names = concerns.enumerate_names(unused)
             found.append(Concern(folder, what, f"{len(unused)}: {names}", "rename or remove them"))
     return found
 
 
-# ---------------------------------------------------------------------------------------- text lists
+# --------------------------------------------------------------------------------------- text lists
 def read_text(path):
     """Read a text of at most MAX_LIST bytes in UTF-8, maybe gzip; ValueError for any other file."""
     known = name_format(path)                                        # some are text, such as .mhd
@@ -392,16 +460,17 @@ def read_text(path):
     try:
         with open_unpacked(path) as file:
             text = file.read(MAX_LIST + 1)
-        if len(text) > MAX_LIST:                                     # else the cases beyond would go silently
+        if len(text) > MAX_LIST:                         # the cases beyond would go silently
             raise OSError(0, f"is larger than {MAX_LIST} bytes")
         return text.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "neither NIfTI nor text in UTF-8"
-        raise ValueError(f"{path}: {reason}; give a folder, NIfTI file, dataset.json or text list") from None
+        raise ValueError(f"{path}: {reason}; give a folder, NIfTI file, dataset.json or text "
+                         "list") from None
 
 
 def text_entries(path):
-    """Return the entries of a text list: an image a line, then a tab or comma and its label, if any."""
+    """Return the entries of a text list: an image a line, then maybe its label."""
     entries = []
     for line in read_text(path).splitlines():
         line = line.strip()
@@ -411,9 +480,9 @@ def text_entries(path):
     return entries
 
 
-# ---------------------------------------------------------------------------------- names, modalities
+# -------------------------------------------------------------------------------- names, modalities
 def has_split(path, key):
-    """Return whether a list is a JSON with cases under this key; what is wrong with it `read_lists` tells."""
+    """Return whether a list is a JSON with cases under this key. `read_lists` tells its faults."""
     path = str(path)
     if os.path.isdir(path):
         path = os.path.join(path, "dataset.json")
@@ -424,7 +493,7 @@ def has_split(path, key):
 
 
 def list_modality(content):
-    """Return "ct" or "mr" if all that a JSON list says of its modality is one of them, else None."""
+    """Return "ct" or "mr" if what a JSON list says of its modality is one of them, else None."""
     named = content.get("channel_names") or content.get("modality")
     if isinstance(named, dict):
         named = list(named.values())
@@ -434,10 +503,11 @@ def list_modality(content):
 
 
 def label_names(path, ignore=False):
-    """Return {id: name} from the "labels" of a dataset.json, MSD's id -> name or nnU-Net's name -> id; None without.
+    """Return {id: name} from the "labels" of a dataset.json, or None if there are none.
 
-    ValueError unless each name has one number of its own in 0..255. nnU-Net's "ignore", voxels that nobody
-    annotated, is refused unless `ignore`: training would take it for an organ.
+    MSD has id -> name, nnU-Net name -> id.
+    ValueError unless each name has one number of its own in 0..255. nnU-Net's "ignore", voxels that
+    nobody annotated, is refused unless `ignore`: training would take it for an organ.
     """
     path = str(path)
     if os.path.isdir(path) and os.path.isfile(os.path.join(path, "dataset.json")):
@@ -449,15 +519,16 @@ def label_names(path, ignore=False):
     try:
         for key, value in labels.items():
             if isinstance(value, list):
-                raise ValueError(f"{key!r} is a region of several numbers, {value}: give each organ one number")
+                raise ValueError(f"{key!r} is a region of several numbers, {value}: give each "
+                                 "organ one number")
             number, name = (int(key), value) if isinstance(value, str) else (value, key)
             if type(number) is not int or not 0 <= number < 256 or number in names:
                 raise ValueError(f"{key!r}: {value}")
             names[number] = name
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: 'labels' must be {{id: name}} or {{name: id}}, ids 0..255, each once "
-                         f"({str(error)[:200]}); repair them") from None
+        raise ValueError(f"{path}: 'labels' must be {{id: name}} or {{name: id}}, ids 0..255, each "
+                         f"once ({str(error)[:200]}); repair them") from None
     if "ignore" in names.values() and not ignore:
-        raise ValueError(f"{path}: label 'ignore' marks voxels that nobody annotated, which training here cannot leave "
-                         "out; relabel them, or leave those cases out")
+        raise ValueError(f"{path}: label 'ignore' marks voxels that nobody annotated, which "
+                         "training here cannot leave out; relabel them, or leave those cases out")
     return names

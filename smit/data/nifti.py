@@ -1,8 +1,8 @@
 """Read and write NIfTI files, none of which is trusted. [SMIT 3]
 
-The only room that opens NIfTI files, and so the boundary where no file is trusted: a header is held against
-its file's size before memory is taken, gzip is read to its end so that its CRC counts, and what is bad
-leaves as BadVolume.
+The only room that opens NIfTI files, and so the boundary where no file is trusted: a header is
+held against its file's size before memory is taken, gzip is read to its end so that its CRC
+counts, and what is bad leaves as BadVolume.
 
 Reading order: names, the header and its checks, voxels, what others call.
 """
@@ -30,9 +30,10 @@ MAX_VALUE = 1e30                       # larger ones would overflow in float32 a
 CHUNK = 2 ** 16                        # voxels converted at a time
 MIN_MM, MAX_MM = .01, 50               # voxel sizes that are believed
 MAX_FIELD_MM, MAX_FIELD_MM3 = 5e3, 2e9  # and fields of view: no patient is longer than 5 m
-QUATERNION_EXCESS = 1e-4               # of a squared length over 1 that is rounding: five digits were kept
+QUATERNION_EXCESS = 1e-4               # of a squared length over 1 that is rounding
 SKEW_DEGREES = 1                       # a larger shear is told
-TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
+         256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 FORMATS = (                            # name, converter, where its magic stands and what it is
     ("DICOM", "dcm2niix", 128, b"DICM"),
     ("DICOM", "dcm2niix", 0, b"\x08\x00\x05\x00"),        # without its preamble
@@ -43,7 +44,6 @@ FORMATS = (                            # name, converter, where its magic stands
     ("HDF5 or MINC", "mnc2nii", 0, b"\x89HDF"),
     ("MINC", "mnc2nii", 0, b"CDF\x01"),
     ("a numpy array", "nibabel", 0, b"\x93NUMPY"),
-    ("a zip archive", "unpacking", 0, b"PK\x03\x04"),
 )
 
 # body: the file with the voxels; offset: of the first of them, in bytes; nifti: the raw header
@@ -54,7 +54,7 @@ class BadVolume(ValueError):
     """A file that cannot be used: "path: what is wrong; what to do"."""
 
 
-# --------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 def is_volume(path):
     """Return whether a name is that of a NIfTI file with a header."""
     return str(path).lower().endswith(SUFFIXES)
@@ -87,7 +87,7 @@ def open_unpacked(path):
 
 
 def name_format(path):
-    """Return the name of a file's format and what converts it, if it is a known one and not NIfTI; else None."""
+    """Return a file's format and what converts it, if it is known and not NIfTI; else None."""
     try:
         with open_unpacked(path) as file:
             block = file.read(512)
@@ -99,11 +99,11 @@ def name_format(path):
     return None
 
 
-# -------------------------------------------------------------------------------------------- header
+# ------------------------------------------------------------------------------------------- header
 def read_header(path):
-    """Read a NIfTI file's header and hold it against the file's size: a Header. BadVolume if it is not sound.
+    """Read a NIfTI file's header and hold it against the file's size: a Header.
 
-    Allocates nothing, however large a volume the header declares.
+    Allocates nothing, however large a volume the header declares. BadVolume if it is not sound.
     """
     head, body = pair(path)
     block, size, packed = read_header_block(path, head, body)
@@ -120,7 +120,7 @@ def read_header(path):
 
 
 def read_header_block(path, head, body):
-    """Read the first bytes of the header: (bytes, size of the file with the voxels, whether that is gzip).
+    """Read the header's bytes: (bytes, size of the file with the voxels, whether that is gzip).
 
     BadVolume for what is not there, not readable, or no file: links to nowhere, pipes, folders.
     """
@@ -134,9 +134,9 @@ def read_header_block(path, head, body):
 
 
 def parse_header(path, block, single):
-    """Parse the bytes of a header as NIfTI-1 or NIfTI-2 of either byte order; BadVolume for any other file.
+    """Parse the bytes of a header as NIfTI-1 or NIfTI-2 of either byte order.
 
-    nibabel's own check is off, for it would repair silently.
+    BadVolume for any other file. nibabel's own check is off, for it would repair silently.
     """
     little, big = (int.from_bytes(block[:4], order) for order in ("little", "big"))
     kind = nib.Nifti2Header if 540 in (little, big) else nib.Nifti1Header
@@ -151,18 +151,20 @@ def parse_header(path, block, single):
 
 
 def check_shape(path, nifti):
-    """Return the three sides. BadVolume for other dimensions, and for sides that would ask for all memory."""
+    """Return the three sides; BadVolume for other dimensions, and sides that ask for all memory."""
     ndim, *sides = (int(n) for n in nifti["dim"])
     if not 3 <= ndim <= 7 or any(side != 1 for side in sides[3:ndim]):
         raise BadVolume(f"{path}: {ndim}-D, sides {sides[:ndim]}; give one 3-D volume (one frame)")
     shape = tuple(sides[:3])
     voxels = np.prod(shape, dtype=float)
     if min(shape) < 1 or max(shape) > MAX_SIDE:
-        raise BadVolume(f"{path}: sides {shape} are not 1..{MAX_SIDE}; crop it or repair the header")
+        raise BadVolume(f"{path}: sides {shape} are not 1..{MAX_SIDE}; crop it or repair the "
+                        "header")
     limit = int(os.environ.get("SMIT_MAX_VOXELS", MAX_VOXELS))
     if voxels > limit:
-        raise BadVolume(f"{path}: sides {shape} are {voxels:.0f} voxels, more than {limit}; crop it, or allow it with "
-                        f"the environment's SMIT_MAX_VOXELS={voxels:.0f}, at about 12 bytes of memory a voxel")
+        raise BadVolume(f"{path}: sides {shape} are {voxels:.0f} voxels, more than {limit}; crop "
+                        "it, or allow it with the environment's SMIT_MAX_VOXELS="
+                        f"{voxels:.0f}, at about 12 bytes of memory a voxel")
     return shape
 
 
@@ -170,14 +172,15 @@ def check_type(path, nifti):
     """Return the voxels' numpy dtype. BadVolume for what is not one real number a voxel."""
     code = int(nifti["datatype"])
     if code not in TYPES:
-        raise BadVolume(f"{path}: voxel type {code} is not one real number a voxel (RGB, complex, ...); convert it")
+        raise BadVolume(f"{path}: voxel type {code} is not one real number a voxel (RGB, complex, "
+                        "...); convert it")
     return np.dtype(nifti.endianness + TYPES[code])
 
 
 def check_scaling(path, nifti):
-    """Return slope and intercept of stored values. BadVolume if one is infinite, and the voxels with it."""
+    """Return slope and intercept of stored values; BadVolume if one makes all voxels infinite."""
     slope, inter = np.float64(nifti["scl_slope"]), np.float64(nifti["scl_inter"])
-    if slope == 0 or np.isnan(slope):                                # NIfTI's ways to say: not scaled
+    if slope == 0 or np.isnan(slope):                    # NIfTI's ways to say: not scaled
         return np.float64(1), np.float64(0)
     if not np.isfinite([slope, inter]).all():
         raise BadVolume(f"{path}: voxel scaling {slope}, {inter} is not finite; repair the header")
@@ -185,7 +188,7 @@ def check_scaling(path, nifti):
 
 
 def check_offset(path, nifti, single):
-    """Return the byte at which voxels begin. BadVolume if it lies in the header or absurdly far behind it."""
+    """Return the byte at which voxels begin; BadVolume if in the header, or far behind it."""
     least = nifti.single_vox_offset if single else 0
     offset = np.float64(nifti["vox_offset"]) or np.float64(least)
     if not least <= offset <= MAX_OFFSET or not offset.is_integer():
@@ -194,19 +197,19 @@ def check_offset(path, nifti, single):
 
 
 def check_length(path, claimed, size, packed):
-    """Hold the bytes that a header claims against the file's size; BadVolume for truncated files and for bombs."""
+    """Hold the bytes that a header claims against the file's size: BadVolume if cut, or a bomb."""
     most = size * DEFLATE_RATIO if packed else size
     too_long = not packed and size > claimed + MAX_TAIL
     if claimed > most or too_long:
-        raise BadVolume(f"{path}: {size} bytes cannot be the {claimed} that its header claims: truncated or forged; "
-                        "copy it again")
+        raise BadVolume(f"{path}: {size} bytes cannot be the {claimed} that its header claims: "
+                        "truncated or forged; copy it again")
 
 
 def read_affine(path, nifti):
-    """Return the affine of voxels to mm in RAS+ space. BadVolume if it is singular, not finite or far off.
+    """Return the affine of voxels to mm in RAS+ space.
 
-    Mends `nifti` as the standard reads it: a qfac of 0 is 1, a quaternion that rounding made too long is
-    shortened.
+    BadVolume if it is singular, not finite or far off. Mends `nifti` as the standard reads it: a
+    qfac of 0 is 1, a quaternion that rounding made too long is shortened.
     """
     nifti["pixdim"][0] = nifti["pixdim"][0] or 1
     shorten_quaternion(nifti)
@@ -225,7 +228,7 @@ def read_affine(path, nifti):
 
 
 def shorten_quaternion(nifti):
-    """Scale a header's (b, c, d) to length 1 where rounding made it longer, as NIfTI's own library does.
+    """Scale a header's (b, c, d) to length 1 where rounding made it longer, as NIfTI's code does.
 
     Only a hair is rounding: a longer one is left for nibabel to refuse, for it is no rotation.
     """
@@ -249,29 +252,29 @@ def units_text(nifti):
 
 
 def check_field_of_view(path, shape, affine, nifti):
-    """Raise BadVolume for voxels or a field of view of a size that would ask for all memory once resampled."""
+    """Raise BadVolume for voxel sizes and fields of view that ask for all memory once resampled."""
     spacing = spacing_of(affine)
     field = spacing * shape
     sizes_fit = MIN_MM <= spacing.min() and spacing.max() <= MAX_MM
     if not (sizes_fit and field.max() <= MAX_FIELD_MM and field.prod() <= MAX_FIELD_MM3):
-        raise BadVolume(f"{path}: spacing {spacing} mm, or the field of view {field} mm, is absurd{units_text(nifti)}; "
-                        "repair the header")
+        raise BadVolume(f"{path}: spacing {spacing} mm, or the field of view {field} mm, is absurd"
+                        f"{units_text(nifti)}; repair the header")
 
 
 def geometry_concerns(path, shape, affine, nifti):
-    """Return what is odd about a sound header: no orientation, two that differ, axes not at right angles."""
+    """Return what is odd about a sound header: no orientation, two that differ, skewed axes."""
     found = []
     has_qform, has_sform = int(nifti["qform_code"]) > 0, int(nifti["sform_code"]) > 0
     if not has_qform and not has_sform:
         axes = "".join(nib.aff2axcodes(affine))
-        found.append(Concern(path, "left and right are unknown: qform_code and sform_code are 0", f"taken as {axes}",
-                             "set the orientation in the header"))
+        found.append(Concern(path, "left and right are unknown: qform_code and sform_code are 0",
+                             f"taken as {axes}", "set the orientation in the header"))
     if has_qform and has_sform:
         found += differing_forms(path, shape, affine, nifti)
     degrees = skew_degrees(affine)
     if degrees > SKEW_DEGREES:
-        found.append(Concern(path, "its axes are not at right angles: gantry tilt?", f"{degrees:.1f} degrees",
-                             "use dcm2niix's file of corrected tilt"))
+        found.append(Concern(path, "its axes are not at right angles: gantry tilt?",
+                             f"{degrees:.1f} degrees", "use dcm2niix's file of corrected tilt"))
     return tuple(found)
 
 
@@ -286,10 +289,12 @@ def differing_forms(path, shape, affine, nifti):
     if not apart_mm > spacing_of(affine).max():
         return []
     codes = ["".join(nib.aff2axcodes(form)) for form in (affine, qform)]
-    mirrored = np.linalg.det(affine[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0 or codes[0][0] != codes[1][0]
-    what = "qform and sform differ, even in left and right" if mirrored else "qform and sform differ"
-    return [Concern(path, f"{what}; the sform is used", f"{codes[0]} by sform, {codes[1]} by qform, "
-                    f"{apart_mm:.4g} mm apart", "make them agree")]
+    mirrored = np.linalg.det(affine[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
+    what = "qform and sform differ"
+    if mirrored or codes[0][0] != codes[1][0]:
+        what += ", even in left and right"
+    detail = f"{codes[0]} by sform, {codes[1]} by qform, {apart_mm:.4g} mm apart"
+    return [Concern(path, f"{what}; the sform is used", detail, "make them agree")]
 
 
 def skew_degrees(affine):
@@ -299,7 +304,7 @@ def skew_degrees(affine):
     return float(np.degrees(np.arcsin(np.clip(np.abs(cosines).max(), 0, 1))))
 
 
-# -------------------------------------------------------------------------------------------- voxels
+# ------------------------------------------------------------------------------------------- voxels
 def read_pieces(header):
     """Yield (index of the first voxel, scaled float64 values) piece by piece in file order.
 
@@ -312,12 +317,14 @@ def read_pieces(header):
             file.seek(header.offset)
             while done < count:
                 raw = file.read(min(CHUNK, count - done) * size)
-                with np.errstate(all="ignore"):                      # what overflows is refused below
-                    values = np.frombuffer(raw, header.dtype, len(raw) // size) * header.slope + header.inter
+                stored = np.frombuffer(raw, header.dtype, len(raw) // size)
+                with np.errstate(all="ignore"):          # what overflows is refused below
+                    values = stored * header.slope + header.inter
                 if not len(values):
                     raise EOFError(f"ends after {done} of {count} voxels")
                 if not (np.abs(values) < MAX_VALUE).all():
-                    raise BadVolume(f"{header.path}: has voxels that are NaN, infinite or huge; leave it out")
+                    raise BadVolume(f"{header.path}: has voxels that are NaN, infinite or huge; "
+                                    "leave it out")
                 yield done, values
                 done += len(values)
 
@@ -335,13 +342,15 @@ def read_volume(path):
     """
     header = read_header(path)
     volume = np.empty(int(np.prod(header.shape)), np.float32)
-    first, varies = None, False
+    first = None
+    varies = False
     for start, values in read_pieces(header):
         if start == 0:
             first = values[0]
-        if not varies and (values != first).any():                   # until then a bomb of zeros touches no memory
-            varies, volume[:start] = True, first
-        if varies:
+        if not varies and (values != first).any():
+            varies = True
+            volume[:start] = first
+        if varies:                                       # a bomb of zeros touches no memory
             volume[start:start + len(values)] = values
     if not varies:
         raise BadVolume(f"{path}: all voxels are equal; leave it out")
@@ -351,7 +360,7 @@ def read_volume(path):
 def read_label(path, num_classes=None, allow_empty=True):
     """Read a label: (uint8 (X, Y, Z), affine float64).
 
-    BadVolume if it is damaged, or not whole numbers in 0..num_classes - 1; if empty, unless allowed.
+    BadVolume if it is damaged, or not whole numbers in 0..num_classes - 1, or empty unless allowed.
     """
     header = read_header(path)
     highest = (num_classes or 256) - 1
@@ -363,7 +372,8 @@ def read_label(path, num_classes=None, allow_empty=True):
         whole = values.round()
         wrong = values[(np.abs(values - whole) > tolerance) | (whole < 0) | (whole > highest)]
         if len(wrong):
-            raise BadVolume(f"{path}: label value {wrong[0]} is not a whole number in 0..{highest}; repair the label")
+            raise BadVolume(f"{path}: label value {wrong[0]} is not a whole number in "
+                            f"0..{highest}; repair the label")
         label[start:start + len(values)] = whole
     if not allow_empty and not label.any():
         raise BadVolume(f"{path}: the label is empty, all background; leave the case out")
@@ -371,7 +381,7 @@ def read_label(path, num_classes=None, allow_empty=True):
 
 
 def write_label(path, label, like):
-    """Write a label (X, Y, Z) on the grid of the NIfTI file `like`: uint8 .nii.gz with its shape, qform and sform."""
+    """Write a label (X, Y, Z) as uint8 .nii.gz with shape, qform and sform of the file `like`."""
     nifti = read_header(like).nifti.copy()
     nifti.set_data_dtype(np.uint8)
     for field in ("cal_min", "cal_max", "vox_offset"):               # the image's, not the label's

@@ -24,9 +24,9 @@ CODES = {  # BTCV's organs in BTCV's order, and the paper's columns for them
 }
 ORGANS = tuple(CODES)                  # BTCV's number n is ORGANS[n - 1]
 
-# Other names of these organs, in any order of their words. Sources: the labels in dataset.json of AMOS22 [A]
-# ("arota" is its spelling), the class map of TotalSegmentator [T], the label table of FLARE22 [F], MONAI's
-# tutorial on BTCV [M], the paper's columns [P], spellings met elsewhere [-]
+# Other names of these organs, in any order of their words. Sources: the labels in dataset.json of
+# AMOS22 [A] ("arota" is its spelling), the class map of TotalSegmentator [T], the label table of
+# FLARE22 [F], MONAI's tutorial on BTCV [M], the paper's columns [P], spellings met elsewhere [-]
 ALIASES = {
     "spleen": ("sp",),                                               # P
     "right kidney": ("kidney right", "rkid", "rk"),                  # T, M, F
@@ -37,16 +37,19 @@ ALIASES = {
     "stomach": ("sto",),                                             # M, P
     "aorta": ("arota", "aor"),                                       # A, P
     "inferior vena cava": ("postcava", "post cava", "ivc"),          # A, -, F and P
-    "portal and splenic veins": ("portal vein and splenic vein", "portal and splenic vein",
-                                 "portal vein splenic vein", "veins", "spv", "psv"),     # T, -, -, M, P, -
+    "portal and splenic veins": (                                    # T, -, -, M, P, -
+        "portal vein and splenic vein", "portal and splenic vein", "portal vein splenic vein",
+        "veins", "spv", "psv"),
     "pancreas": ("pan",),                                            # P
-    "right adrenal gland": ("adrenal gland right", "right adrenal", "rad", "rag", "ra"),  # T, -, M, F, P
-    "left adrenal gland": ("adrenal gland left", "left adrenal", "lad", "lag", "la"),     # T, -, M, F, P
+    "right adrenal gland": (                                         # T, -, M, F, P
+        "adrenal gland right", "right adrenal", "rad", "rag", "ra"),
+    "left adrenal gland": (                                          # T, -, M, F, P
+        "adrenal gland left", "left adrenal", "lad", "lag", "la"),
 }
 SIDES = {"r": "right", "rt": "right", "l": "left", "lt": "left"}     # as in kidney_r
 
 
-# -------------------------------------------------------------------------------------------- organs
+# ------------------------------------------------------------------------------------------- organs
 def words_of(name):
     """Return the words of a name, in lower case and alphabetical order; sides in full."""
     words = re.findall(r"[^\W_]+", name.lower())
@@ -72,14 +75,15 @@ def organ(name):
 
 
 def organ_ids(names, where):
-    """Turn {id: name} into {organ: id}, without the background; ValueError if two names mean one organ."""
+    """Turn {id: name} into {organ: id}, without background; ValueError if two are one organ."""
     ids = {}
     for number, name in sorted(names.items()):
         if not number:
             continue
         known = organ(name)
         if known in ids:
-            raise ValueError(f"{where}: labels {ids[known]} and {number} are both {known}; rename one")
+            raise ValueError(f"{where}: labels {ids[known]} and {number} are both {known}; rename "
+                             "one")
         ids[known] = number
     return ids
 
@@ -97,18 +101,19 @@ def btcv_numbers(names, images):
     ids = organ_ids(names, "--weights")
     odd = [image for image in images if not re.fullmatch(r"img\d+", case_name(image))]
     if odd or not ids.keys() <= CODES.keys():
-        raise ValueError(f"--export_test takes images named as img0061.nii.gz, and BTCV's organs: {odd[:1]}, {[*ids]}")
+        raise ValueError("--export_test takes images named as img0061.nii.gz, and BTCV's organs: "
+                         f"{odd[:1]}, {[*ids]}")
     table = np.zeros(256, np.uint8)
     for name, number in ids.items():
         table[number] = ORGANS.index(name) + 1
     return table
 
 
-# --------------------------------------------------------------------------------------------- cases
+# -------------------------------------------------------------------------------------------- cases
 def case_name(path):
-    """Return the name of a case: its file's, without suffix; without the channel in nnU-Net's layout.
+    """Return the name of a case: its file's, without suffix and, in nnU-Net's layout, channel.
 
-    imagesTr/chaos01_0000.nii.gz -> chaos01, but scans/week_0000.nii.gz -> week_0000.
+    imagesTr/chaos01_0000.nii.gz is chaos01, but scans/week_0000.nii.gz is week_0000.
     """
     path = Path(path)
     is_nnunet = re.fullmatch("images(tr|ts|va|val|te)", path.parent.name, re.I)
@@ -118,24 +123,42 @@ def case_name(path):
 def case_names(paths):
     """Return a distinct, readable name for each of several cases.
 
-    It is the file's name, or else the folders' names that tell the files apart: case_1/imaging.nii.gz and
-    case_2/imaging.nii.gz are case_1 and case_2. ValueError if two cases would share a name.
+    It is the file's name, or else the folders' names that tell the files apart:
+    case_1/imaging.nii.gz and case_2/imaging.nii.gz are case_1 and case_2. ValueError if two cases
+    would share a name.
     """
     depth = depth_of_names(paths)
-    parts = [[*Path(path).parts[:-1], case_name(path)][-depth:] for path in paths]
-    columns = range(depth)
-    if len(paths) > 1 and depth > 1:
-        columns = [i for i in columns if len({part[i] for part in parts if len(part) == depth}) > 1]
-    names = ["_".join(part[i] for i in columns if i < len(part)) for part in parts]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise ValueError(f"{paths[names.index(name)]} and {paths[i]} are both case {name}; rename or drop one")
+    places = places_that_differ([path_parts(path)[-depth:] for path in paths])
+    names = []
+    for path in paths:
+        parts = path_parts(path)
+        name = "_".join(parts[place] for place in places if -place <= len(parts))
+        if name in names:
+            raise ValueError(f"{paths[names.index(name)]} and {path} are both case {name}; rename "
+                             "or drop one")
+        names.append(name)
     return names
 
 
+def path_parts(path):
+    """Return the names of a file's folders, and last that of its case."""
+    return [*Path(path).parts[:-1], case_name(path)]
+
+
+def places_that_differ(parts):
+    """Return the places, counted back from -1, at which lists of names differ; -1 for one list."""
+    depth = max(map(len, parts), default=1)
+    places = []
+    for place in range(-depth, 0):
+        names = {part[place] for part in parts if -place <= len(part)}
+        if len(names) > 1:
+            places.append(place)
+    return places or [-1]
+
+
 def depth_of_names(paths):
-    """Return how many last parts of paths, the file's name among them, tell the paths apart; 1 if all names differ."""
-    parts = [[*Path(path).parts[:-1], case_name(path)] for path in paths]
+    """Return how many last parts of paths tell them apart; 1 if all files' names differ."""
+    parts = [path_parts(path) for path in paths]
     deepest = max(map(len, parts), default=1)
     for depth in range(1, deepest):
         if len({tuple(part[-depth:]) for part in parts}) == len(parts):
@@ -144,7 +167,7 @@ def depth_of_names(paths):
 
 
 def identities(paths):
-    """Return what tells files apart wherever their folder lies: the last parts of their paths, often only the name."""
+    """Return the last parts of paths that tell them apart wherever they lie: often only names."""
     depth = depth_of_names(paths)
     return ["/".join(Path(path).parts[-depth:]) for path in paths]
 
@@ -156,5 +179,5 @@ def is_among(path, identities):
 
 
 def case_key(name):
-    """Return what names or paths of image, label and prediction of a case share: img0029, label0029, 0029 are one."""
+    """Return what the names of image, label and prediction share: img0029, label0029 give 0029."""
     return re.sub(r"^(img|label)(?=\d)", "", case_name(name))

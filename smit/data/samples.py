@@ -1,8 +1,8 @@
-"""Which volume, which crop, which mask: all chance in a sample, keyed on (seed, global sample number) [SMIT 2, 3].
+"""Draw samples: which volume, which crop, which mask, keyed on (seed, sample number) [SMIT 2, 3].
 
-A run is a sequence of samples 0, 1, 2, ...; sample s belongs to epoch s // n. Neither the rank, nor the
-worker, nor the moment at which a run was resumed enters a draw, so two ranks with batch 1 see the samples
-that one rank with batch 2 sees.
+A run is a sequence of samples 0, 1, 2, ...; sample s belongs to epoch s // n. Neither the rank,
+nor the worker, nor the moment at which a run was resumed enters a draw, so two ranks with batch 1
+see the samples that one rank with batch 2 sees.
 
 Reading order: random streams, splits, views for pre-training, crops for fine-tuning, batches.
 """
@@ -29,11 +29,11 @@ SPLITS = {  # numbers of the BTCV cases held back
     "smit21_9": [29, 30, 31, 32, 34, 36, 37, 39, 40],  # [release]
     "monai24_6": [35, 36, 37, 38, 39, 40],             # in MONAI's tutorials
 }
-FOLD_SEED = 12345                                      # [nnU-Net]
-WORKER_TIMEOUT_S = 300                                 # a loader worker silent for longer ends the run [ours]
+FOLD_SEED = 12345                      # [nnU-Net]
+WORKER_TIMEOUT_S = 300                 # a loader worker silent for longer ends the run [ours]
 
 
-# ------------------------------------------------------------------------------------ random streams
+# ----------------------------------------------------------------------------------- random streams
 def generator(seed, *key):
     """Make a torch.Generator for one purpose, such as generator(seed, "train", sample) [ours].
 
@@ -52,16 +52,17 @@ def epoch_order(n, seed, epoch):
 
 
 def micro_batches(first, last, micro, rank=0, world=1):
-    """Yield this rank's sample numbers, one list per micro-batch, from sample `first` until before `last`.
+    """Yield this rank's sample numbers, a list per micro-batch, from `first` until before `last`.
 
-    A global micro-batch is micro * world consecutive samples; rank r takes the r-th stretch of `micro`.
+    A global micro-batch is micro * world consecutive samples; rank r takes the r-th stretch of
+    `micro`.
     """
     for start in range(first, last, micro * world):
         begin = start + rank * micro
         yield list(range(begin, begin + micro))
 
 
-# -------------------------------------------------------------------------------------------- splits
+# ------------------------------------------------------------------------------------------- splits
 def published_split(cases, name):
     """Split BTCV cases by the numbers in their images' names: (train, held back).
 
@@ -87,10 +88,10 @@ def first_number(path):
 def fold_split(cases, fold, folds):
     """Split for cross-validation: (train, held back), nnU-Net's folds [nnU-Net].
 
-    If the lists give each case its "fold", as MONAI's do and nnU-Net's splits_final.json, theirs are taken
-    and `folds` does not count. Else the names are sorted as plain text, so that case_10 comes before case_2,
-    and shuffled by a fixed seed, whatever the order of the list.
-    ValueError if only some cases have a fold, or none has this one.
+    If the lists give each case its "fold", as MONAI's do and nnU-Net's splits_final.json, theirs
+    are taken and `folds` does not count. Else the names are sorted as plain text, so that case_10
+    comes before case_2, and shuffled by a fixed seed, whatever the order of the list. ValueError
+    if only some cases have a fold, or none has this one.
     """
     listed = [case.get("fold") for case in cases]
     if any(number is not None for number in listed):
@@ -108,11 +109,13 @@ def listed_fold(cases, listed, fold):
     """Return the indices of the cases that their list puts into this fold."""
     without = [case["image"] for case, number in zip(cases, listed) if type(number) is not int]
     if without:
-        raise ValueError(f"{without[0]} has no whole number as its fold, though other cases have: {len(without)} cases "
-                         "without; complete the list, or drop all its folds")
+        raise ValueError(f"{without[0]} has no whole number as its fold, though other cases have: "
+                         f"{len(without)} cases without; complete the list, or drop all its folds")
     if fold not in listed:
-        raise ValueError(f"--fold {fold}: the list has the folds {sorted(set(listed))}; name one of them")
-    concerns.note(f"fold {fold} is the list's own: {listed.count(fold)} of {len(cases)} cases are held back")
+        raise ValueError(f"--fold {fold}: the list has the folds {sorted(set(listed))}; name one "
+                         "of them")
+    concerns.note(f"fold {fold} is the list's own: {listed.count(fold)} of {len(cases)} cases are "
+                  "held back")
     return {i for i, number in enumerate(listed) if number == fold}
 
 
@@ -131,7 +134,7 @@ def nested_subset(cases, n, seed):
 
 
 def list_digest(cases):
-    """Return twelve hex digits that change with the names and the order of images, not with their folder."""
+    """Return twelve hex digits that change with names and order of images, not their folder."""
     names = identities([case["image"] for case in cases])
     return hashlib.sha256(repr(names).encode()).hexdigest()[:12]
 
@@ -152,11 +155,12 @@ def unchanged(case, times):
     All epochs of a run are over the same volumes.
     """
     if written(case) != times:
-        raise BadVolume(f"{case['image']}: changed or removed since the run began; put the old one back")
+        raise BadVolume(f"{case['image']}: changed or removed since the run began; put the old one "
+                        "back")
     return case
 
 
-# --------------------------------------------------------------------------------- views, pre-training
+# ------------------------------------------------------------------------------ views, pre-training
 def random_starts(shape, crop, view, rng):
     """Draw the corners of two views inside one random crop: (2, 3) long [SMIT 3].
 
@@ -173,7 +177,7 @@ def random_starts(shape, crop, view, rng):
 
 
 def cut(volume, start, size):
-    """Copy the box of `size` voxels at `start` out of an array, maybe on disk, into a tensor; zeros outside."""
+    """Copy the box of `size` voxels at `start` out of an array, maybe on disk; zeros outside it."""
     inside = tuple(slice(max(s, 0), max(s + n, 0)) for s, n in zip(start, size))
     part = torch.from_numpy(np.array(volume[inside]))
     return crop(part, [min(s, 0) for s in start], size)
@@ -209,7 +213,7 @@ class ViewPairs(torch.utils.data.Dataset):
         try:
             volume, index, problems, found = self.first_readable(self.index_of(sample))
         except (BadVolume, OSError) as error:
-            return error                                # `load_batches` raises it in the main process
+            return error                                 # raised in the main process
         rng = generator(self.seed, self.split, sample)
         starts = random_starts(volume.shape, self.crop, self.view, rng)
         views = [cut(volume, start.tolist(), self.view) for start in starts]
@@ -227,9 +231,9 @@ class ViewPairs(torch.utils.data.Dataset):
         return epoch_order(n, self.seed, sample // n)[sample % n]
 
     def first_readable(self, index):
-        """Return (volume, its index, problems of volumes passed over, its concerns), searching from `index` on.
+        """Return (volume, its index, problems of volumes passed over, its concerns).
 
-        BadVolume of the last one if none can be read.
+        Searches from `index` on. BadVolume of the last one if none can be read.
         """
         n = len(self.cases)
         problems = []
@@ -243,7 +247,7 @@ class ViewPairs(torch.utils.data.Dataset):
         raise BadVolume(problems[-1])
 
     def slab_concerns(self, index, shape):
-        """Return a concern if the volume, of `shape` voxels once prepared, fills less than half of a view's side."""
+        """Return a concern if a prepared volume of `shape` fills less than half a view's side."""
         if all(2 * n >= v for n, v in zip(shape, self.view)):
             return []
         return [Concern(self.cases[index]["image"], "is so thin that its views are mostly padding",
@@ -255,18 +259,18 @@ class ViewPairs(torch.utils.data.Dataset):
         return [self.cases[index]["image"] for index in batch["volume"].tolist()]
 
 
-# --------------------------------------------------------------------------------- crops, fine-tuning
+# ------------------------------------------------------------------------------- crops, fine-tuning
 def random_voxel(mask, rng):
-    """Draw one of the True voxels of mask (D, H, W), each with the same chance: its three indices."""
+    """Draw the indices of a True voxel of mask (D, H, W), each with the same chance."""
     counts = np.count_nonzero(mask, axis=(1, 2)).cumsum()            # up to and with each plane
     chosen = int(torch.randint(int(counts[-1]), (), generator=rng))
     plane = int(np.searchsorted(counts, chosen, "right"))
-    in_plane = chosen - counts[plane]                                # negative: counted from the plane's end
+    in_plane = chosen - counts[plane]                    # negative: from the plane's end
     return plane, *np.argwhere(mask[plane])[in_plane].tolist()
 
 
 def labelled_start(label, size, rng):
-    """Draw the corner of a crop around a voxel that lies, with equal chance, in some organ or in none [release].
+    """Draw the corner of a crop around a voxel, with equal chance in an organ or in none [release].
 
     The crop is moved to stay inside the volume; it is centred where the volume is smaller.
     """
@@ -281,10 +285,11 @@ def labelled_start(label, size, rng):
 
 
 def turned_crop(image, label, size, rng):
-    """Cut a crop, turn it in the axial plane (p .2), draw its contrast (p .1) and brightness (p .1) [release].
+    """Cut a crop and turn it in the axial plane; draw a change of contrast and one of brightness.
 
-    image, label: (D, H, W) uint8. No flips: they would swap left and right.
-    Returns image and label of shape `size`, uint8; scale, .9 to 1.1, and shift, -.1 to .1, for `augmented`.
+    Chances .2, .1 and .1 [release]. No flips: they would swap left and right.
+    image, label: (D, H, W) uint8. Returns both as uint8 of shape `size`; and for `augmented` scale,
+    .9 to 1.1, and shift, -.1 to .1.
     """
     to_turn, to_scale, to_shift, factor, offset = torch.rand(5, generator=rng).tolist()
     turns = int(torch.randint(1, 4, (), generator=rng)) if to_turn < .2 else 0
@@ -299,10 +304,10 @@ def turned_crop(image, label, size, rng):
 
 
 def augmented(batch, device="cpu"):
-    """Scale and shift the intensities of a batch of crops, on `device`: images (B, n, 1, D, H, W) float32 [release].
+    """Scale and shift the intensities of a batch of crops on `device` [release].
 
-    Crops leave the loader as uint8, a quarter of the shared memory that float32 would take. In 0..1
-    before augmentation.
+    Returns images (B, n, 1, D, H, W) float32, in 0..1 before augmentation. Crops leave the loader
+    as uint8: a quarter of the shared memory that float32 would take.
     """
     scale, shift = batch["scale"].to(device), batch["shift"].to(device)        # (B, n, 1, 1, 1, 1)
     return batch["images"].to(device) / 255 * scale + shift
@@ -355,24 +360,26 @@ class LabelledCrops(torch.utils.data.Dataset):
         return [self.cases[index]["image"] for index in batch["volume"].tolist()]
 
 
-# -------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 def collate(samples):
-    """Stack samples and join their lists; hand on the first error among them, for the main process to raise."""
+    """Stack samples and join their lists; return the first error, for `load_batches` to raise."""
     batch = {}
     for sample in samples:
         if isinstance(sample, Exception):
             return sample
-        for name in [name for name in sample if isinstance(sample[name], list)]:
-            batch.setdefault(name, []).extend(sample[name])
-    tensors = [{name: value for name, value in sample.items() if name not in batch} for sample in samples]
+        for name, value in sample.items():
+            if isinstance(value, list):
+                batch.setdefault(name, []).extend(value)
+    names = [name for name in samples[0] if name not in batch]
+    tensors = [{name: sample[name] for name in names} for sample in samples]
     return batch | torch.utils.data.default_collate(tensors)
 
 
 def load_batches(dataset, numbers, workers=0, pin=False):
-    """Yield micro-batches: `numbers` yields lists of sample numbers. Raises what the dataset found wrong."""
+    """Yield micro-batches for lists of sample numbers; raise what the dataset found wrong."""
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=numbers, num_workers=workers, collate_fn=collate, pin_memory=pin,
-        # fork: workers of Python 3.14's forkserver outlive a killed rank, for they are not its children
+        # workers of Python 3.14's forkserver outlive a killed rank: they are not its children
         multiprocessing_context="fork" if workers else None,
         timeout=WORKER_TIMEOUT_S if workers else 0, worker_init_fn=ignore_stop_signals)
     for batch in loader:
@@ -384,13 +391,13 @@ def load_batches(dataset, numbers, workers=0, pin=False):
 class Batches:
     """Iterate over this rank's micro-batches and count the volumes that could not be read [ours].
 
-    dataset: ViewPairs or LabelledCrops; numbers: see `micro_batches`; max_bad: unreadable volumes to
-    allow over all ranks. Each is told once, in one line, by the rank that met it.
+    dataset: ViewPairs or LabelledCrops; numbers: see `micro_batches`; max_bad: unreadable volumes
+    to allow over all ranks. Each is told once, in one line, by the rank that met it.
     """
 
     def __init__(self, dataset, numbers, ranks, workers=0, max_bad=0):
         self.dataset, self.ranks, self.max_bad = dataset, ranks, max_bad
-        self.bad = set()                                # indices of the unreadable volumes met so far
+        self.bad = set()                                 # indices of unreadable volumes
         self.told = set()
         self.loaded = load_batches(dataset, numbers, workers, pin=ranks.device.type == "cuda")
 
@@ -412,7 +419,7 @@ class Batches:
                 self.bad.add((index - back) % n)
 
     def agree(self, stop):
-        """Return whether any rank was asked to stop. Raises as check_bad; every rank must call it."""
+        """Return whether any rank was asked to stop; raise as check_bad. All ranks must call it."""
         leaving, most_bad = self.ranks.agree(bool(stop), len(self.bad))
         if most_bad:
             self.check_bad()
@@ -428,13 +435,16 @@ class Batches:
         self.bad |= {index for index, flag in enumerate(flags) if flag}
         if len(self.bad) > self.max_bad:
             names = ", ".join(cases[index]["image"] for index in sorted(self.bad))
-            raise ValueError(f"bad volumes, {len(self.bad)}, are more than --max_bad {self.max_bad}: {names}; "
-                             "mend or remove them")
+            raise ValueError(f"bad volumes, {len(self.bad)}, are more than --max_bad "
+                             f"{self.max_bad}: {names}; mend or remove them")
 
 
 def tell_about(batch, told):
-    """Print what is odd about a batch's volumes, and each skipped volume that is not in the set `told`; add it there."""
-    concerns.tell(batch["concerns"])
+    """Print what is odd about a batch's volumes, and skipped ones that are not in `told`, a set.
+
+    Adds these to it.
+    """
+    concerns.tell(batch["concerns"], one_by_one=True)
     for problem in batch.get("skipped", []):
         if problem not in told:
             print(f"warning: skipped: {problem}", file=sys.stderr, flush=True)

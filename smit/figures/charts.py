@@ -271,12 +271,16 @@ class Chart(NamedTuple):
 
 
 CHARTS = (
-    Chart("loss", "Loss, as back-propagated", "loss", {"loss": "training"}),
+    Chart("loss", "Loss, as back-propagated", "loss",
+          {"loss": "training", "val_loss": "held back"}),
     Chart("mip", "Masked image prediction", "L1 on hidden voxels",
           {"mip": "training", "val_mip": "held back", "val_constant": "best constant",
            "val_median": "visible median"}),
     Chart("token_losses", "Token losses", "cross-entropy, nats",
           {"mpd": "MPD, patches", "itd": "ITD, image"}),
+    Chart("terms", "Terms of a baseline's loss", "loss",
+          {"contrast": "contrast", "info_nce": "InfoNCE", "restore": "restoration",
+           "rotation": "rotation", "adversarial": "adversarial", "critic": "critic"}),
     Chart("entropy", "Entropy of the teacher's outputs", "share of ln K",
           {"mpd_entropy": "patch", "mpd_mean_entropy": "mean of patches", "itd_entropy": "image",
            "itd_mean_entropy": "mean of images"}, limits=(0, 1)),

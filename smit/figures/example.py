@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, phantom, pretrain, runtime, transforms
+from smit import data, phantom, pretrain, runtime, transforms, weights
 from smit.figures import panels
 from smit.figures.canvas import grey, picture, text, write_svg
 from smit.masking import expand_mask, random_block_mask
@@ -26,7 +26,8 @@ def example_svg(path, student_path, index=1000, seed=0):
     state = runtime.load_checkpoint(student_path)
     config = state["config"]
     student = pretrain.build_student(config).eval()
-    student.load_state_dict(state["model"])
+    found, _ = weights.upgrade(state["model"], config)
+    student.load_state_dict(found)
     if student.voxel_head is None:
         raise ValueError(f"{student_path} has no voxel head: give a run whose --mip is above 0")
 

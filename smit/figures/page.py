@@ -15,6 +15,10 @@ PANELS = {  # pictures of volumes, in the order of the page: name and what to se
         "A view of a volume, the part the student saw, and its prediction. Organs' outlines should "
         "continue through hidden cells. Only hidden voxels are trained, so the prediction may "
         "look odd elsewhere."),
+    "restoration": (
+        "Restoration",
+        "A disturbed view, and the network's restoration of it. What the disturbance destroyed "
+        "should come back in the shape of organs."),
     "tokens": (
         "Tokens",
         "Each square is a token of the whole view. Where the features know anatomy, one tissue has "
@@ -35,6 +39,7 @@ CHART_CAPTIONS = {  # in the order of the page
     "mip": "The best constant and the visible median know nothing of anatomy: the error should "
            "fall below both.",
     "token_losses": "At ln K the teacher says nothing, or the student hears nothing.",
+    "terms": "Their sum is the loss.",
     "entropy": "All near 1: the teacher says nothing. A mean near 0: it says the same of "
                "everything.",
     "rank": "Below about 2 the features have collapsed.",
@@ -48,10 +53,17 @@ MEANINGS = {  # of the columns of log.csv
     "mip": "MIP: mean absolute error of masked image prediction",
     "mpd": "MPD: cross-entropy of patch tokens, nats",
     "itd": "ITD: cross-entropy of image tokens, nats",
+    "contrast": "Contrast of views, nats",
+    "info_nce": "InfoNCE, nats",
+    "restore": "Error of the restoration",
+    "rotation": "Cross-entropy of the rotation, nats",
+    "adversarial": "Adversarial loss",
+    "critic": "Loss of the critic",
+    "val_loss": "Loss on held-back volumes",
     "val_mip": "MIP on held-back volumes",
-    "val_mse": "Its mean squared error",
-    "val_constant": "Error of the best single grey value",
-    "val_median": "Error of each view's visible median",
+    "val_mse": "Mean squared error on held-back volumes",
+    "val_constant": "MIP of the best single grey value",
+    "val_median": "MIP of each view's visible median",
     "val_dice": "Mean Dice of the last validation",
     "best_dice": "Best mean Dice so far",
     "mpd_entropy": "Entropy of a patch's target, share of ln K",
@@ -85,8 +97,9 @@ svg { max-width: 100%; height: auto; border: 1px solid #ddd; box-sizing: border-
 table { border-collapse: collapse } th { text-align: left } th + th { text-align: right }
 th, td { padding: 0.15em 1.2em 0.15em 0; border-top: 1px solid #ddd }
 td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td.interval { color: #666 }
 td small, th small { color: #666; font-weight: normal; margin-left: 0.5em }
-tr.mean { font-weight: bold }
+tr.mean td:not(.interval) { font-weight: bold }
 """
 
 
@@ -112,13 +125,23 @@ def facts_html(entries):
 
 
 def table_html(header, rows, last_bold=0):
-    """Return a table; rows of cells, each a string of HTML, the first one of a row its name."""
+    """Return a table; rows of cells, each a string of HTML, the first one of a row its name.
+
+    Cells under a heading with the word "interval" are grey. The last so many rows are bold.
+    """
     lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"]
     for number, (name, *cells) in enumerate(rows):
         mark = ' class="mean"' if number >= len(rows) - last_bold else ""
-        body = "".join(f"<td>{cell}</td>" for cell in cells)
+        body = ""
+        for heading, cell in zip(header[1:], cells):
+            kind = ' class="interval"' if "interval" in heading else ""
+            body += f"<td{kind}>{cell}</td>"
         lines.append(f"<tr{mark}><th>{name}</th>{body}</tr>")
     return '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"
+
+
+def paragraph_html(sentences):
+    return "<p>" + escaped(" ".join(sentences)) + "</p>"
 
 
 def figure_html(svg_path, name, caption):

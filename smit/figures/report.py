@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from smit import data, scoring, transforms
-from smit.data.organs import CODES, case_name, organ_ids
+from smit.data.organs import CODES, organ, organ_ids
 from smit.figures import page, panels
 from smit.figures.canvas import escaped
 from smit.figures.charts import from_log, read_log
@@ -90,12 +90,12 @@ def finetuning_report(out, config, image=None, label=None, pred=None, case=None)
     """Write OUT/index.html with charts of OUT/log.csv and the overlay of one case [ours].
 
     image: prepared, (D, H, W) in 0..255; label, pred: label maps (D, H, W). pred may be None, and
-    so may all three, which leaves an earlier call's overlay. case: its name.
+    so may all three, which leaves an earlier call's overlay. case: its name; it is a held-back
+    case if the run has any.
     """
     if image is not None:
-        title = f"{case or 'One case'}, step {last_step(out)}"
-        if case in [case_name(file) for file in config.get("held_back", ())]:
-            title += ", held back"
+        kind = "held back" if config.get("held_back") else "trained on"
+        title = f"{case or 'One case'}, {kind}, step {last_step(out)}"
         panels.overlay_panel(out / "overlay.svg", to_numpy(image) / 255, label, pred,
                              config["spacing"], config["labels"], title=title)
 
@@ -113,7 +113,7 @@ def evaluation_report(out, cases, rows, names, facts):
     """
     mean_dice = mean_dice_of_cases(rows)
     ranked = sorted(mean_dice, key=mean_dice.get)
-    by_name = {case_name(case["prediction"]): case for case in cases}
+    by_name = {scoring.case_title(case): case for case in cases}
 
     # few cases: each is drawn once, and what an earlier evaluation drew beyond them goes
     places = {}
@@ -140,14 +140,15 @@ def mean_dice_of_cases(rows):
             if np.isfinite(values).any()}
 
 
-MEAN_ROWS = {  # of scoring.summary: code, name
-    "AG": "mean of both adrenal glands", "AVG": "mean of all organs",
+MEAN_ROWS = {  # of scoring.summary: column, name
+    "AG": "mean of both adrenal glands",
+    "AVG": "mean of all organs",
     "AVG12": "mean of 12, adrenal glands as one"}
 
 
 def scores_html(rows):
     """Return the table of scores: a row an organ, each mean with its 95 % interval."""
-    organs_of_codes = {code: organ for organ, code in CODES.items()}
+    organs_of_codes = {code: name for name, code in CODES.items()}
     dice = scoring.summary(rows, "dice")
     distances = scoring.summary(rows, "hd95_mm")
     surface = scoring.summary(rows, "surface_dice")
@@ -157,28 +158,32 @@ def scores_html(rows):
     for column, score in dice.items():
         name = MEAN_ROWS.get(column) or organs_of_codes.get(column, column)
         code = f" <small>{escaped(column)}</small>" if column != name else ""
-        cells = [f"{escaped(name)}{code}", score["n"], interval_html(score, 3),
-                 interval_html(distances[column], 1), interval_html(surface[column], 3),
+        cells = [f"{escaped(name)}{code}", score["n"], *mean_and_interval(score, 3),
+                 *mean_and_interval(distances[column], 1), *mean_and_interval(surface[column], 3),
                  distances[column]["misses"]]
         if column in MEAN_ROWS:
             mean_rows.append(cells)
         else:
             organ_rows.append(cells)
 
-    header = ("organ", "cases", "Dice <small>95 % interval</small>",
-              "HD95, mm <small>95 % interval</small>", "surface Dice <small>95 % interval</small>",
+    interval = "95 % interval"
+    header = ("organ", "cases", "Dice", interval, "HD95, mm", interval, "surface Dice", interval,
               "misses")
-    notes = ("<p>Intervals are bootstrapped over cases. A miss is an organ in the label or in the "
+    table = page.table_html(header, organ_rows + mean_rows, len(mean_rows))
+    notes = ["Intervals are bootstrapped over cases. A miss is an organ in the label or in the "
              "prediction alone: its Dice and surface Dice are 0, and HD95 leaves it out. An organ "
-             "in neither is not scored.</p>")
-    return page.table_html(header, organ_rows + mean_rows, len(mean_rows)) + notes
+             "in neither is not scored."]
+    scored, wanted = dice["AVG"]["organs"], dice["AVG"]["of"]
+    if scored < wanted:
+        notes.append(f"The mean of all organs is of {scored} of {wanted}: no case has the "
+                     "rest.")
+    return table + page.paragraph_html(notes)
 
 
-def interval_html(score, digits):
-    """Return a mean and its interval; a dash for each that is not known."""
-    low, high = number_text(score["low"], digits), number_text(score["high"], digits)
-    interval = f" <small>{low} to {high}</small>" if low != "–" else ""
-    return number_text(score["mean"], digits) + interval
+def mean_and_interval(score, digits):
+    """Return a mean and its interval in words, a dash for each that is not known."""
+    mean, low, high = (number_text(score[name], digits) for name in ("mean", "low", "high"))
+    return mean, low if low == "–" else f"{low} to {high}"
 
 
 def cases_html(rows, ranked, mean_dice):
@@ -194,27 +199,36 @@ def cases_html(rows, ranked, mean_dice):
 
 
 def case_panel(path, case, names, facts, title):
-    """Draw one of evaluate.py's cases on the grid of its label, organs matched by name."""
+    """Draw one of evaluate.py's cases, with the organs of its label, matched by name."""
+    label_names = case["names"] or {}
     label, affine = data.read_label(case["label"])
-    prediction, _ = data.read_label(case["prediction"], allow_empty=True)
-    label_names = case["names"] or names or {}
-    table = renumbering(names or label_names, label_names, case["label"])
-    prediction = table[prediction.numpy()]
+    prediction, prediction_affine = data.read_label(case["prediction"])
 
-    # another system's predictions are scored without the image
-    image = torch.zeros(label.shape)
-    if case["image"] != case["prediction"]:
-        image = data.read_volume(case["image"])[0]
-        if facts["modality"] == "ct":
-            image = transforms.window_hu(image, *facts["hu_window"])
-        else:
-            image = transforms.percentile_scale(image)
+    # the files have the same voxels, though their axes may run differently
+    label, affine = transforms.to_ras(label.numpy(), affine)
+    prediction, _ = transforms.to_ras(prediction.numpy(), prediction_affine)
+    image = np.zeros(label.shape, np.float32)
+    if case["image"] != case["prediction"]:    # else another system's, scored without its image
+        image = scaled_image(case["image"], facts)
 
-    image, affine_ras = transforms.to_ras(image.numpy(), affine)
-    label, _ = transforms.to_ras(label.numpy(), affine)
-    prediction, _ = transforms.to_ras(prediction, affine)
-    panels.overlay_panel(path, image, label, prediction, transforms.spacing_of(affine_ras),
+    # voxels of a label named "ignore" count on neither side
+    prediction = renumbering(names or {}, label_names, case["label"])[prediction]
+    for number, name in label_names.items():
+        if organ(name) == "ignore":
+            prediction = np.where(label == number, 0, prediction)
+            label = np.where(label == number, 0, label)
+    panels.overlay_panel(path, image, label, prediction, transforms.spacing_of(affine),
                          label_names, title=title)
+
+
+def scaled_image(path, facts):
+    """Read an image, its axes along R, A, S and its values in [0, 1] as training has them."""
+    image, affine = data.read_volume(path)
+    if facts["modality"] == "ct":
+        image = transforms.window_hu(image, *facts["hu_window"])
+    else:
+        image = transforms.percentile_scale(image)
+    return transforms.to_ras(image, affine)[0]
 
 
 def renumbering(names, label_names, where):
@@ -224,8 +238,8 @@ def renumbering(names, label_names, where):
     """
     if not label_names:
         return np.arange(256, dtype=np.uint8)
-    ours, wanted = organ_ids(names, where), organ_ids(label_names, where)
+    ids, label_ids = organ_ids(names, where), organ_ids(label_names, where)
     table = np.zeros(256, np.uint8)
-    for organ in ours.keys() & wanted.keys():
-        table[ours[organ]] = wanted[organ]
+    for name in ids.keys() & label_ids.keys():
+        table[ids[name]] = label_ids[name]
     return table
