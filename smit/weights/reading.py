@@ -207,9 +207,10 @@ def merge_order(family, config, tensors, given=None):
     """Choose a key of orders.ORDERS, and say why."""
     if given:
         return given, "as asked for"
-    if config and config.get("format", 1) < orders.FORMAT:
-        return "release", "as this project's files of format 1 have it"
     if config:
+        _, old = orders.upgrade({}, config)         # ValueError for a format not known here
+        if old:
+            return "release", "as this project's files of format 1 have it"
         return "row-major", "as this project has it"
     if family == "release":
         return "release", "as the authors' code has it"
