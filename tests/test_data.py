@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 
 import finetune
 import train_ssl
-from smit import data
+from smit import data, runtime
 from smit import transforms as T
 from smit.data import cases
 
@@ -328,3 +329,49 @@ def test_the_liver_survives_preparation_and_the_way_back(image, label, modality,
     back, truth = T.from_ras(back, made["original_affine"]), data.read_label(case["label"])[0].eq(organ)
     dice = 2 * (back & truth).sum() / (back.sum() + truth.sum())
     assert dice > .95
+
+
+def test_volumes_are_prepared_ahead_by_every_rank_its_share(phantoms, tmp_path, run_script):
+    flags = ["--data", phantoms, "--spacing", 10, 10, 10, "--workers", 0, "--device", "cpu", "--cache", "cache"]
+    told = run_script("train_ssl.py", *flags, "--prepare_only", ranks=2).stdout
+    assert "prepared 2 of 2 volumes on each of 2 ranks, 0:00:00 left" in told
+    assert len(list((tmp_path / "cache").glob("*/*.npy"))) == 4 and not (tmp_path / "runs").exists()
+
+
+def test_bad_volumes_are_all_named_after_the_others_were_prepared(phantoms, tmp_path):
+    shutil.copytree(phantoms.parent / "imagesTr", tmp_path / "images")
+    for number in (0, 3):
+        path = tmp_path / f"images/phantom000{number}.nii.gz"
+        path.write_bytes(path.read_bytes()[:-9])
+    cases_found = data.read_list(tmp_path / "images")
+    alone = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match="2 problems(.|\n)*phantom0000(.|\n)*phantom0003"):
+        data.prepare_ahead(cases_found, data.Preparation((10, 10, 10)), tmp_path / "cache", alone)
+    assert len(list((tmp_path / "cache").glob("*/*.npy"))) == 3
+
+
+def test_what_one_process_has_verified_another_does_not_read_again(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    case = data.read_list(phantoms)[0]
+    settings, reads, read = data.Preparation((10, 10, 10)), [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.suffix) or read(path))
+    for _ in range(3):
+        for memory in (cases.is_whole, cases.verified_folder, cases.read_concerns):
+            memory.cache_clear()                        # as in a process of its own
+        data.cached(case, settings, tmp_path / "cache")
+    assert reads.count(".npy") == 1                     # made, then verified once, then trusted
+    (entry,) = (tmp_path / "cache").glob("*/*.npy")
+    damaged = bytearray(read(entry))
+    damaged[-1] ^= 1
+    entry.write_bytes(damaged)                          # its state is another: read again, and made anew
+    data.cached(case, settings, tmp_path / "cache")
+    assert reads.count(".npy") == 2 and read(entry)[-1] != damaged[-1]
+
+
+def test_a_sample_from_the_cache_opens_no_original(phantoms, tmp_path, monkeypatch):
+    case, settings = data.read_list(phantoms)[0], data.Preparation((10, 10, 10))
+    data.cached(case, settings, tmp_path)
+    monkeypatch.setattr(cases, "read_header", None)     # calling it would raise
+    image, _ = data.cached(case, settings, tmp_path)
+    assert image.max() == 255
