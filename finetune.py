@@ -234,10 +234,12 @@ def train(args, ranks, out):
 
     # ---------------------------------------------------------------------- resume, outputs
     state = dict(model=net, average=average, optimizer=optimizer, scaler=precision.scaler)
-    # runs from before there was a U-Net do not name their network
-    before = {"network": "swin", "width": args.width, "encoder_only": False}
-    resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks, before)
+    before = {**settings.FINETUNING_BEFORE, "width": args.width}
+    resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks, before,
+                             weights.upgrade_run)
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
+    if step:
+        report = f"weights: as they were after step {step}"
     best = resumed.get("best", -1.0)
     if ranks.is_main:
         runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())

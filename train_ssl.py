@@ -180,8 +180,10 @@ def train(args, ranks, out):
     state = dict(student=student, teacher=teacher, centers=centers, optimizer=optimizer,
                  scaler=precision.scaler)
     resumed = runtime.resume(out, state, config, settings.PRETRAINING_FREE, ranks,
-                             defaults={"init": None})
+                             settings.PRETRAINING_BEFORE, weights.upgrade_run)
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
+    if step:
+        report = f"weights: as they were after step {step}"
     if ranks.is_main:
         runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())
         print(f"{args.method}: {len(cases)} volumes and {len(held_back)} held back; "

@@ -13,6 +13,8 @@ import sys
 # Settings of a run that a resumed one may change: they choose no number that the run computes.
 FREE_ON_RESUME = {"preset", "out", "resume", "overwrite", "cache", "device", "workers", "log_every",
                   "checkpointing", "save_steps", "save_minutes"}
+# What a run did before a flag existed, or did with one that is gone: so older runs resume.
+BEFORE = {"data_root": None, "hu_offset": 0.0, "init": None}
 SIZES = ("embed_dim", "depths", "heads", "window")   # pre-trained and fine-tuned encoder share them
 UNET_SIZES = ("width",)                              # the same of the CNN columns' U-Net
 PATCH = 2                                            # voxels per axis of the first tokens [SMIT 2]
@@ -213,7 +215,10 @@ METHODS = {   # loss weights of the rows of Table 2 and Fig. 4 on the Swin backb
     "ml-mip": dict(mip=1.0, mpd=0.1, itd=0.1, voxel_head="multilayer"),   # Fig. 5's decoder
 }
 PRETRAINING_FREE = FREE_ON_RESUME | {"method", "max_bad", "batch", "accumulate", "val_every",
-                                       "monitor_every", "sizes_given"}
+                                       "monitor_every"}
+
+
+PRETRAINING_BEFORE = {**BEFORE, "contrast": 0.0, "monitor_every": 10, "val_volumes": 200}
 
 
 def parse_pretraining(description, argv=None):
@@ -327,7 +332,9 @@ FINETUNING_PRESETS = {   # what differs from the flags' defaults
                  heads=[2, 4, 8], width=16, steps=1000, batch=2, crops_per_volume=2, lr=1.5e-3, clip=3.0,
                  workers=1, phantoms=20),
 }
-FINETUNING_FREE = FREE_ON_RESUME | {"batch", "sizes_given"}
+FINETUNING_FREE = FREE_ON_RESUME | {"batch"}
+FINETUNING_BEFORE = {**BEFORE, "subset_seed": None, "background_weight": 1.0, "dice_on": "all",
+                     "average": 0.0, "network": "swin", "encoder_only": False}
 SPLITS = ("smit21_9", "monai24_6")   # of BTCV; the numbers are in smit/data/samples.py
 
 

@@ -223,6 +223,19 @@ def test_bad_cases_are_told_before_the_first_prediction_and_by_check_alone(weigh
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2       # an image whose label is bad, too
 
 
+def test_cases_named_alike_are_told_apart_by_their_folders(weights, phantoms, tmp_path, capsys):
+    for n in (1, 2):
+        image = tmp_path / f"kits/case_{n}/imaging.nii.gz"
+        image.parent.mkdir(parents=True)
+        shutil.copy(phantoms.parent / "imagesTr" / f"phantom000{n}.nii.gz", image)
+    state, path = runtime.load_checkpoint(weights), tmp_path / "weights.pt"
+    state["config"] |= {"train": ["case_1/imaging.nii.gz"], "held_back": ["case_2/imaging.nii.gz"]}
+    torch.save(state, path)
+    run("--weights", path, "--data", tmp_path / "kits", "--out", tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").glob("*.nii.gz")} == {"case_1.nii.gz", "case_2.nii.gz"}
+    assert "same name as 1 of 2 cases: case_1\n" in capsys.readouterr().out
+
+
 def test_a_btcv_submission_has_btcvs_names_and_numbers(weights, phantoms, tmp_path):
     image = tmp_path / "img0061.nii.gz"
     shutil.copy(phantoms.parent / "imagesTr" / "phantom0000.nii.gz", image)

@@ -62,7 +62,7 @@ def main(args):
     machine = describe_machine(args, with_peers)
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     if not with_peers:
-        print("MONAI is left out: it or einops, which it needs, is not installed, or --ours was given")
+        print("MONAI is left out: --ours was given, or it or its einops is not installed")
 
     torch.set_num_threads(args.threads)
     sizes = measure.QUICK if args.quick else measure.PAPER

@@ -63,22 +63,36 @@ def read_lists(paths, key="training", data_root=None, modality=None):
     """
     cases, problems = {}, []
     for path in map(os.path.abspath, paths):
+        listed, wrong = read_source(path, key, data_root, modality)
+        problems += wrong
+        for case in listed:
+            identity = without_suffix(os.path.realpath(case["image"]))
+            if identity in cases:
+                problems.append(f"{path}: {case['image']} is listed twice, by two sources, or is "
+                                "there as .nii and .nii.gz; keep one")
+            else:
+                cases[identity] = case
+    return list(cases.values()), problems
+
+
+def read_source(path, key, data_root=None, modality=None):
+    """Read one source, a list, folder or file: (cases, problems)."""
+    try:
+        path, entries = read_entries(path, key, data_root, modality)
+    except ValueError as error:
+        return [], [str(error)]
+    cases, problems = [], []
+    for entry in entries:
         try:
-            path, entries = read_entries(path, key, data_root, modality)
+            cases.append(make_case(path, entry, root_of(path, data_root)))
         except ValueError as error:
             problems.append(str(error))
-            continue
-        for entry in entries:
-            try:
-                case = make_case(path, entry, root_of(path, data_root))
-                identity = without_suffix(os.path.realpath(case["image"]))
-                if identity in cases:
-                    raise ValueError(f"{path}: {case['image']} is listed twice, by two sources, or "
-                                     "is there as .nii and .nii.gz; keep one")
-                cases[identity] = case
-            except ValueError as error:
-                problems.append(str(error))
-    return list(cases.values()), problems
+
+    images = [case["image"] for case in cases]
+    if images and not any(map(os.path.lexists, images)):
+        concerns.tell([Concern(path, "none of its images is there", f"such as {images[0]}",
+                               "name the folder that they are in with --data_root")])
+    return cases, problems
 
 
 def root_of(path, data_root=None):

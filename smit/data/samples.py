@@ -367,8 +367,9 @@ def collate(samples):
     for sample in samples:
         if isinstance(sample, Exception):
             return sample
-        for name in [name for name in sample if isinstance(sample[name], list)]:
-            batch.setdefault(name, []).extend(sample[name])
+        for name, value in sample.items():
+            if isinstance(value, list):
+                batch.setdefault(name, []).extend(value)
     names = [name for name in samples[0] if name not in batch]
     tensors = [{name: sample[name] for name in names} for sample in samples]
     return batch | torch.utils.data.default_collate(tensors)

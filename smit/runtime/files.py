@@ -11,12 +11,10 @@ from pathlib import Path
 
 import torch
 
-from smit import weights
 from smit.runtime.ranks import job, restarts, warn_once
 
 RUN_FILES = ("last.pt", "last.prev.pt", "best.pt", "best.prev.pt", "student.pt", "student.prev.pt",
              "log.csv", "config.json", "index.html")  # they mark a folder as that of a run
-PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # as format 1 had them
 LISTING = ".files"  # in a run's folder: names of all that `atomic_write` wrote there
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
@@ -168,19 +166,20 @@ def save_state(path, parts, **facts):
     save_checkpoint(path, {**state, **facts, "torch": str(torch.__version__)})
 
 
-def resume(folder, parts, config, free, ranks, defaults=None):
+def resume(folder, parts, config, free, ranks, defaults=None, upgrade=None):
     """Load the newest state of a run into its parts; return the facts saved with it.
 
     A folder without a checkpoint gives {"step": 0, "skipped": 0}.
     config: the settings now; those that differ from the checkpoint's are told if they are in
     `free`, else ValueError names them. defaults: values of settings that only one of the two has,
-    for a flag that came or went since the run began. Networks and moments of an older format are
-    brought to today's.
+    for a flag that came or went since the run began. upgrade(state, parts): returns the state of a
+    run in an older format in today's.
     """
     state = load_latest(folder, ranks)
     if state is None:
         return {"step": 0, "skipped": 0}
-    state = upgrade_state(state, parts)
+    if upgrade:
+        state = upgrade(state, parts)
     defaults = defaults or {}
     changes = compare_settings({**defaults, **state["config"]}, {**defaults, **config}, free)
     if ranks.is_main:
@@ -190,42 +189,6 @@ def resume(folder, parts, config, free, ranks, defaults=None):
         if part is not None:
             part.load_state_dict(state[name])
     return {name: fact for name, fact in state.items() if name not in parts}
-
-
-def upgrade_state(state, parts):
-    """Return the state of a run with networks, and the optimiser's moments, in today's format."""
-    config = state["config"]
-    if config.get("format", 1) >= weights.FORMAT:
-        return state
-    upgraded, names = dict(state), {}
-    for name, part in parts.items():
-        if isinstance(part, torch.nn.Module):
-            upgraded[name], _ = weights.upgrade(state[name], config)
-            names |= {parameter: key for key, parameter in part.named_parameters()}
-    for name, part in parts.items():
-        if isinstance(part, torch.optim.Optimizer):
-            upgraded[name] = upgrade_moments(state[name], part, names, config)
-    precision = config.get("precision")
-    upgraded["config"] = {**config, "precision": PRECISIONS.get(precision, precision)}
-    return upgraded
-
-
-def upgrade_moments(state, optimizer, names, config):
-    """Return an optimiser's state in today's format; names {parameter: its name} of the networks."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries = dict(state["state"])
-    for number, parameter in enumerate(parameters):
-        if number not in entries:
-            continue
-        name = names.get(parameter, "")
-        upgraded = {}
-        for key, value in entries[number].items():
-            # a moment has the shape of its parameter; the count of steps has none
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                value = weights.upgrade({name: value}, config)[0][name]
-            upgraded[key] = value
-        entries[number] = upgraded
-    return {**state, "state": entries}
 
 
 def load_latest(folder, ranks):
@@ -266,7 +229,7 @@ def compare_settings(saved, now, free):
     told, refused = [], []
     for key in sorted(saved.keys() | now.keys()):
         before, after = saved.get(key, "absent"), now.get(key, "absent")
-        if before == after or key in ("resume", "overwrite", "check", "format"):
+        if before == after or key in ("resume", "overwrite", "check", "format", "sizes_given"):
             continue
         line = f"{key}: {before} in the checkpoint, {after} now"
         told.append(line)

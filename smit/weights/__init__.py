@@ -11,7 +11,7 @@
     start.py              a new pre-training run from them
 """
 from smit.weights.orders import (  # noqa: F401
-    FORMAT, RELEASE, ROW_MAJOR, reorder_neighbours, upgrade)
+    FORMAT, RELEASE, ROW_MAJOR, reorder_neighbours, upgrade, upgrade_run)
 from smit.weights import habits, safetensors_file  # noqa: F401
 from smit.weights.habits import HABITS, adopt  # noqa: F401
 from smit.weights.reading import (  # noqa: F401

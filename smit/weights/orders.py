@@ -8,6 +8,7 @@ import re
 
 import torch
 
+PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # as format 1 had them
 FORMAT = 2  # of today's checkpoints, as config["format"]; without it they are of format 1
 
 # offsets (D, H, W) in the order in which a merge concatenates its neighbours
@@ -40,6 +41,46 @@ def upgrade(state_dict, config):
                          f"formats 1 and {FORMAT}: update it")
     return merges_row_major(state_dict, RELEASE), (
         "weights of an older format: the inputs of patch merging were put in row-major order")
+
+
+def upgrade_run(state, parts):
+    """Bring a run's networks, and its optimiser's moments, to today's format.
+
+    state: what last.pt holds; parts {name: module, optimiser, ... or None} of the run that goes on.
+    """
+    config = state["config"]
+    if config.get("format", 1) >= FORMAT:
+        return state
+    upgraded, names = dict(state), {}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            upgraded[name], _ = upgrade(state[name], config)
+            names |= {parameter: key for key, parameter in part.named_parameters()}
+    for name, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            upgraded[name] = upgrade_moments(state[name], part, names, config)
+    if "precision" in config:
+        precision = PRECISIONS.get(config["precision"], config["precision"])
+        upgraded["config"] = {**config, "precision": precision}
+    return upgraded
+
+
+def upgrade_moments(state, optimizer, names, config):
+    """Return an optimiser's state in today's format; names {parameter: its name} of the networks."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = dict(state["state"])
+    for number, parameter in enumerate(parameters):
+        if number not in entries:
+            continue
+        name = names.get(parameter, "")
+        moments = {}
+        for key, value in entries[number].items():
+            # a moment has the shape of its parameter; the count of steps has none
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                value = upgrade({name: value}, config)[0][name]
+            moments[key] = value
+        entries[number] = moments
+    return {**state, "state": entries}
 
 
 def merges_row_major(state_dict, order):
