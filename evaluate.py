@@ -1,186 +1,218 @@
-"""Predict organs with a fine-tuned network, and score any predictions against labels [SMIT 3, Tables 1 and 2].
+"""Predict organs with a fine-tuned network, and score predictions against labels [SMIT 3].
 
-    python evaluate.py --weights runs/finetune/best.pt --data dataset.json                # predict and score
-    python evaluate.py --weights best.pt --data scan.nii.gz                               # predict: no label needed
-    python evaluate.py --weights best.pt --data dataset.json --key training --held_out    # what a fold held back
-    python evaluate.py --predictions DIR --labels dataset.json                            # score another system
-    python evaluate.py --compare DIR_A DIR_B                                              # paired test of two results
+    python evaluate.py --weights runs/finetune/best.pt --data dataset.json     # predict and score
+    python evaluate.py --weights best.pt --data scan.nii.gz                    # no label needed
+    python evaluate.py --weights best.pt --data dataset.json --key training --held_out  # a fold's
+    python evaluate.py --weights fold0.pt fold1.pt --data scan.nii.gz          # networks that vote
+    python evaluate.py --predictions DIR --labels dataset.json                 # another system
+    python evaluate.py --compare DIR_A DIR_B                                   # paired test
 
-Writes OUT/{case}.nii.gz (uint8, on the grid of its image), OUT/cases.csv (a row per case and organ), OUT/results.json,
-OUT/table.md and OUT/index.html (the worst, median and best case). Cases that cannot be predicted or scored are listed,
-and the exit code is 2. Organs are matched by name, never by number. All headers are checked first and what is wrong
-with them is told; the good cases are predicted. Killed at any time it leaves whole predictions and no results.json;
-the same command makes everything anew.
+Writes OUT/{case}.nii.gz (uint8, on the grid of its image), OUT/cases.csv (a row per case and
+organ), OUT/results.json, OUT/table.md and OUT/index.html (the worst, median and best case). Organs
+are matched by name, never by number. Cases that cannot be predicted or scored are listed, and the
+exit code is 2. Killed at any time it leaves whole predictions and no results.json; the same command
+makes everything anew.
 """
-import functools
 import hashlib
 from pathlib import Path
 
-import torch
+import numpy as np
 from tqdm import tqdm
 
-from smit import data, figures, runtime, scoring, segment, settings, transforms, weights
+from smit import data, figures, inference, runtime, scoring, settings
 from smit.data.organs import btcv_numbers, case_key, case_names, is_among, numbered
 
-
-CONFIG = {"num_classes", "labels", "train", "held_back", "spacing", "modality", "hu_window", "crop", *segment.SIZES}
+# settings of the network's run that results.json records
+RECORDED = ("spacing", "modality", "hu_window", "hu_offset", "crop")
 
 
 def parse_arguments(argv=None):
     return settings.parse_evaluation(__doc__, argv)
 
 
-def load_network(path, device):
-    """(network in eval mode, settings of its run) of finetune.py's checkpoint; ValueError for any other file."""
-    state = runtime.load_checkpoint(path)
-    config = state.get("config")
-    if "model" not in state or not isinstance(config, dict) or not CONFIG <= config.keys():
-        raise ValueError(f"{path} holds no fine-tuned network: give the best.pt of finetune.py")
-    try:
-        net = segment.build_network(config)
-        model, note = weights.upgrade(state.get("average") or state["model"], config)
-        net.load_state_dict(model)
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # of settings not ours, too
-        raise ValueError(f"{path}: weights and settings do not fit each other ({str(error).splitlines()[0]})") from None
-    return net.to(device).eval(), config
+# -------------------------------------------------------------------- networks, cases
+def load_networks(paths, device):
+    """Load networks of finetune.py that prepare volumes alike and number organs alike."""
+    nets = [inference.load_network(path, device) for path in paths]
+    inference.check_alike(nets)
+    return nets
 
 
-def select_cases(args, config):
-    """Return the cases to predict, and the names of those that training has seen.
-
-    Each has a "name" of its own, and the "names" of its list's labels, {id: name} or None.
-    """
-    cases = []
-    for path in args.data:
-        names = data.label_names(path, ignore=True)
-        for case in data.read_list(path, args.key, args.data_root):
-            case["names"] = names
-            cases.append(case)
-    if args.held_out:
-        held_back = set(config["held_back"])
-        cases = [case for case in cases if is_among(case["image"], held_back)]
-    if not cases:
-        raise ValueError(f"--held_out: none of {', '.join(args.data)} ({args.key}) was held back from {args.weights}")
-    for case, name in zip(cases, case_names([case["image"] for case in cases])):
-        case["name"] = name
-
-    train = set(config["train"])
-    seen = [case["name"] for case in cases if is_among(case["image"], train)]
-    if seen:
-        print(f"warning: training saw images of the same name as {len(seen)} of {len(cases)} cases: {', '.join(seen)}")
-    return cases, seen
-
-
-def preparation(config):
-    return data.Preparation(tuple(config["spacing"]), config["modality"], tuple(config["hu_window"]),
-                            hu_offset=config.get("hu_offset", 0.))
-
-
-def check(args):
-    """--check: the weights, every header, voxel and label of --data; ValueError names all that is wrong."""
-    config = load_network(args.weights, "cpu")[1]
-    cases, _ = select_cases(args, config)
-    data.check_voxels(cases, preparation(config), labels=None)
-    print(f"checked: {data.count(len(cases), 'case')}, {data.verdict()}")
-
-
-def predict_case(net, case, settings, window, autocast, turns, **sliding):
-    """Label map (X, Y, Z) uint8 on the grid of the case's image. BadVolume for a file that cannot be used."""
-    made = data.load_case(case, settings)
-    data.tell(made["concerns"])
-    with autocast():
-        logits = segment.predict(net, made["image"].numpy(), window, turns, **sliding)
-    return transforms.to_file_grid(logits, made["affine"], made["original_shape"], made["original_affine"])
-
-
-def predict_all(args, device):
-    """Predict and write every case: (cases with their "prediction", organs' names, what failed, facts to record)."""
-    runtime.keep_freed_memory(device)
-    net, config = load_network(args.weights, device)
-    digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()          # now: a run may replace its best.pt
-    settings, precision = preparation(config), runtime.pick_precision(args.precision, device)
-    autocast = functools.partial(torch.autocast, device.type, precision, precision != torch.float32)
-    cases, seen = select_cases(args, config)
-    out, failed, names = Path(args.out), {}, network_names(config)
-    targets = [out / f"{case['name']}.nii.gz" for case in cases]
-    written = [*targets]
-    if args.export_test:
-        table, exports = btcv_numbers(names or {}, [case["image"] for case in cases]), Path(args.export_test)
-        exports.mkdir(parents=True, exist_ok=True)
-        written += [exports / f"label{case_key(target)}.nii.gz" for target in targets]
-    sources = {Path(case[kind]).resolve() for case in cases for kind in ("image", "label") if case[kind]}
-    if clash := sources & {path.resolve() for path in written}:
-        raise ValueError(f"--out or --export_test would overwrite {min(clash)}: give another folder")
-    for problem in data.find_problems(cases, lambda case: data.check_case(case, bool(case["label"]))):
-        print(f"warning: {problem}", flush=True)                         # now, not after an hour's predictions
-    scoring.clear(out)
-    print(f"{len(cases)} cases, network of {sum(p.numel() for p in net.parameters()):,} parameters in windows of "
-          f"{config['crop']}, {config['num_classes']} classes; {device.type}, {str(precision)[6:]}", flush=True)
-    bar = tqdm(cases, unit="case", disable=None)
-    for number, (case, target) in enumerate(zip(bar, targets), 1):
-        if bar.disable:                                              # output is no terminal: a line in place of the bar
-            print(f"case {number} of {len(cases)}: {case['name']}", flush=True)
-        try:
-            label = predict_case(net, case, settings, tuple(config["crop"]), autocast, range(4) if args.tta else (0,),
-                                 overlap=args.overlap, blend=args.blend, batch=args.batch,
-                                 stitch_on_cpu=args.stitch_on_cpu)
-        except data.BadVolume as error:
-            failed[case["name"]] = str(error)
-            continue
-        data.write_label(target, label, case["image"])
-        case["prediction"] = target
-        if args.export_test:
-            data.write_label(exports / f"label{case_key(target)}.nii.gz", table[label.numpy()], case["image"])
-    facts = {"weights": args.weights, "weights_sha256": digest, "models": 1,
-             "data": args.data, "split": args.key, "held_out": args.held_out, "seen_in_training": seen,
-             **{name: config[name] for name in ("spacing", "modality", "hu_window", "crop")}, "overlap": args.overlap,
-             "blend": args.blend, "tta": args.tta, "precision": str(precision)[6:]}
-    return [case for case in cases if "prediction" in case], names, failed, facts
-
-
-def network_names(config):
-    """Return {id: organ} of a network's classes, those without a name by their numbers; None if it has no names."""
+def class_names(config):
+    """Name a network's classes, {number: organ}; None if its run knew no names."""
     if not config["labels"]:
         return None
     return {**numbered(config["num_classes"]), **config["labels"]}
 
 
-def main(args):
+def select_cases(args, nets):
+    """Choose the cases to predict: (cases, names of those that training has seen).
+
+    A case has a "name" of its own, and the "names" of its list's labels, {number: organ} or None.
+    """
+    cases = []
+    for path in args.data:
+        names = data.label_names(path, ignore=True)
+        for case in data.read_list(path, args.key, args.data_root):
+            cases.append({**case, "names": names})
+
+    for net in nets if args.held_out else ():
+        held_back = set(net.config["held_back"])
+        cases = [case for case in cases if is_among(case["image"], held_back)]
+    settings.require(cases, f"--held_out: none of {', '.join(args.data)} ({args.key}) was held "
+                            f"back from {', '.join(args.weights)}")
+    for case, name in zip(cases, case_names([case["image"] for case in cases])):
+        case["name"] = name
+
+    train = {identity for net in nets for identity in net.config["train"]}
+    seen = [case["name"] for case in cases if is_among(case["image"], train)]
+    if seen:
+        print(f"warning: training saw images of the same name as {len(seen)} of {len(cases)} "
+              f"cases: {', '.join(seen)}")
+    return cases, seen
+
+
+def check(args):
+    """Read the weights, and every case of --data; ValueError names all that is wrong."""
+    nets = load_networks(args.weights, "cpu")
+    cases, _ = select_cases(args, nets)
+    data.check_voxels(cases, nets[0].preparation, labels=None)
+    print(f"checked: {data.count(len(cases), 'case')}, {data.verdict()}")
+
+
+# ---------------------------------------------------------------------------- predict
+class Export:
+    """Write predictions a second time, in BTCV's numbers and under its names, for a submission.
+
+    folder: where to, or None to write nothing. ValueError where an organ or an image has no place.
+    """
+
+    def __init__(self, folder, names, cases):
+        self.folder = Path(folder) if folder else None
+        if self.folder:
+            self.numbers = btcv_numbers(names or {}, [case["image"] for case in cases])
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def target(self, case):
+        return self.folder / f"label{case_key(case['name'])}.nii.gz"
+
+    def write(self, case, label):
+        if self.folder:
+            data.write_label(self.target(case), self.numbers[np.asarray(label)], case["image"])
+
+
+def check_files(case):
+    """Raise BadVolume unless the headers of a case's image, and of its label if any, are good."""
+    data.check_case(case, labels=bool(case["label"]))
+
+
+def refuse_overwriting(cases, targets):
+    """Raise ValueError if a prediction would be written over one of the cases' own files."""
+    sources = set()
+    for case in cases:
+        sources |= {Path(case[kind]).resolve() for kind in ("image", "label") if case[kind]}
+    clash = sources & {path.resolve() for path in targets}
+    settings.require(not clash, f"--out or --export_test would overwrite {min(clash, default='')}: "
+                                "give another folder")
+
+
+def predict_all(args, device):
+    """Predict and write every case: (cases that have a "prediction", what failed, facts).
+
+    What failed is {case: reason}; facts are what results.json records.
+    """
+    runtime.keep_freed_memory(device)
+    nets = load_networks(args.weights, device)
+    # now: a run that goes on may replace its best.pt
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.weights]
+    config = nets[0].config
+    precision = runtime.Precision(args.precision, device).name
+    cases, seen = select_cases(args, nets)
+
     out = Path(args.out)
-    if args.compare:
-        return print(scoring.compare(args.compare, out))
-    if args.check:
-        return check(args)
-    ranks = runtime.start(args.device)
-    if ranks.world > 1:
-        raise ValueError("evaluate.py is one process: start it without torchrun, on parts of the cases if need be")
-    with runtime.OutputFolder(out, ranks, resume=True):                  # one writer; a run's own files stay
-        evaluate(args, out, ranks.device)
+    export = Export(args.export_test, class_names(config), cases)
+    targets = [out / f"{case['name']}.nii.gz" for case in cases]
+    exported = [export.target(case) for case in cases] if export.folder else []
+    refuse_overwriting(cases, targets + exported)
+    for problem in data.find_problems(cases, check_files):
+        print(f"warning: {problem}", flush=True)          # now, not after an hour's predictions
+
+    scoring.clear(out)
+    size = sum(parameter.numel() for parameter in nets[0].parameters())
+    print(f"{data.count(len(cases), 'case')}, {data.count(len(nets), 'network')} of {size:,} "
+          f"parameters in windows of {config['crop']}, {config['num_classes']} classes; "
+          f"{device.type}, {precision}", flush=True)
+
+    failed = {}
+    bar = tqdm(cases, unit="case", disable=None)
+    for number, (case, target) in enumerate(zip(bar, targets), 1):
+        if bar.disable:                      # output is no terminal: a line in place of the bar
+            print(f"case {number} of {len(cases)}: {case['name']}", flush=True)
+        try:
+            label = inference.segment(nets, case["image"], tta=args.tta, precision=args.precision,
+                                      overlap=args.overlap, blend=args.blend, batch=args.batch,
+                                      stitch_on_cpu=args.stitch_on_cpu)
+        except data.BadVolume as error:
+            failed[case["name"]] = str(error)
+            continue
+        data.write_label(target, label, case["image"])
+        export.write(case, label)
+        case["prediction"] = target
+
+    one = len(nets) == 1                     # of several networks, lists
+    facts = {"weights": args.weights[0] if one else args.weights,
+             "weights_sha256": digests[0] if one else digests, "models": len(nets),
+             "data": args.data, "split": args.key, "held_out": args.held_out,
+             "seen_in_training": seen, **{name: config[name] for name in RECORDED},
+             "overlap": args.overlap, "blend": args.blend, "tta": args.tta, "precision": precision}
+    predicted = [case for case in cases if "prediction" in case]
+    return predicted, class_names(config), failed, facts
 
 
+# ------------------------------------------------------------------------------ score
 def evaluate(args, out, device):
-    """Predict, score, write, tell what failed; ValueError if anything did."""
+    """Predict, score, write, and tell what failed; ValueError if anything did."""
     if args.weights:
         cases, names, failed, facts = predict_all(args, device)
     else:
-        cases, names, failed, facts = scoring.find_predictions(args.predictions, args.labels, args.key, args.names)
+        cases, names, failed, facts = scoring.find_predictions(args.predictions, args.labels,
+                                                               args.key, args.names)
     labelled = [case for case in cases if case["label"]]
     facts["unmatched"] = scoring.unmatched(labelled, names)
+
     rows = []
     for case in labelled:
         try:
             rows += scoring.score_case(case, names, args.tolerance_mm)
         except ValueError as error:
             failed[case["name"]] = str(error)
+
     text = scoring.write_results(out, rows, names, failed, facts, args.tolerance_mm)
     figures.evaluation_report(out, cases, rows, names, facts)
     print(f"{text}\n{scoring.unmatched_text(facts['unmatched'])}"
           f"{data.count(len(cases), 'prediction')}, {len(labelled)} with a label; results in {out}")
+
     for reason in failed.values():
         print(f"not done: {reason}")
-    if failed:
-        everything = failed.keys() | {case["name"] for case in cases}
-        raise ValueError(f"{len(failed)} of {data.count(len(everything), 'case')} failed: {', '.join(failed)}")
+    everything = failed.keys() | {case["name"] for case in cases}
+    settings.require(not failed, f"{len(failed)} of {data.count(len(everything), 'case')} failed: "
+                                 f"{', '.join(failed)}")
+
+
+def main(args):
+    out = Path(args.out)
+    if args.compare:
+        print(scoring.compare(args.compare, out))
+        return
+    if args.check:
+        check(args)
+        return
+
+    ranks = runtime.start(args.device)
+    settings.require(ranks.world == 1, "evaluate.py is one process: start it without torchrun, on "
+                                       "parts of the cases if need be")
+    with runtime.OutputFolder(out, ranks, resume=True):     # one writer; a run's own files stay
+        evaluate(args, out, ranks.device)
 
 
 if __name__ == "__main__":

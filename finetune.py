@@ -109,16 +109,17 @@ def prepare_cases(args, train, held_back, num_classes, ranks):
 
 
 # ------------------------------------------------------------------------- network, optimiser
-def read_pretrained(path, network, ranks):
-    """Read a checkpoint of train_ssl.py: (weights of its student or teacher, settings of its run).
+def read_pretrained(path, network, sizes, ranks):
+    """Read a checkpoint of train_ssl.py that may lack tensors: (weights, settings of its run).
 
-    ValueError for any other file.
+    network: "student" or "teacher"; sizes: names of settings that must be there. ValueError for
+    any other file.
     """
     state = runtime.load_checkpoint(path)
     alone = "model" in state                                    # student.pt holds one network
     found, config = state.get("model" if alone else network), state.get("config")
     sound = (isinstance(found, dict) and len(found) > 0
-             and isinstance(config, dict) and config.keys() >= set(settings.SIZES)
+             and isinstance(config, dict) and config.keys() >= set(sizes)
              and all(isinstance(name, str) for name in found)
              and all(isinstance(value, torch.Tensor) for value in found.values()))
     settings.require(sound and not (alone and network != "student"),
@@ -131,26 +132,29 @@ def read_pretrained(path, network, ranks):
 
 
 def read_init(args, ranks):
-    """Read what --init names: (weights, encoder sizes), or (None, the flags' sizes) without it."""
+    """Read what --init names: (weights, settings of their encoder, a report on them).
+
+    Without --init the weights are None and the settings the flags'.
+    """
     names = settings.UNET_SIZES if args.network == "unet" else settings.SIZES
     if not args.init:
-        return None, {name: getattr(args, name) for name in names}
-    pretrained, theirs = read_pretrained(args.init, args.weights, ranks)
+        return None, {name: getattr(args, name) for name in names}, ""
+    if args.partial_init or args.network == "unet":
+        pretrained, config = read_pretrained(args.init, args.weights, names, ranks)
+        encoder, report = {name: config[name] for name in names}, f"{args.init}:"
+        network = config.get("network", "swin")
+        settings.require(network == args.network, f"--net {args.network}: {args.init} holds a "
+                                                  f"{network}; give --net {network}")
+    else:
+        found = weights.read_encoder(args.init, args.weights)
+        pretrained, config, report = found.weights, found.config, found.report
+        encoder = found.settings()
 
-    network = theirs.get("network", "swin")
-    settings.require(network == args.network and theirs.keys() >= set(names),
-                     f"--net {args.network}: {args.init} holds a {network}; give --net {network}")
-    for name in names:
-        size = args.sizes_given.get(name, theirs[name])
-        settings.require(size == theirs[name], f"--{name} {size}: the encoder of {args.init} has "
-                                               f"{theirs[name]}; drop the flag")
-    differences = [f"{name} {getattr(args, name)} here, {theirs.get(name)} there"
-                   for name in ("spacing", "modality", "hu_window")
-                   if getattr(args, name) != theirs.get(name)]
-    if differences and ranks.is_main:
-        print(f"warning: {args.init} was trained on volumes prepared otherwise: "
-              f"{'; '.join(differences)}")
-    return pretrained, {name: theirs[name] for name in names}
+    settings.check_sizes(args, encoder)
+    warning = settings.preparation_warning(args, config)
+    if warning and ranks.is_main:
+        print(warning)
+    return pretrained, encoder, report
 
 
 def build_optimizer(net, args):
@@ -200,7 +204,7 @@ def predict(net, image, args, precision):
 
 def train(args, ranks, out):
     # ---------------------------------------------------------------------------------- data
-    pretrained, sizes = read_init(args, ranks)
+    pretrained, encoder, report = read_init(args, ranks)
     cases, held_back, names = load_cases(args, ranks)
     num_classes = count_classes(args, names)
     prepare_cases(args, cases, held_back, num_classes, ranks)
@@ -211,16 +215,17 @@ def train(args, ranks, out):
 
     # --------------------------------------------------------------------- network, optimiser
     identities = organs.identities([case["image"] for case in cases + held_back])
-    config = {**vars(args), **sizes, "num_classes": num_classes, "labels": names,
+    config = {**vars(args), **encoder, "num_classes": num_classes, "labels": names,
               "global_batch": per_step, "total": total, "format": weights.FORMAT,
               "train": identities[:len(cases)], "held_back": identities[len(cases):]}
     torch.manual_seed(args.seed)        # --init replaces the encoder alone: methods share a decoder
     net = segment.build_network(config)
-    report = "encoder weights: random"
     if pretrained:
-        report = segment.load_encoder(net, pretrained, args.partial_init)
+        report += "\n" + segment.load_encoder(net, pretrained, args.partial_init)
         if args.network == "unet" and not args.encoder_only:
             report += "\n" + segment.load_decoder(net, pretrained)
+    else:
+        report = "encoder weights: random"
     net.to(ranks.device).encoder.requires_grad_(not args.freeze_encoder)
     average = copy.deepcopy(net).requires_grad_(False) if args.average else None
     kept = average or net                           # what is validated, saved and shown
@@ -229,10 +234,12 @@ def train(args, ranks, out):
 
     # ---------------------------------------------------------------------- resume, outputs
     state = dict(model=net, average=average, optimizer=optimizer, scaler=precision.scaler)
-    # runs from before there was a U-Net do not name their network
-    before = {"network": "swin", "width": args.width, "encoder_only": False}
-    resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks, before)
+    before = {**settings.FINETUNING_BEFORE, "width": args.width}
+    resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks, before,
+                             weights.upgrade_run)
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
+    if step:
+        report = f"weights: as they were after step {step}"
     best = resumed.get("best", -1.0)
     if ranks.is_main:
         runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())
@@ -308,7 +315,8 @@ def train(args, ranks, out):
             image, label = data.cached(case, preparation(args), args.cache, True, num_classes)
             if pred is None and last:
                 pred = predict(kept.eval(), image, args, precision)
-            figures.finetuning_report(out, config, image, label, pred, organs.case_name(case["image"]))
+            figures.finetuning_report(out, config, image, label, pred,
+                                      organs.case_name(case["image"]))
 
         (leaving,) = ranks.agree(stop.asked)
         if ranks.is_main and improved:

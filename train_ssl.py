@@ -8,6 +8,7 @@ Writes OUT/last.pt (everything; --resume goes on from it), OUT/student.pt (weigh
 and for others), OUT/log.csv (the losses as back-propagated, and the signs of collapse),
 OUT/config.json and OUT/index.html (pictures). Every setting stands in smit/settings.py.
 """
+import argparse
 import json
 import math
 from collections import Counter
@@ -55,6 +56,19 @@ def view_pairs(args, cases, drops=0, split="train"):
     """Make the dataset: sample number -> two views of a volume, and their masks [SMIT 2, 3]."""
     return samples.ViewPairs(cases, preparation(args), args.cache, args.crop, args.view,
                              args.mask_cell, args.mask_ratio, drops, args.seed, split)
+
+
+def read_init(args, ranks):
+    """Read what --init names: (the settings, with its encoder's sizes; what to begin with)."""
+    start = weights.read_start(args.init)
+    encoder = start.student.settings()
+    settings.check_sizes(args, encoder)
+    warning = settings.preparation_warning(args, start.student.config)
+    if warning and ranks.is_main:
+        print(warning)
+    args = argparse.Namespace(**{**vars(args), **encoder})
+    settings.check_pretraining(args)
+    return args, start
 
 
 def build_networks(args):
@@ -142,6 +156,9 @@ def smit_losses(args, student, teacher, centers, batch, teacher_temp, precision)
 
 def train(args, ranks, out):
     # ---------------------------------------------------------------------------------- data
+    start = None
+    if args.init:
+        args, start = read_init(args, ranks)
     cases, held_back = load_cases(args, ranks)
     per_step = args.batch * args.accumulate * ranks.world
     total = args.steps or math.ceil(args.epochs * len(cases) / per_step)
@@ -149,6 +166,7 @@ def train(args, ranks, out):
 
     # ----------------------------------------------------------- student, teacher, optimiser
     student, teacher, centers = build_networks(args)
+    report = weights.begin(start, student, teacher, centers) if start else "weights: random"
     for network in filter(None, (student, teacher, centers)):
         network.to(ranks.device)
     optimizer = build_optimizer(student, args)
@@ -161,15 +179,18 @@ def train(args, ranks, out):
               "precision": precision.name, "format": weights.FORMAT}
     state = dict(student=student, teacher=teacher, centers=centers, optimizer=optimizer,
                  scaler=precision.scaler)
-    resumed = runtime.resume(out, state, config, settings.PRETRAINING_FREE, ranks)
+    resumed = runtime.resume(out, state, config, settings.PRETRAINING_FREE, ranks,
+                             settings.PRETRAINING_BEFORE, weights.upgrade_run)
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
+    if step:
+        report = f"weights: as they were after step {step}"
     if ranks.is_main:
         runtime.atomic_write(out / "config.json", json.dumps(config, indent=1).encode())
         print(f"{args.method}: {len(cases)} volumes and {len(held_back)} held back; "
               f"steps {step} to {total} of {args.batch} pairs x {args.accumulate} micro-batches "
               f"x {ranks.world} ranks = {per_step} pairs; "
               f"{runtime.describe_memory(student, teacher)}; "
-              f"{ranks.device.type}, {precision.name}", flush=True)
+              f"{ranks.device.type}, {precision.name}\n{report}", flush=True)
 
     # find_unused_parameters: without masks the mask token has no gradient; and DDP then keeps the
     # order of its sums, without which a resumed run would differ in the last bit

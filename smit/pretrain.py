@@ -11,6 +11,7 @@ from torch import nn
 
 from smit.heads import LinearVoxelHead, MultiLayerVoxelHead, ProjectionHead
 from smit.swin import SwinTransformer3D
+from smit.weights import adopt
 
 
 class Outputs(NamedTuple):
@@ -32,12 +33,13 @@ class SMIT(nn.Module):
     voxel_head: "linear", "multilayer" or None.
     patch_head, image_head: whether to build them.
     shared_head: one projection head for patches and image, iBOT's default.
+    habits: of weights.habits.HABITS, for an imported encoder alone.
     """
 
     def __init__(self, encoder, voxel_head="linear", patch_head=True, image_head=True,
-                 shared_head=False, head_width=2048, bottleneck=256, prototypes=8192):
+                 shared_head=False, head_width=2048, bottleneck=256, prototypes=8192, habits=()):
         super().__init__()
-        self.encoder = SwinTransformer3D(**encoder)
+        self.encoder = adopt(SwinTransformer3D(**encoder), habits)
         doublings = len(self.encoder.stages) - 1
         self.cell = self.encoder.patch * 2 ** doublings  # voxels per axis of a patch token: 16
         channels, last_channels = self.encoder.channels[-2:]               # 384, 768
@@ -108,6 +110,8 @@ def build_student(config):
     encoder = {}
     for name in ("embed_dim", "depths", "heads", "window", "drop_path", "checkpointing"):
         encoder[name] = config[name]
+    encoder |= config.get("imported", {})                # what only an imported encoder has
+    habits = encoder.pop("habits", ())
     return SMIT(encoder,
                 voxel_head=config["voxel_head"] if config["mip"] else None,
                 patch_head=bool(config["mpd"]),
@@ -115,4 +119,6 @@ def build_student(config):
                 shared_head=config["shared_head"],
                 head_width=config["head_width"],
                 bottleneck=config["bottleneck"],
-                prototypes=config["prototypes"])
+                prototypes=config["prototypes"],
+                habits=habits)
+

@@ -2,7 +2,7 @@
 
 It has the paper's 28.19M parameters.
 Reading order: SegmentationNet, its decoder's Up and ResidualBlock, load_encoder,
-predict. The tricks for speed stand at the end.
+predict. The tricks for speed stand at the end. From Python, inference.py is the door.
 """
 import numpy as np
 import torch
@@ -10,13 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from smit.baselines.unet import UNet3D
+from smit.settings import SIZES, UNET_SIZES
 from smit.sliding import sliding_window
 from smit.swin import SwinTransformer3D
 from smit.transforms import rotate90
-
-# settings that the pre-trained and the fine-tuned encoder must share
-SIZES = ("embed_dim", "depths", "heads", "window")
-UNET_SIZES = ("width",)
+from smit.weights import adopt, count, fill
 
 
 # ---------------------------------------------------------------------- network
@@ -25,11 +23,12 @@ class SegmentationNet(nn.Module):
 
     It has 28,192,614 parameters with 14 classes. encoder: arguments of
     SwinTransformer3D (in_channels, embed_dim, window, drop_path, ...).
+    habits: of weights.habits.HABITS, for an imported encoder alone.
     """
 
-    def __init__(self, num_classes=14, **encoder):
+    def __init__(self, num_classes=14, habits=(), **encoder):
         super().__init__()
-        self.encoder = SwinTransformer3D(**encoder, mask_token=False)
+        self.encoder = adopt(SwinTransformer3D(**encoder, mask_token=False), habits)
         channels = self.encoder.channels                                   # 48, 96, 192, 384, 768
         self.ups = nn.ModuleList()
         for level in reversed(range(len(channels) - 1)):
@@ -85,6 +84,7 @@ def build_network(config):
         sizes = {name: config[name] for name in names}
         if is_unet:
             return SegmentationUNet(config["num_classes"], **sizes)
+        sizes |= config.get("imported", {})              # what only an imported encoder has
         return SegmentationNet(config["num_classes"], drop_path=config["drop_path"],
                                checkpointing=config["checkpointing"], **sizes)
     except (RuntimeError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
@@ -163,33 +163,10 @@ def load_encoder(net, state_dict, partial=False):
     """
     # differs: the release's fine-tuner loads nothing from its own checkpoints and
     # reports success
-    own = net.encoder.state_dict()
     given = encoder_weights(state_dict)
+    counts = fill(net.encoder, given, partial)
     dropped = count(state_dict) - count(given)
-    if "patch_embed.weight" in given:
-        channels = own["patch_embed.weight"].shape[1]
-        given["patch_embed.weight"] = adapt_channels(given["patch_embed.weight"], channels)
-
-    matched, unexpected = {}, {}
-    for name, weight in given.items():
-        if name in own and weight.shape == own[name].shape:
-            matched[name] = weight
-        else:
-            unexpected[name] = weight
-    missing = {name: weight for name, weight in own.items() if name not in matched}
-    report = (f"encoder weights: {count(matched):,} of {count(own):,} matched; "
-              f"missing {listed(missing)}; unexpected {listed(unexpected)}; "
-              f"heads and mask token dropped: {dropped:,}")
-
-    if not partial and (missing or unexpected):
-        raise ValueError(f"{report}; build the network as the pre-trained one was, "
-                         "or ask for a partial load")
-    for name, weight in matched.items():
-        if not weight.isfinite().all():
-            raise ValueError(f"encoder weights that are not finite, first in {name}: "
-                             "use another checkpoint")
-    net.encoder.load_state_dict(matched, strict=False)
-    return report
+    return f"encoder weights: {counts}; heads and mask token dropped: {dropped:,}"
 
 
 def load_decoder(net, state_dict):
@@ -228,31 +205,6 @@ def encoder_weights(state_dict):
         weights[name.removeprefix(prefix)] = weight
     weights.pop("mask_token", None)
     return weights
-
-
-def adapt_channels(weight, channels):
-    """Fit a patch embedding (C, c, *patch) to another number of channels.
-
-    An image repeated in every channel gives the output of the original layer.
-    """
-    if weight.ndim != 5 or weight.shape[1] == channels:
-        return weight
-    return weight.sum(1, keepdim=True).repeat(1, channels, 1, 1, 1) / channels
-
-
-def count(weights):
-    """Count the numbers in a dict of tensors."""
-    return sum(weight.numel() for weight in weights.values())
-
-
-def listed(weights):
-    """Say how many parameters there are, and the first three names."""
-    if not weights:
-        return "0"
-    names = list(weights)[:3]
-    if len(weights) > 3:
-        names.append("...")
-    return f"{count(weights):,} ({', '.join(names)})"
 
 
 # ------------------------------------------------------------------- prediction

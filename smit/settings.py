@@ -13,6 +13,8 @@ import sys
 # Settings of a run that a resumed one may change: they choose no number that the run computes.
 FREE_ON_RESUME = {"preset", "out", "resume", "overwrite", "cache", "device", "workers", "log_every",
                   "checkpointing", "save_steps", "save_minutes"}
+# What a run did before a flag existed, or did with one that is gone: so older runs resume.
+BEFORE = {"data_root": None, "hu_offset": 0.0, "init": None}
 SIZES = ("embed_dim", "depths", "heads", "window")   # pre-trained and fine-tuned encoder share them
 UNET_SIZES = ("width",)                              # the same of the CNN columns' U-Net
 PATCH = 2                                            # voxels per axis of the first tokens [SMIT 2]
@@ -162,6 +164,36 @@ def parse(parser, argv, presets, methods=None):
     return args
 
 
+def typed_sizes(parser, argv, names=SIZES):
+    """List the network's sizes that were typed, no defaults: {name: value}."""
+    # argparse gives a default to no attribute that is there already: what is None now was not typed
+    blank = argparse.Namespace(**dict.fromkeys(names))
+    argv = sys.argv[1:] if argv is None else argv
+    typed = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")], blank))
+    return {name: typed[name] for name in names if typed[name] is not None}
+
+
+def check_sizes(args, sizes):
+    """Refuse sizes that were typed and are not those of the encoder that --init names."""
+    for name, size in args.sizes_given.items():
+        require(size == sizes.get(name, size), f"--{name} {size}: the encoder of {args.init} has "
+                                               f"{sizes.get(name)}; drop the flag")
+
+
+def preparation_warning(args, config):
+    """Warn of an --init whose volumes, by its run's settings, were prepared otherwise; else ""."""
+    names = ("spacing", "modality", "hu_window", "hu_offset")
+    config = {"hu_offset": 0.0, **config} if config else {}
+    if not any(name in config for name in names):
+        return f"warning: {args.init} does not say how its volumes were prepared"
+    differences = [f"{name} {getattr(args, name)} here, {config.get(name)} there"
+                   for name in names if getattr(args, name) != config.get(name)]
+    if not differences:
+        return ""
+    return (f"warning: {args.init} was trained on volumes prepared otherwise: "
+            f"{'; '.join(differences)}")
+
+
 # ------------------------------------------------------------------------------- train_ssl.py
 PRETRAINING_PRESETS = {   # what differs from the flags' defaults
     "paper": {},
@@ -184,6 +216,9 @@ METHODS = {   # loss weights of the rows of Table 2 and Fig. 4 on the Swin backb
 }
 PRETRAINING_FREE = FREE_ON_RESUME | {"method", "max_bad", "batch", "accumulate", "val_every",
                                        "monitor_every"}
+
+
+PRETRAINING_BEFORE = {**BEFORE, "contrast": 0.0, "monitor_every": 10, "val_volumes": 200}
 
 
 def parse_pretraining(description, argv=None):
@@ -230,6 +265,9 @@ def parse_pretraining(description, argv=None):
     add("--center_momentum", type=share, default=0.9, help="of the centres [DINO]")
 
     add = add_encoder_flags(parser, drop_path=0.3)
+    add("--init", metavar="PATH",
+        help="begin with the weights of a student.pt, a last.pt (teacher, heads and centres, too) "
+             "or an encoder that smit.weights reads; without it, random [ours]")
     add("--voxel_head", choices=["linear", "multilayer"], default="linear",
         help="h^Pred [SMIT 2]; multilayer: the ablation's")
     add("--shared_head", action="store_true",
@@ -252,7 +290,10 @@ def parse_pretraining(description, argv=None):
     add("--weight_decay", type=not_negative, default=0.01, help="on matrices only [release]")
     add("--clip", type=not_negative, default=3.0,
         help="largest gradient norm [DINO]; 0 clips nothing")
-    return parse(parser, argv, PRETRAINING_PRESETS, METHODS)
+    typed = typed_sizes(parser, argv)
+    args = parse(parser, argv, PRETRAINING_PRESETS, METHODS)
+    args.sizes_given = typed
+    return args
 
 
 def patch_token(args):
@@ -291,7 +332,9 @@ FINETUNING_PRESETS = {   # what differs from the flags' defaults
                  heads=[2, 4, 8], width=16, steps=1000, batch=2, crops_per_volume=2, lr=1.5e-3, clip=3.0,
                  workers=1, phantoms=20),
 }
-FINETUNING_FREE = FREE_ON_RESUME | {"batch", "sizes_given"}
+FINETUNING_FREE = FREE_ON_RESUME | {"batch"}
+FINETUNING_BEFORE = {**BEFORE, "subset_seed": None, "background_weight": 1.0, "dice_on": "all",
+                     "average": 0.0, "network": "swin", "encoder_only": False}
 SPLITS = ("smit21_9", "monai24_6")   # of BTCV; the numbers are in smit/data/samples.py
 
 
@@ -329,11 +372,12 @@ def parse_finetuning(description, argv=None):
     add("--encoder_only", action="store_true",
         help="unet: leave the decoder random, where --init has it too [MG loads both]")
     add("--init", metavar="PATH",
-        help="student.pt or last.pt of train_ssl.py [SMIT 3]; without it, random weights")
+        help="student.pt or last.pt of train_ssl.py [SMIT 3], or an encoder that smit.weights "
+             "reads, as MONAI's model_swinvit.pt; without it, random weights")
     add("--weights", choices=["student", "teacher"], default="student",
         help="which network of a last.pt [SMIT 2]")
     add("--partial_init", action="store_true",
-        help="load what fits of --init, in place of refusing what does not")
+        help="load what fits of a student's --init, in place of refusing what does not")
     add("--freeze_encoder", action="store_true", help="train the decoder alone [ours]")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -357,16 +401,9 @@ def parse_finetuning(description, argv=None):
         help="momentum of an average of the weights, validated and saved in their place [ours]; "
              "0: none")
 
-    # argparse gives a default to no attribute that is there already: what is None now was not typed
-    blank = argparse.Namespace(**dict.fromkeys(SIZES + UNET_SIZES))
-    argv = sys.argv[1:] if argv is None else argv
-    typed = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")], blank))
-
+    typed = typed_sizes(parser, argv, SIZES + UNET_SIZES)
     args = parse(parser, argv, FINETUNING_PRESETS)
-    args.sizes_given = {}
-    for name in SIZES + UNET_SIZES:
-        if typed[name] is not None:
-            args.sizes_given[name] = typed[name]
+    args.sizes_given = typed
     return args
 
 
@@ -395,7 +432,8 @@ def parse_evaluation(description, argv=None):
     parser.add_argument("--out", default="runs/evaluate", help="output folder [ours]")
 
     add = parser.add_argument_group("predict").add_argument
-    add("--weights", metavar="PATH", help="best.pt of finetune.py: predict with it")
+    add("--weights", nargs="+", metavar="PATH",
+        help="best.pt of finetune.py: predict with it, or with several, whose softmax is averaged")
     add("--data", nargs="+", default=[], metavar="PATH",
         help="NIfTI files, folders, text lists, dataset.json files")
     add("--key", default="validation", help="split to read from a dataset.json [MSD]")

@@ -311,7 +311,7 @@ class SwinTransformer3D(nn.Module):
 
         # channels of the tensors that forward returns; the last merge has no norm
         self.channels = [embed_dim * 2 ** level for level in range(len(depths) + 1)]
-        rates = torch.linspace(0, drop_path, sum(depths)).split(depths)
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(depths)
         self.stages = nn.ModuleList()
         for dim, stage_heads, stage_rates in zip(self.channels, heads, rates):
             self.stages.append(SwinStage(

@@ -95,7 +95,8 @@ def test_figure_5_and_the_probe_take_outputs_of_a_gpu(student, phantoms, tmp_pat
     reconstruction.fig5(tmp_path / "fig5", {("smit", 0): str(student)}, {"ct": str(phantoms)}, str(tmp_path / "cache"))
     monkeypatch.undo()
     send_to_gpu(monkeypatch, swin.SwinTransformer3D, "forward")
-    probe.probe(tmp_path / "probe", {("smit", 0): str(student)}, False, str(phantoms), "ct", str(tmp_path / "cache"))
+    settings = probe.Settings(str(phantoms), "ct", [None], [None], str(tmp_path / "cache"))
+    probe.probe(tmp_path / "probe", {("smit", 0): str(student)}, False, settings)
     assert (tmp_path / "fig5/fig5.md").is_file() and (tmp_path / "probe/probe.md").is_file()
 
 

@@ -12,7 +12,7 @@ import torch
 
 import evaluate
 import finetune
-from smit import data, metrics, phantom, runtime, scoring, segment, transforms
+from smit import data, inference, metrics, phantom, runtime, scoring, segment, transforms
 from smit.data import organs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -116,6 +116,30 @@ def test_scores_are_those_of_the_metrics_on_the_original_grid(weights, phantoms,
     assert results["overlap"] == .5 and results["blend"] == "constant" and results["spacing"] == [10, 10, 10]
 
 
+def test_several_networks_vote_and_the_record_says_so(weights, phantoms, tmp_path):
+    state = runtime.load_checkpoint(weights)
+    torch.manual_seed(1)
+    state["model"] = {name: w + .3 * torch.randn_like(w) for name, w in state["model"].items()}
+    state["config"] = {**state["config"], "train": ["phantom0004.nii.gz"], "held_back": ["phantom0001.nii.gz"]}
+    runtime.save_checkpoint(tmp_path / "other.pt", state)
+    scan, pair = phantoms.parent / "imagesTr" / "phantom0004.nii.gz", [weights, tmp_path / "other.pt"]
+    run("--weights", *pair, "--data", scan, "--out", tmp_path / "both")
+    label = np.asarray(nib.load(tmp_path / "both" / scan.name).dataobj)
+    nets = [inference.load_network(path) for path in pair]
+    alone = [inference.segment(net, scan).numpy() for net in nets]
+    assert np.array_equal(label, inference.segment(nets, scan)) and not np.array_equal(*alone)
+    results = json.loads((tmp_path / "both" / "results.json").read_text())
+    assert results["models"] == 2 and results["weights"] == [str(path) for path in pair]
+    assert results["weights_sha256"] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in pair]
+    assert results["seen_in_training"] == ["phantom0004"]                   # by one of them
+    with pytest.raises(ValueError, match="none of .* was held back"):       # no case is new to both
+        run("--weights", *pair, "--data", phantoms, "--key", "training", "--held_out", "--out", tmp_path / "none")
+    state["config"]["spacing"] = [9., 9., 9.]
+    runtime.save_checkpoint(tmp_path / "other.pt", state)
+    with pytest.raises(ValueError, match="different spacing cannot vote"):
+        run("--weights", *pair, "--data", scan, "--out", tmp_path / "none")
+
+
 def test_the_table_has_the_papers_columns_and_averages():
     scores = {name: (i + 1) / 20 for i, name in enumerate(organs.CODES)}
     made = [{"case": case, "organ": name, "dice": score + more}
@@ -197,6 +221,19 @@ def test_bad_cases_are_told_before_the_first_prediction_and_by_check_alone(weigh
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(told) >= 2 and "absent.nii.gz" in told[-2] and "no_label.nii.gz" in told[-1]
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2       # an image whose label is bad, too
+
+
+def test_cases_named_alike_are_told_apart_by_their_folders(weights, phantoms, tmp_path, capsys):
+    for n in (1, 2):
+        image = tmp_path / f"kits/case_{n}/imaging.nii.gz"
+        image.parent.mkdir(parents=True)
+        shutil.copy(phantoms.parent / "imagesTr" / f"phantom000{n}.nii.gz", image)
+    state, path = runtime.load_checkpoint(weights), tmp_path / "weights.pt"
+    state["config"] |= {"train": ["case_1/imaging.nii.gz"], "held_back": ["case_2/imaging.nii.gz"]}
+    torch.save(state, path)
+    run("--weights", path, "--data", tmp_path / "kits", "--out", tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").glob("*.nii.gz")} == {"case_1.nii.gz", "case_2.nii.gz"}
+    assert "same name as 1 of 2 cases: case_1\n" in capsys.readouterr().out
 
 
 def test_a_btcv_submission_has_btcvs_names_and_numbers(weights, phantoms, tmp_path):

@@ -12,7 +12,8 @@ import torch
 import finetune
 import train_ssl
 from conftest import SMALL as SMALL_SSL
-from smit import data, runtime, segment, settings
+from foreign import monai_encoder
+from smit import data, inference, runtime, segment, settings, weights
 
 SMALL = ("--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 --workers 0 --log_every 1 "
          "--device cpu --crops_per_volume 2").split()
@@ -106,7 +107,7 @@ def test_the_decoder_starts_alike_for_every_method(pretrained, phantoms, tmp_pat
 
 def test_the_encoders_sizes_come_from_the_student(pretrained, phantoms, tmp_path):
     args = parse("--init", pretrained / "student.pt", "--preset", "tiny")
-    weights, sizes = finetune.read_init(args, runtime.start("cpu"))
+    weights, sizes, _ = finetune.read_init(args, runtime.start("cpu"))
     assert weights and (sizes["embed_dim"], sizes["depths"], sizes["heads"]) == (8, [1, 1], [2, 2])
     with pytest.raises(ValueError, match="--embed_dim 24: the encoder of .*student.pt has 8"):
         finetune.read_init(parse("--init", pretrained / "student.pt", "--embed_dim", 24), runtime.start("cpu"))
@@ -141,6 +142,25 @@ def test_a_wrong_init_is_refused_in_one_line(pretrained, phantoms, tmp_path):
     tune(phantoms, tmp_path / "run", "--init", tmp_path / "lacking.pt", "--steps", 1, "--partial_init")
     with pytest.raises(ValueError, match="last.pt"):
         finetune.read_init(parse("--init", pretrained / "student.pt", "--weights", "teacher"), runtime.start("cpu"))
+
+
+def test_a_network_learns_from_monais_encoder_of_its_own_shape(phantoms, tmp_path, capsys):
+    state = {f"module.{name}": w for name, w in monai_encoder(mlp=("mlp.fc1", "mlp.fc2")).items()}
+    torch.save({"state_dict": state}, tmp_path / "model_swinvit.pt")
+    sizeless = " ".join(SMALL).replace("--embed_dim 8 --depths 1 1 --heads 2 2 ", "").split()
+    flags = [*sizeless, "--data", phantoms, "--out", tmp_path / "run", "--cache", tmp_path / "cache",
+             "--init", tmp_path / "model_swinvit.pt", "--steps", 12, "--batch", 2, "--crop", 32]
+    finetune.main(parse(*flags))
+    told = capsys.readouterr().out
+    assert "with MONAI's SwinViT under state_dict.module" in told and "habit: a merge reads neighbours 010 and 001" in told
+    assert re.search(r"encoder weights: ([\d,]+) of \1 matched; missing 0; unexpected 0", told)
+    losses = [row["loss"] for row in read_log(tmp_path / "run")]
+    assert sum(losses[-3:]) < .9 * sum(losses[:3])
+    config = runtime.load_checkpoint(tmp_path / "run" / "last.pt")["config"]
+    assert config["window"] == [7, 7, 7] and "cut_bias_index" in config["imported"]["habits"]
+    net = inference.load_network(tmp_path / "run" / "best.pt")              # the habits travel on
+    assert isinstance(net.encoder.stages[0].merge, weights.habits.DuplicatedMerging)
+    finetune.main(parse(*flags, "--resume"))
 
 
 def test_a_frozen_encoder_does_not_move(pretrained, phantoms, tmp_path):

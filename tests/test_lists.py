@@ -1,4 +1,5 @@
 """From what people name to cases: folders as they are on disks, lists as other tools write them."""
+
 import json
 import os
 
@@ -33,19 +34,47 @@ def write_list(folder, name="dataset.json", **content):
     return folder / name
 
 
-# ------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 def test_hidden_names_and_label_folders_are_left_out_with_one_line(tmp_path, capsys):
-    touch(tmp_path, "s1/ct.nii.gz", "s1/._ct.nii.gz", "s1/segmentations/liver.nii.gz", "s2/ct.nii.gz",
-          "__MACOSX/s1/ct.nii.gz", ".git/annex/objects/x.nii.gz", "s2/segmentation.nii.gz", "s3/scan.mha")
+    touch(
+        tmp_path,
+        "s1/ct.nii.gz",
+        "s1/._ct.nii.gz",
+        "s1/segmentations/liver.nii.gz",
+        "s2/ct.nii.gz",
+        "__MACOSX/s1/ct.nii.gz",
+        ".git/annex/objects/x.nii.gz",
+        "s2/segmentation.nii.gz",
+        "s3/scan.mha",
+    )
     assert names_of(data.read_list(tmp_path), tmp_path) == ["s1/ct.nii.gz", "s2/ct.nii.gz"]
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and told[0].startswith(f"note: {tmp_path}: left out ")
-    for part in ("hidden names: 3", "folders of labels (segmentations): 1", "labels, by their names: 1", "(*.mha): 1"):
+    for part in (
+        "hidden names: 3",
+        "folders of labels (segmentations): 1",
+        "labels, by their names: 1",
+        "(*.mha): 1",
+    ):
         assert part in told[0]
 
 
-@pytest.mark.parametrize("name", ["labelsTr", "labels", "label", "Masks", "segmentations", "lesion_masks", "gt", "seg",
-                                  "labels_v2", "ground_truth", "annotations"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "labelsTr",
+        "labels",
+        "label",
+        "Masks",
+        "segmentations",
+        "lesion_masks",
+        "gt",
+        "seg",
+        "labels_v2",
+        "ground_truth",
+        "annotations",
+    ],
+)
 def test_folders_of_labels_are_known_by_their_names(name, tmp_path):
     touch(tmp_path, f"{name}/a.nii.gz", "imagesTr/a.nii.gz")
     assert names_of(data.read_list(tmp_path), tmp_path) == ["imagesTr/a.nii.gz"]
@@ -59,8 +88,13 @@ def test_other_folders_are_not_taken_for_labels(name, tmp_path):
 
 def test_linked_folders_are_entered_once_and_loops_end(tmp_path, capsys):
     touch(tmp_path, "data/siteA/1.nii.gz", "store/2.nii.gz")
-    for link, target in (("a_link", "siteA"), ("siteB", "../store"), ("again", "../store"), ("loop", "."),
-                         ("siteA/up", "..")):
+    for link, target in (
+        ("a_link", "siteA"),
+        ("siteB", "../store"),
+        ("again", "../store"),
+        ("loop", "."),
+        ("siteA/up", ".."),
+    ):
         (tmp_path / "data" / link).symlink_to(target)
     found = names_of(data.read_list(tmp_path / "data"), tmp_path / "data")
     assert found == ["again/2.nii.gz", "siteA/1.nii.gz"]
@@ -74,16 +108,24 @@ def test_links_to_one_file_are_one_case_and_the_file_itself_comes_first(tmp_path
 
 
 def test_a_folder_with_a_dataset_json_is_read_through_it(tmp_path, capsys):
-    write_list(tmp_path, training=[{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}], test=["b.nii.gz"])
+    write_list(
+        tmp_path,
+        training=[{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}],
+        test=["b.nii.gz"],
+    )
     touch(tmp_path, "imagesTr/a.nii.gz", "imagesTr/b.nii.gz", "labelsTr/a.nii.gz")
     assert names_of(data.read_list(tmp_path), tmp_path) == ["imagesTr/a.nii.gz"]
-    assert "read through its dataset.json, its 'training' cases, not 'test'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="'validation' is no list of cases; --key can be 'training', 'test'"):
+    assert (
+        "read through its dataset.json, its 'training' cases, not 'test'" in capsys.readouterr().err
+    )
+    with pytest.raises(
+        ValueError, match="'validation' is no list of cases; --key can be 'training', 'test'"
+    ):
         data.read_list(tmp_path, "validation")
 
 
 def label_map(folder, values=14):
-    blocks = np.arange(16 ** 3).reshape(16, 16, 16) // 64 % values
+    blocks = np.arange(16**3).reshape(16, 16, 16) // 64 % values
     (folder / "x.nii").write_bytes(hostile.plain(blocks.astype(np.uint8)))
     return folder / "x.nii"
 
@@ -92,8 +134,8 @@ def label_map(folder, values=14):
 def test_a_volume_that_looks_like_a_label_is_refused_unless_it_is_named(values, tmp_path):
     path = label_map(tmp_path, values)
     for modality in ("ct", "mr"):
-        settings = data.Preparation((2., 2., 2.), modality)
-        for _ in range(2):                                           # made, and then from the cache
+        settings = data.Preparation((2.0, 2.0, 2.0), modality)
+        for _ in range(2):  # made, and then from the cache
             with pytest.raises(data.BadVolume, match="x.nii: holds few whole numbers"):
                 data.cached(data.read_list(tmp_path)[0], settings, tmp_path / "cache")
         found = data.cached_with_concerns(data.read_list(path)[0], settings, tmp_path / "cache")[2]
@@ -103,25 +145,40 @@ def test_a_volume_that_looks_like_a_label_is_refused_unless_it_is_named(values, 
 def test_an_eight_bit_scan_is_no_label(tmp_path):
     noise = np.random.default_rng(0).integers(0, 200, (16, 16, 16)).astype(np.uint8)
     (tmp_path / "scan.nii").write_bytes(hostile.plain(noise))
-    assert data.load_case(data.read_list(tmp_path)[0], data.Preparation((2., 2., 2.), "mr"))["image"].max() == 255
+    assert (
+        data.load_case(data.read_list(tmp_path)[0], data.Preparation((2.0, 2.0, 2.0), "mr"))[
+            "image"
+        ].max()
+        == 255
+    )
 
 
-# --------------------------------------------------------------------------------------------- lists
-NNUNET = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
+# -------------------------------------------------------------------------------------------- lists
+NNUNET = {
+    "channel_names": {"0": "CT"},
+    "labels": {"background": 0, "liver": 1},
+    "file_ending": ".nii.gz",
+}
 
 
 def test_nnunets_dataset_key_names_files_one_by_one(tmp_path):
     entry = {"images": ["files/p1_img.nii.gz"], "label": "files/p1_seg.nii.gz"}
     path = write_list(tmp_path, **NNUNET, dataset={"p1": entry})
-    assert data.read_list(path) == [{"image": str(tmp_path / "files/p1_img.nii.gz"),
-                                     "label": str(tmp_path / "files/p1_seg.nii.gz")}]
+    assert data.read_list(path) == [
+        {
+            "image": str(tmp_path / "files/p1_img.nii.gz"),
+            "label": str(tmp_path / "files/p1_seg.nii.gz"),
+        }
+    ]
     write_list(tmp_path, **NNUNET, dataset={"p1": {"images": ["a.nii", "b.nii"], "label": "c.nii"}})
     with pytest.raises(ValueError, match="'p1' under 'dataset' has not one image"):
         data.read_list(path)
 
 
 def test_a_listed_name_without_nnunets_channel_is_found_with_it(tmp_path, capsys):
-    path = write_list(tmp_path, training=[{"image": "./imagesTr/p.nii.gz", "label": "./labelsTr/p.nii.gz"}])
+    path = write_list(
+        tmp_path, training=[{"image": "./imagesTr/p.nii.gz", "label": "./labelsTr/p.nii.gz"}]
+    )
     touch(tmp_path, "imagesTr/p_0000.nii.gz", "labelsTr/p.nii.gz")
     assert names_of(data.read_list(path), tmp_path) == ["imagesTr/p_0000.nii.gz"]
     assert "found with nnU-Net's channel" in capsys.readouterr().err
@@ -132,11 +189,19 @@ def test_a_listed_name_without_nnunets_channel_is_found_with_it(tmp_path, capsys
 
 def test_what_an_nnunet_folder_holds_and_does_not_use_is_told(tmp_path, capsys):
     path = write_list(tmp_path, **NNUNET, numTraining=3)
-    touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/b.nii.gz", "labelsTr/a.nii.gz", "labelsTr/c.nii.gz")
+    touch(
+        tmp_path,
+        "imagesTr/a_0000.nii.gz",
+        "imagesTr/b.nii.gz",
+        "labelsTr/a.nii.gz",
+        "labelsTr/c.nii.gz",
+    )
     assert names_of(data.read_list(path), tmp_path) == ["imagesTr/a_0000.nii.gz"]
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3 and all(line.startswith("warning: ") for line in told)
-    assert "3 expected, 1 found" in told[0] and "1: b.nii.gz" in told[1] and "1: c.nii.gz" in told[2]
+    assert (
+        "3 expected, 1 found" in told[0] and "1: b.nii.gz" in told[1] and "1: c.nii.gz" in told[2]
+    )
     (tmp_path / "imagesTr/a_0000.nii.gz").unlink()
     with pytest.raises(ValueError, match="none of its 1 files is named CASE_0000.nii.gz"):
         data.read_list(path)
@@ -152,11 +217,19 @@ def test_an_empty_split_is_none_and_the_keys_that_hold_cases_are_named(tmp_path)
         data.read_list(nnunet, "validation")
 
 
-def test_a_list_may_lie_apart_from_its_data(tmp_path):
+def test_a_list_may_lie_apart_from_its_data(tmp_path, capsys):
     path = write_list(tmp_path / "jsons", training=[{"image": "imagesTr/a.nii.gz"}, "../b.nii.gz"])
     cases, problems = data.read_lists([path], data_root=tmp_path / "data")
     assert names_of(cases, tmp_path) == ["data/imagesTr/a.nii.gz"]
-    assert len(problems) == 1 and "../b.nii.gz leaves" in problems[0] and "--data_root" in problems[0]
+    assert (
+        len(problems) == 1 and "../b.nii.gz leaves" in problems[0] and "--data_root" in problems[0]
+    )
+    assert "none of its images is there" in capsys.readouterr().err
+    touch(tmp_path, "data/imagesTr/p_0000.nii.gz")
+    nnunet = write_list(tmp_path / "jsons", "nnunet.json", **NNUNET)
+    assert names_of(data.read_list(nnunet, data_root=tmp_path / "data"), tmp_path) == [
+        "data/imagesTr/p_0000.nii.gz"
+    ]
     path = write_list(tmp_path / "jsons", training=[str(tmp_path / "elsewhere/a.nii.gz")])
     assert names_of(data.read_list(path), tmp_path) == ["elsewhere/a.nii.gz"]
 
@@ -170,11 +243,19 @@ def test_windows_separators_are_read_or_told(tmp_path):
         data.read_list(path)
 
 
-@pytest.mark.parametrize("said, modality, told", [
-    ({"modality": {"0": "MRI"}}, "ct", "use --modality mr"), ({"channel_names": {"0": "T2w"}}, "ct", "use --modality mr"),
-    ({"channel_names": ["CT"]}, "mr", "use --modality ct"), ({"modality": {"0": "CT"}}, "ct", ""),
-    ({"channel_names": {"0": "noNorm"}}, "ct", ""), ({"modality": "PET/CT and MR"}, "ct", "")])
+@pytest.mark.parametrize(
+    "said, modality, told",
+    [
+        ({"modality": {"0": "MRI"}}, "ct", "use --modality mr"),
+        ({"channel_names": {"0": "T2w"}}, "ct", "use --modality mr"),
+        ({"channel_names": ["CT"]}, "mr", "use --modality ct"),
+        ({"modality": {"0": "CT"}}, "ct", ""),
+        ({"channel_names": {"0": "noNorm"}}, "ct", ""),
+        ({"modality": "PET/CT and MR"}, "ct", ""),
+    ],
+)
 def test_a_lists_modality_is_held_against_the_flag(said, modality, told, tmp_path, capsys):
+    touch(tmp_path, "a.nii.gz")
     path = write_list(tmp_path, **said, training=["a.nii.gz"])
     data.read_lists([path], modality=modality)
     lines = capsys.readouterr().err.splitlines()
@@ -191,9 +272,15 @@ def test_region_labels_and_ignore_are_refused_in_plain_words(tmp_path):
     assert data.label_names(path, ignore=True) == {0: "background", 1: "liver", 2: "ignore"}
 
 
-@pytest.mark.parametrize("head, name", [
-    (bytes(128) + b"DICM", "DICOM.*dcm2niix"), (b"NRRD0005\n", "NRRD"), (b"ObjectType = Image\nNDims = 3\n", "MetaImage"),
-    (b"\0\0\0\1\0\0\1\0", "mri_convert")])
+@pytest.mark.parametrize(
+    "head, name",
+    [
+        (bytes(128) + b"DICM", "DICOM.*dcm2niix"),
+        (b"NRRD0005\n", "NRRD"),
+        (b"ObjectType = Image\nNDims = 3\n", "MetaImage"),
+        (b"\0\0\0\1\0\0\1\0", "mri_convert"),
+    ],
+)
 def test_other_formats_are_known_by_content_and_their_converter_is_named(head, name, tmp_path):
     for path in (tmp_path / "volume.nii", tmp_path / "volume.dat"):
         path.write_bytes(head + bytes(600))
@@ -204,9 +291,9 @@ def test_other_formats_are_known_by_content_and_their_converter_is_named(head, n
         data.read_list(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------- folds
+# -------------------------------------------------------------------------------------------- folds
 def test_folds_are_nnunets_whatever_the_padding_of_names_and_the_order_of_the_list():
-    # KFold(5, shuffle=True, random_state=12345) over the sorted names liver_0, liver_1, liver_10, ...
+    # KFold(5, shuffle=True, random_state=12345) over the sorted names: liver_0, liver_1, liver_10
     cases = [{"image": f"/d/imagesTr/liver_{n}_0000.nii.gz", "label": None} for n in range(13)]
     for order in (cases, cases[::-1]):
         train, held_back = samples.fold_split(order, 0, 5)
@@ -215,7 +302,9 @@ def test_folds_are_nnunets_whatever_the_padding_of_names_and_the_order_of_the_li
 
 
 def test_the_folds_of_a_list_are_taken(tmp_path, capsys):
-    path = write_list(tmp_path, training=[{"image": f"{n}.nii.gz", "fold": n % 3} for n in range(7)])
+    path = write_list(
+        tmp_path, training=[{"image": f"{n}.nii.gz", "fold": n % 3} for n in range(7)]
+    )
     train, held_back = samples.fold_split(data.read_list(path), 1, 5)
     assert names_of(held_back, tmp_path) == ["1.nii.gz", "4.nii.gz"] and len(train) == 5
     assert "fold 1 is the list's own: 2 of 7" in capsys.readouterr().err
@@ -232,21 +321,34 @@ def test_splits_final_json_gives_the_folds(tmp_path):
     splits = [{"train": ["c", "d"], "val": ["a", "b"]}, {"train": ["a", "b"], "val": ["c", "d"]}]
     (tmp_path / "splits_final.json").write_text(json.dumps(splits))
     train, held_back = samples.fold_split(data.read_list(path), 1, 5)
-    assert names_of(held_back, tmp_path) == ["imagesTr/c_0000.nii.gz", "imagesTr/d_0000.nii.gz"] and len(train) == 2
+    assert (
+        names_of(held_back, tmp_path) == ["imagesTr/c_0000.nii.gz", "imagesTr/d_0000.nii.gz"]
+        and len(train) == 2
+    )
     (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))
     with pytest.raises(ValueError, match="splits_final.json: fold 0 leaves cases of the list out"):
         data.read_list(path)
 
 
-# ------------------------------------------------------------------------------------------ identity
+# ----------------------------------------------------------------------------------------- identity
 def test_cases_are_told_apart_by_the_folders_that_differ():
     kits = [f"/data/case_{n}/imaging.nii.gz" for n in range(3)]
     assert organs.case_names(kits) == ["case_0", "case_1", "case_2"]
-    assert organs.identities(kits) == ["case_0/imaging.nii.gz", "case_1/imaging.nii.gz", "case_2/imaging.nii.gz"]
-    assert organs.case_names(["/d/s1/ct.nii", "/d/s1/mr.nii", "/d/s2/ct.nii"]) == ["s1_ct", "s1_mr", "s2_ct"]
+    assert organs.identities(kits) == [
+        "case_0/imaging.nii.gz",
+        "case_1/imaging.nii.gz",
+        "case_2/imaging.nii.gz",
+    ]
+    assert organs.case_names(["/d/s1/ct.nii", "/d/s1/mr.nii", "/d/s2/ct.nii"]) == [
+        "s1_ct",
+        "s1_mr",
+        "s2_ct",
+    ]
     assert organs.case_names(["/d/imagesTr/p_0000.nii.gz", "/d/q.nii"]) == ["p", "q"]
     assert organs.identities(["/d/a.nii", "/e/b.nii.gz"]) == ["a.nii", "b.nii.gz"]
-    assert organs.is_among(kits[1], {"case_1/imaging.nii.gz"}) and not organs.is_among(kits[0], {"case_1/imaging.nii.gz"})
+    assert organs.is_among(kits[1], {"case_1/imaging.nii.gz"}) and not organs.is_among(
+        kits[0], {"case_1/imaging.nii.gz"}
+    )
     with pytest.raises(ValueError, match="are both case a_b_c"):
         organs.case_names(["/a_b/c.nii", "/a/b_c.nii", "/a/c.nii", "/a_b/b_c.nii"])
 

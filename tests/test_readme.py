@@ -148,6 +148,17 @@ def test_help_has_groups_and_defaults_and_a_wrong_value_is_told_the_allowed_ones
     assert "auto, fp32, fp16, bf16" in capsys.readouterr().err.replace("'", "")
 
 
+def test_the_lines_of_python_run(phantoms, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(phantoms.parent / "imagesTr/phantom0000.nii.gz", "scan.nii.gz")
+    small = [*SMALL, "--data", str(phantoms), "--steps", "1"]
+    train_ssl.main(train_ssl.parse_arguments(small))
+    finetune.main(finetune.parse_arguments([*SMALL_FINETUNE.split(), "--data", str(phantoms), "--steps", "1"]))
+    (lines,), names = re.findall(r"```python\n(.*?)```", README, flags=re.S), {}
+    exec(lines, names)
+    assert len(names["maps"]) == 3 and names["label"].max() <= 13
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_parses(page):
     for words, text in commands(PAGES[page]):

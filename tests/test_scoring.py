@@ -1,4 +1,5 @@
-"""Scores that do not mislead: organs without a partner, numbers without names, skewed grids, other orientations."""
+"""Scores that do not mislead: organs without a partner, numbers without names, skewed grids."""
+
 import csv
 import json
 import math
@@ -12,7 +13,7 @@ import evaluate
 from smit import data, metrics, phantom, scoring
 from smit.data import concerns, organs
 
-AFFINE = np.diag([2., 2, 2, 1])
+AFFINE = np.diag([2.0, 2, 2, 1])
 
 
 @pytest.fixture(autouse=True)
@@ -35,15 +36,27 @@ def blocks(*numbers):
     """A label with a block of 4 x 4 x 4 voxels for each number, side by side."""
     label = np.zeros((6 * len(numbers), 6, 6), np.uint8)
     for place, number in enumerate(numbers):
-        label[6 * place + 1:6 * place + 5, 1:5, 1:5] = number
+        label[6 * place + 1 : 6 * place + 5, 1:5, 1:5] = number
     return label
 
 
 def score(tmp_path, *flags):
     """Score tmp_path/pred against tmp_path/label: (rows of cases.csv, results.json)."""
-    evaluate.main(evaluate.parse_arguments([
-        "--predictions", str(tmp_path / "pred"), "--labels", str(tmp_path / "label"), "--out", str(tmp_path / "out"),
-        "--device", "cpu", *map(str, flags)]))
+    evaluate.main(
+        evaluate.parse_arguments(
+            [
+                "--predictions",
+                str(tmp_path / "pred"),
+                "--labels",
+                str(tmp_path / "label"),
+                "--out",
+                str(tmp_path / "out"),
+                "--device",
+                "cpu",
+                *map(str, flags),
+            ]
+        )
+    )
     with open(tmp_path / "out/cases.csv", newline="") as file:
         return list(csv.DictReader(file)), json.loads((tmp_path / "out/results.json").read_text())
 
@@ -54,21 +67,42 @@ def test_an_organ_that_the_predictions_do_not_name_is_a_miss_and_told(tmp_path, 
     name_numbers(tmp_path / "label", liver=1, spleen=2, pancreas=3)
     name_numbers(tmp_path / "pred", liver=1, duodenum=9)
     rows, results = score(tmp_path)
-    assert {row["organ"]: float(row["dice"]) for row in rows} == {"liver": 1, "spleen": 0, "pancreas": 0}
+    assert {row["organ"]: float(row["dice"]) for row in rows} == {
+        "liver": 1,
+        "spleen": 0,
+        "pancreas": 0,
+    }
     dice = results["scores"]["dice"]
-    assert dice["AVG"]["mean"] == pytest.approx(1 / 3) and (dice["AVG"]["organs"], dice["AVG"]["of"]) == (3, 3)
-    assert results["unmatched"] == {"in_labels_only": ["spleen", "pancreas"], "in_predictions_only": ["duodenum"]}
+    assert dice["AVG"]["mean"] == pytest.approx(1 / 3) and (
+        dice["AVG"]["organs"],
+        dice["AVG"]["of"],
+    ) == (3, 3)
+    assert results["unmatched"] == {
+        "in_labels_only": ["spleen", "pancreas"],
+        "in_predictions_only": ["duodenum"],
+    }
     printed = capsys.readouterr().out
-    assert "missed wherever a label has it: spleen, pancreas" in printed and "not scored: duodenum" in printed
+    assert (
+        "missed wherever a label has it: spleen, pancreas" in printed
+        and "not scored: duodenum" in printed
+    )
 
 
 def test_a_network_whose_numbers_have_gaps_is_scored_by_its_own_numbers(tmp_path):
-    names = evaluate.network_names({"labels": {0: "background", 6: "liver", 8: "aorta"}, "num_classes": 9})
+    names = evaluate.class_names(
+        {"labels": {0: "background", 6: "liver", 8: "aorta"}, "num_classes": 9}
+    )
     save(tmp_path / "label.nii.gz", blocks(1, 2))
-    save(tmp_path / "pred.nii.gz", np.where(blocks(6, 8) == 0, 3, blocks(6, 8)))        # 3 has no name
-    case = {"label": tmp_path / "label.nii.gz", "prediction": tmp_path / "pred.nii.gz",
-            "names": {1: "Liver", 2: "aorta"}}
-    assert [(row["organ"], row["dice"]) for row in scoring.score_case(case, names, 2.)] == [("liver", 1), ("aorta", 1)]
+    save(tmp_path / "pred.nii.gz", np.where(blocks(6, 8) == 0, 3, blocks(6, 8)))  # 3 has no name
+    case = {
+        "label": tmp_path / "label.nii.gz",
+        "prediction": tmp_path / "pred.nii.gz",
+        "names": {1: "Liver", 2: "aorta"},
+    }
+    assert [(row["organ"], row["dice"]) for row in scoring.score_case(case, names, 2.0)] == [
+        ("liver", 1),
+        ("aorta", 1),
+    ]
     assert scoring.unmatched([case], names) == {"in_labels_only": [], "in_predictions_only": []}
 
 
@@ -84,23 +118,33 @@ def test_a_mean_over_fewer_organs_than_the_labels_name_is_marked(tmp_path, capsy
 
 def test_numbers_without_names_are_not_named_by_the_other_side(tmp_path, capsys):
     save(tmp_path / "label/a.nii.gz", blocks(1, 2))
-    save(tmp_path / "pred/a.nii.gz", blocks(2, 1))                      # perfect, in numbers of its own
+    save(tmp_path / "pred/a.nii.gz", blocks(2, 1))  # perfect, in numbers of its own
     name_numbers(tmp_path / "label", liver=1, spleen=2)
     with pytest.raises(ValueError, match="1 of 1 case failed"):
         score(tmp_path)
     assert "no name for its numbers, while the other side's have names" in capsys.readouterr().out
-    rows, _ = score(tmp_path, "--names", tmp_path / "label/dataset.json")          # now it was the user who said so
+    rows, _ = score(
+        tmp_path, "--names", tmp_path / "label/dataset.json"
+    )  # now it was the user who said so
     assert [float(row["dice"]) for row in rows] == [0, 0]
     (tmp_path / "label/dataset.json").unlink()
     assert [row["organ"] for row in score(tmp_path)[0]] == ["label 1", "label 2"]
 
 
-@pytest.mark.parametrize("known, spellings", [
-    ("right kidney", "kidney_right right_kidney Kidney-R kidney_r RK rkid r_kidney"),
-    ("left kidney", "kidney_left kidney_l LK"), ("right adrenal gland", "RAG adrenal_gland_right rad adrenal_r"),
-    ("left adrenal gland", "LAG adrenal_gland_left lad"), ("gallbladder", "gall_bladder gall gallbladder GB"),
-    ("aorta", "arota Aorta"), ("inferior vena cava", "postcava inferior_vena_cava IVC"),
-    ("portal and splenic veins", "portal_vein_and_splenic_vein veins psv"), ("esophagus", "Oesophagus eso")])
+@pytest.mark.parametrize(
+    "known, spellings",
+    [
+        ("right kidney", "kidney_right right_kidney Kidney-R kidney_r RK rkid r_kidney"),
+        ("left kidney", "kidney_left kidney_l LK"),
+        ("right adrenal gland", "RAG adrenal_gland_right rad adrenal_r"),
+        ("left adrenal gland", "LAG adrenal_gland_left lad"),
+        ("gallbladder", "gall_bladder gall gallbladder GB"),
+        ("aorta", "arota Aorta"),
+        ("inferior vena cava", "postcava inferior_vena_cava IVC"),
+        ("portal and splenic veins", "portal_vein_and_splenic_vein veins psv"),
+        ("esophagus", "Oesophagus eso"),
+    ],
+)
 def test_spellings_of_other_tools_meet(known, spellings):
     assert {organs.organ(spelling) for spelling in spellings.split()} == {known}
 
@@ -108,20 +152,31 @@ def test_spellings_of_other_tools_meet(known, spellings):
 def test_every_alias_is_one_organs_alone_and_the_organs_are_in_btcvs_order():
     words = [organs.words_of(name) for name in organs.ORGANS]
     words += [organs.words_of(alias) for aliases in organs.ALIASES.values() for alias in aliases]
-    owners = {word: {organ for organ in organs.ORGANS for name in (organ, *organs.ALIASES.get(organ, ()))
-                     if organs.words_of(name) == word} for word in words}
-    assert all(len(owner) == 1 for owner in owners.values()) and tuple(phantom.ORGANS) == organs.ORGANS
+    owners = {
+        word: {
+            organ
+            for organ in organs.ORGANS
+            for name in (organ, *organs.ALIASES.get(organ, ()))
+            if organs.words_of(name) == word
+        }
+        for word in words
+    }
+    assert (
+        all(len(owner) == 1 for owner in owners.values()) and tuple(phantom.ORGANS) == organs.ORGANS
+    )
 
 
 def test_voxels_that_nobody_annotated_count_on_neither_side(tmp_path):
-    truth, pred = blocks(1, 1, 0), blocks(1, 0, 1)                     # the second block and the third are ignored
+    truth, pred = blocks(1, 1, 0), blocks(1, 0, 1)  # the second block and the third are ignored
     truth[6:] = 5
     save(tmp_path / "label/a.nii.gz", truth)
     save(tmp_path / "pred/a.nii.gz", pred)
     name_numbers(tmp_path / "label", liver=1, ignore=5)
     name_numbers(tmp_path / "pred", liver=1)
     rows, results = score(tmp_path)
-    assert [(row["organ"], float(row["dice"]), float(row["prediction_ml"])) for row in rows] == [("liver", 1, .512)]
+    assert [(row["organ"], float(row["dice"]), float(row["prediction_ml"])) for row in rows] == [
+        ("liver", 1, 0.512)
+    ]
     assert results["unmatched"] == {"in_labels_only": [], "in_predictions_only": []}
 
 
@@ -131,7 +186,10 @@ def test_a_false_positive_in_a_scan_with_an_empty_label_is_a_miss(tmp_path, caps
     for side in ("label", "pred"):
         name_numbers(tmp_path / side, liver=1, spleen=2)
     rows, results = score(tmp_path)
-    assert [(row["organ"], row["dice"], row["hd95_mm"]) for row in rows] == [("liver", "0", "inf"), ("spleen", "nan", "nan")]
+    assert [(row["organ"], row["dice"], row["hd95_mm"]) for row in rows] == [
+        ("liver", "0", "inf"),
+        ("spleen", "nan", "nan"),
+    ]
     assert results["scores"]["hd95_mm"]["liver"]["misses"] == 1
     assert "the label is empty" in capsys.readouterr().err
 
@@ -144,27 +202,29 @@ def ellipsoid(affine, shape, centre, radii):
 
 
 def test_on_a_sheared_grid_volumes_and_distances_are_those_of_the_straight_one():
-    straight = np.diag([2., 2, 3, 1])
+    straight = np.diag([2.0, 2, 3, 1])
     sheared = straight.copy()
-    sheared[1, 2] = 3 * math.tan(math.radians(20))                     # gantry tilt: each slice shifted along A
+    sheared[1, 2] = 3 * math.tan(math.radians(20))  # gantry tilt: each slice shifted along A
     sheared[1, 3] = -12
-    radii = np.array([16., 14, 18])
+    radii = np.array([16.0, 14, 18])
     true_ml, scores = 4 / 3 * math.pi * radii.prod() / 1000, []
     for affine in (straight, sheared):
         one = ellipsoid(affine, (24, 26, 20), (24, 24, 28), radii)
-        two = ellipsoid(affine, (24, 26, 20), (26, 29, 28), radii)     # moved by (2, 5, 0) mm
+        two = ellipsoid(affine, (24, 26, 20), (26, 29, 28), radii)  # moved by (2, 5, 0) mm
         ml = one.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
-        assert ml == pytest.approx(true_ml, rel=.02)
+        assert ml == pytest.approx(true_ml, rel=0.02)
         distances = scoring.surface_distances(one, two, affine)
-        scores.append((metrics.hausdorff_95(*distances), metrics.share_within(*distances, 4.)))
-    assert scores[0][0] == pytest.approx(scores[1][0], abs=.5) and scores[0][1] == pytest.approx(scores[1][1], abs=.06)
+        scores.append((metrics.hausdorff_95(*distances), metrics.share_within(*distances, 4.0)))
+    assert scores[0][0] == pytest.approx(scores[1][0], abs=0.5) and scores[0][1] == pytest.approx(
+        scores[1][1], abs=0.06
+    )
 
 
 def test_distances_on_a_sheared_grid_are_exact():
     spatial = pytest.importorskip("scipy.spatial")
-    affine = np.array([[2., .3, 0, 5], [0, 1.5, 1.1, 0], [.2, 0, 3, -7], [0, 0, 0, 1]])
+    affine = np.array([[2.0, 0.3, 0, 5], [0, 1.5, 1.1, 0], [0.2, 0, 3, -7], [0, 0, 0, 1]])
     rng = np.random.default_rng(0)
-    masks = [rng.random((9, 8, 7)) < .2 for _ in "ab"]
+    masks = [rng.random((9, 8, 7)) < 0.2 for _ in "ab"]
     points = []
     for mask in masks:
         voxels = np.argwhere(metrics.surface(torch.from_numpy(mask)).numpy())
@@ -178,10 +238,10 @@ def test_distances_on_a_sheared_grid_are_exact():
 
 def test_volumes_in_the_table_are_of_the_parallelepiped(tmp_path):
     sheared = AFFINE.copy()
-    sheared[1, 2] = 2                                                   # 45 degrees; |det| stays 8 mm^3
+    sheared[1, 2] = 2  # 45 degrees; |det| stays 8 mm^3
     for side in ("label", "pred"):
         save(tmp_path / side / "a.nii.gz", blocks(1), sheared)
-    assert float(score(tmp_path)[0][0]["label_ml"]) == pytest.approx(.512)
+    assert float(score(tmp_path)[0][0]["label_ml"]) == pytest.approx(0.512)
 
 
 def test_a_prediction_of_another_orientation_is_turned(tmp_path):
@@ -191,7 +251,7 @@ def test_a_prediction_of_another_orientation_is_turned(tmp_path):
     save(tmp_path / "label/a.nii.gz", label)
     save(tmp_path / "pred/a.nii.gz", np.asarray(turned.dataobj), turned.affine)
     assert [float(row["dice"]) for row in score(tmp_path)[0]] == [1, 1]
-    save(tmp_path / "pred/a.nii.gz", label, np.diag([-2., 2, 2, 1]))
+    save(tmp_path / "pred/a.nii.gz", label, np.diag([-2.0, 2, 2, 1]))
     with pytest.raises(ValueError, match="1 of 1 case failed"):
         score(tmp_path)
 
@@ -208,7 +268,9 @@ def test_cases_in_folders_of_their_own_are_paired_by_folder(tmp_path):
 def test_two_results_are_compared_whatever_prefix_their_cases_have(tmp_path):
     for name, prefix, organ in (("a", "img", "RAG"), ("b", "label", "right adrenal gland")):
         (tmp_path / name).mkdir()
-        lines = [f"{prefix}000{n},{organ},{.5 + n / 10},1,1,1,1" for n in range(3)]
-        (tmp_path / name / "cases.csv").write_text("\n".join([",".join(scoring.COLUMNS), *lines]) + "\n")
+        lines = [f"{prefix}000{n},{organ},{0.5 + n / 10},1,1,1,1" for n in range(3)]
+        (tmp_path / name / "cases.csv").write_text(
+            "\n".join([",".join(scoring.COLUMNS), *lines]) + "\n"
+        )
     text = scoring.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     assert "| right adrenal gland | 3 | 0.600 | 0.600 | +0.000 |" in text

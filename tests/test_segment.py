@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from smit.pretrain import SMIT
-from smit.segment import SegmentationNet, adapt_channels, build_network, conv_norm, load_encoder
+from smit.segment import SegmentationNet, build_network, conv_norm, load_encoder
+from smit.weights import adapt_channels
 
 TINY = {"embed_dim": 8, "depths": (1, 2), "heads": (2, 2), "window": (2, 4, 3)}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from smit.data import Preparation, load_case
-from smit.data.organs import ORGANS
+from smit.data.organs import ORGANS, case_name
 from smit.settings import check_finetuning, parse_finetuning
 from smit.study import plan as planning
 from smit.study import probe, recipes, reconstruction, run, tables
@@ -106,7 +106,7 @@ def test_fig3b_shares_its_runs_of_the_default_ratio_with_the_other_experiments()
     assert cells[1].steps == same.steps and cells[1].ratio == .7
     assert cells[0].steps[0].name == "pretrain/smit-mask0.3-seed0"
     assert "--mask_ratio" in cells[0].steps[0].flags
-    with pytest.raises(SystemExit):                        # else runs were not of the ratio they name
+    with pytest.raises(SystemExit):                        # its runs would have two ratios
         arguments("fig3b", "--pretrain_flags=--mask_ratio .5")
 
 
@@ -119,7 +119,7 @@ def test_loaded_weights_may_have_a_rate_of_their_own():
 
 def test_recipes_are_compared_on_training_volumes_that_all_runs_hold_back():
     cells = plan(arguments("recipe", "--seeds", 0, 1, "--recipes", "now=", "slow=--lr 2e-3"))
-    assert len({cell.folder for cell in cells}) == len(cells) == 2 * 2 * 2    # seeds, draws, recipes
+    assert len({cell.folder for cell in cells}) == len(cells) == 2 * 2 * 2
     for cell in cells:
         tune, score = cell.steps
         assert tune.flags[-4:] == ["--folds", planning.TRAINING_PARTS, "--fold", 0]
@@ -332,6 +332,21 @@ def test_a_study_runs_each_step_once_and_keeps_what_a_cell_depends_on(phantoms, 
     assert "| rand | 2 | 0." in done.stdout and "| smit | 2 | 0." in done.stdout
     assert "| smit | 2 | k-NN | " in done.stdout
     assert len((tmp_path / "study/probe/tokens.csv").read_text().splitlines()) == 1 + 2
+
+
+def test_a_recipe_runs_on_training_volumes_alone(phantoms, tmp_path):
+    done = call("recipe", "--data", phantoms, "--finetune_flags", TUNE, "--labels", 2, "--draws", 1,
+                "--recipes", "slow=--lr 1e-5", "--out", "study", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| slow | rand | 2 | 1 | 0." in done.stdout
+    name = "rand-ct2-seed0-draw1-fold0-slow"
+    config = json.loads((tmp_path / f"study/finetune/{name}/config.json").read_text())
+    assert config["subset_seed"] == 1 and config["lr"] == 1e-5
+    validation = json.loads(phantoms.read_text())["validation"]
+    scored = (tmp_path / "study/recipe/cases.csv").read_text()
+    for case in validation:
+        assert case_name(case["image"]) not in scored
+        assert not any(Path(case["image"]).name in str(path) for path in config["train"])
 
 
 def test_a_failed_step_is_named_and_what_needs_it_is_left(phantoms, tmp_path):

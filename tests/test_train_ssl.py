@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shutil
+import sys
 
 import nibabel
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 
 import train_ssl
 from conftest import SMALL
-from smit import losses, masking, runtime
+from foreign import monai_encoder, release_encoder
+from smit import losses, masking, runtime, weights
 
 ON_CPU = runtime.Precision("fp32", torch.device("cpu"))
 
@@ -274,3 +276,62 @@ def test_student_weights_say_what_they_are(phantoms, tmp_path):
     assert student["config"]["spacing"] == [10, 10, 10] and student["config"]["modality"] == "ct"
     assert any(name.startswith("encoder.stages.0") for name in student["model"])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["global_batch"] == 2
+
+
+def begin(data, out, path, *flags):
+    """A run of no learning that begins with other weights: its last.pt."""
+    train(data, out, "--init", path, "--steps", 1, "--lr", 0, "--weight_decay", 0, "--momentum", 1, *flags)
+    return runtime.load_checkpoint(out / "last.pt")
+
+
+def test_a_new_run_begins_with_another_runs_student_teacher_heads_and_centres(phantoms, tmp_path, capsys):
+    train(phantoms, tmp_path / "first", "--steps", 3)
+    before = runtime.load_checkpoint(tmp_path / "first" / "last.pt")
+    after = begin(phantoms, tmp_path / "second", tmp_path / "first" / "last.pt", "--center_momentum", 1)
+    assert after["step"] == 1 and after["config"]["init"].endswith("last.pt")
+    for part in ("student", "teacher", "centers"):
+        assert all(torch.equal(after[part][name], w) for name, w in before[part].items()), part
+    told = capsys.readouterr().out
+    assert all(text in told for text in ("missing 0; unexpected 0", "teacher: as in the file", "patch_head: ",
+                                         "centre of itd: as in the file"))
+
+
+def test_a_student_gives_its_heads_and_a_teacher_like_it(phantoms, tmp_path, capsys):
+    train(phantoms, tmp_path / "first", "--steps", 2, "--method", "mpd")
+    model = runtime.load_checkpoint(tmp_path / "first" / "student.pt")["model"]
+    after = begin(phantoms, tmp_path / "second", tmp_path / "first" / "student.pt", "--method", "ibot")
+    for part in ("student", "teacher"):
+        assert all(torch.equal(after[part][name], w) for name, w in model.items() if name in after[part])
+        assert not set(model) - set(after[part])
+    told = capsys.readouterr().out
+    assert "new: image_head, at random" in told and "teacher: a copy of the student" in told
+
+
+def test_pretraining_goes_on_from_monais_encoder_with_its_habits_and_resumes(phantoms, tmp_path, capsys, monkeypatch):
+    torch.save(monai_encoder(), tmp_path / "monai.pt")
+    flags = ["--crop", 32, "--view", 32, "--mask_cell", 16, "--batch", 1]
+    sizeless = " ".join(SMALL).replace("--embed_dim 8 --depths 1 1 --heads 2 2 ", "").split()
+    monkeypatch.setattr(sys.modules[__name__], "SMALL", sizeless)
+    after = begin(phantoms, tmp_path / "run", tmp_path / "monai.pt", *flags)
+    assert after["config"]["depths"] == [2, 2, 2, 2] and after["config"]["imported"]["qkv_bias"] is True
+    name = "layers3.0.blocks.1.attn.qkv.bias"
+    assert torch.equal(after["student"]["encoder.stages.2.blocks.1.attention.qkv.bias"], monai_encoder()[name])
+    assert not any("patch_norm" in name for name in after["student"])
+    told = capsys.readouterr().out
+    assert "new: the mask token, at random" in told and "does not say how its volumes were prepared" in told
+    log = train(phantoms, tmp_path / "run", "--init", tmp_path / "monai.pt", "--steps", 1, "--lr", 0, "--weight_decay", 0,
+                "--momentum", 1, *flags, "--resume")
+    assert len(log) == 1
+    found = weights.read_encoder(tmp_path / "run" / "student.pt")
+    assert found.habits == ["no_patch_norm", "attended_padding", "cut_bias_index", "duplicated_merge"]
+
+
+def test_what_a_run_cannot_begin_with_is_refused_in_one_line(phantoms, tmp_path):
+    train(phantoms, tmp_path / "first", "--steps", 1)
+    torch.save(release_encoder(), tmp_path / "release.pt")
+    student = tmp_path / "first" / "student.pt"
+    for path, flags, why in ((tmp_path / "release.pt", [], "wrong order"), (student, ["--prototypes", 8], "patch_head: .*missing"),
+                             (student, ["--depths", 1, 2], "drop the flag"), (tmp_path / "absent.pt", [], "no regular file")):
+        with pytest.raises(ValueError, match=why) as refusal:
+            begin(phantoms, tmp_path / "second", path, *flags)
+        assert "\n" not in str(refusal.value) and not (tmp_path / "second" / "log.csv").exists()

@@ -1,1 +1,1 @@
-"""Time and memory beside peers: `python -m smit.benchmark`."""
+"""Time and memory beside peers: `python -m smit.benchmark` [ours]."""

@@ -40,10 +40,15 @@ def enumerate_names(names, most=3):
     return shown if most is None or len(names) <= most else shown + ", ..."
 
 
-def tell(concerns, names=3):
-    """Print a line for each oddity that this process has not told yet."""
+def tell(concerns, names=3, one_by_one=False):
+    """Print a line for each oddity that this process has not told yet.
+
+    one_by_one: files come singly, so that the line is of the first one, and says so.
+    """
     new = [concern for concern in concerns if (concern.what, concern.way_out) not in printed]
     for line in describe(new, names):
+        if one_by_one:
+            line += " (told once, of the first such file; --check names all)"
         warned.append(line)
         say(f"warning: {line}")
     printed.update((concern.what, concern.way_out) for concern in new)

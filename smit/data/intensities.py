@@ -54,8 +54,9 @@ def judge_raw(path, image, settings):
                         values, "give the original HU, or use --modality mr")]
     if np.mean(voxels < AIR_HU) > STRAY:
         return []
-    tissue = voxels[voxels > low + 100]
-    if np.mean((tissue > SOFT_TISSUE[0]) & (tissue < SOFT_TISSUE[1])) > HALF:
+    tissue = np.count_nonzero(voxels > low + 100)
+    near_1024 = np.count_nonzero((voxels > SOFT_TISSUE[0]) & (voxels < SOFT_TISSUE[1]))
+    if near_1024 > HALF * tissue > 0:
         return [Concern(path, "no air near -1000, and most of it lies near 1024: HU were stored "
                         "with 1024 added", values, "use --hu_offset -1024")]
     if -1000 < low < -10 and np.mean(voxels == low) > MANY:
@@ -67,9 +68,9 @@ def judge_raw(path, image, settings):
 
 def judge_prepared(path, image):
     """Return concerns, none or one, about what is left to be seen of a prepared uint8 image."""
-    voxels = sample_of(image)
-    levels = np.count_nonzero(np.bincount(voxels, minlength=256))
-    white, black = np.mean(voxels == 255), np.mean(voxels == 0)
+    counts = np.bincount(sample_of(image), minlength=256)            # of each grey level
+    levels = np.count_nonzero(counts)
+    white, black = counts[255] / counts.sum(), counts[0] / counts.sum()
     shares = f"{levels} grey levels, {white:.0%} white, {black:.0%} black"
     if levels < FEW_LEVELS or white > SATURATED or black > EMPTY:
         return [Concern(path, "little is left to be seen after preparation", shares,

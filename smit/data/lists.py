@@ -63,25 +63,44 @@ def read_lists(paths, key="training", data_root=None, modality=None):
     """
     cases, problems = {}, []
     for path in map(os.path.abspath, paths):
-        try:
-            path, entries = read_entries(path, key, modality)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        for entry in entries:
-            try:
-                case = make_case(path, entry, data_root)
-                identity = without_suffix(os.path.realpath(case["image"]))
-                if identity in cases:
-                    raise ValueError(f"{path}: {case['image']} is listed twice, by two sources, or "
-                                     "is there as .nii and .nii.gz; keep one")
+        listed, wrong = read_source(path, key, data_root, modality)
+        problems += wrong
+        for case in listed:
+            identity = without_suffix(os.path.realpath(case["image"]))
+            if identity in cases:
+                problems.append(f"{path}: {case['image']} is listed twice, by two sources, or is "
+                                "there as .nii and .nii.gz; keep one")
+            else:
                 cases[identity] = case
-            except ValueError as error:
-                problems.append(str(error))
     return list(cases.values()), problems
 
 
-def read_entries(path, key, modality=None):
+def read_source(path, key, data_root=None, modality=None):
+    """Read one source, a list, folder or file: (cases, problems)."""
+    try:
+        path, entries = read_entries(path, key, data_root, modality)
+    except ValueError as error:
+        return [], [str(error)]
+    cases, problems = [], []
+    for entry in entries:
+        try:
+            cases.append(make_case(path, entry, root_of(path, data_root)))
+        except ValueError as error:
+            problems.append(str(error))
+
+    images = [case["image"] for case in cases]
+    if images and not any(map(os.path.lexists, images)):
+        concerns.tell([Concern(path, "none of its images is there", f"such as {images[0]}",
+                               "name the folder that they are in with --data_root")])
+    return cases, problems
+
+
+def root_of(path, data_root=None):
+    """Return the folder at which a list's relative paths begin."""
+    return os.path.abspath(data_root or os.path.dirname(path))
+
+
+def read_entries(path, key, data_root=None, modality=None):
     """Read one source: (path of the list, its entries).
 
     An entry is a dict of image, label and fold, not yet trusted.
@@ -96,8 +115,9 @@ def read_entries(path, key, modality=None):
         entries = [{"image": path}]
     elif path.lower().endswith(".json"):
         content = read_json(path)
-        entries = json_entries(path, content, key)
-        concerns.tell(list_concerns(path, content, entries, key, modality))
+        root = root_of(path, data_root)
+        entries = json_entries(path, content, key, root)
+        concerns.tell(list_concerns(path, content, entries, key, root, modality))
     else:
         entries = text_entries(path)
     if not entries:
@@ -112,7 +132,7 @@ def other_keys(path, key):
     return f", its {key!r} cases" + (f", not {', '.join(others)}" if others else "")
 
 
-def make_case(path, entry, data_root=None):
+def make_case(path, entry, root):
     """Turn an entry of the list at `path` into a case with absolute paths.
 
     ValueError if it is none.
@@ -124,8 +144,7 @@ def make_case(path, entry, data_root=None):
         raise ValueError(f"{path}: {str(names)[:200]!r} is no path of one image (one channel), or "
                          "two; repair it")
 
-    folder = os.path.abspath(data_root or os.path.dirname(path))
-    names = [resolve(path, name, folder) for name in names]
+    names = [resolve(path, name, root) for name in names]
     image = with_channel(path, names[0])
     label = names[1] if len(names) > 1 else None
     kind = WalkedCase if os.path.isdir(path) else dict
@@ -283,11 +302,11 @@ def object_of(pairs):
     return dict(pairs)
 
 
-def json_entries(path, content, key):
+def json_entries(path, content, key, root):
     """Return the entries under `key`; nnU-Net v2's lists have none, and their files are found."""
     listed = content.get(key)
     if listed is None and key in nnunet_keys(content):
-        entries = nnunet_entries(path, content, key)
+        entries = nnunet_entries(path, content, key, root)
     elif not isinstance(listed, list) or not listed:
         state = "is empty" if listed == [] else "is no list of cases"
         keys = ", ".join(map(repr, case_keys(content)))
@@ -317,7 +336,7 @@ def nnunet_keys(content):
     return ["training", "test"] if has_channels or has_files else []
 
 
-def nnunet_entries(path, content, key):
+def nnunet_entries(path, content, key, root):
     """Find the files of nnU-Net's v2 form.
 
     "training" is what "dataset" names, or else imagesTr/{case}_0000.nii.gz with
@@ -334,7 +353,7 @@ def nnunet_entries(path, content, key):
     if not is_volume(ending):
         raise ValueError(f"{path}: its files end in {ending}, which is no NIfTI; convert them to "
                          ".nii.gz")
-    images, labels = nnunet_folders(path, key)
+    images, labels = nnunet_folders(root, key)
     names, suffix = visible(images), "_0000" + ending
     cases = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
     if names and not cases:
@@ -359,10 +378,10 @@ def nnunet_entry(path, name, files):
     return {"image": images[0], "label": files.get("label")}
 
 
-def nnunet_folders(path, key):
+def nnunet_folders(root, key):
     """Return the folders of images and labels of an nnU-Net split."""
     part = "Tr" if key == "training" else "Ts"
-    return [os.path.join(os.path.dirname(path), kind + part) for kind in ("images", "labels")]
+    return [os.path.join(root, kind + part) for kind in ("images", "labels")]
 
 
 def visible(folder):
@@ -399,7 +418,7 @@ def with_folds(path, entries):
     return [{**entry, "fold": folds.get(name)} for name, entry in zip(names, entries)]
 
 
-def list_concerns(path, content, entries, key, modality=None):
+def list_concerns(path, content, entries, key, root, modality=None):
     """Return what is odd about a JSON list: modality, number of cases, files that are not used."""
     found = []
     listed = list_modality(content)
@@ -412,13 +431,13 @@ def list_concerns(path, content, entries, key, modality=None):
                              f"{number} expected, {len(entries)} found",
                              "add the missing ones or correct it"))
     if key in nnunet_keys(content) and key not in content and "dataset" not in content:
-        found += unused_files(path, entries, key)
+        found += unused_files(root, entries, key)
     return found
 
 
-def unused_files(path, entries, key):
+def unused_files(root, entries, key):
     """Return concerns about nnU-Net images without a channel, and about labels without an image."""
-    images, labels = nnunet_folders(path, key)
+    images, labels = nnunet_folders(root, key)
     found = []
     for folder, kind, what in (
             (images, "image", "images without _0000 in their names are not used"),

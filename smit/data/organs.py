@@ -128,21 +128,37 @@ def case_names(paths):
     would share a name.
     """
     depth = depth_of_names(paths)
-    parts = [[*Path(path).parts[:-1], case_name(path)][-depth:] for path in paths]
-    columns = range(depth)
-    if len(paths) > 1 and depth > 1:
-        columns = [i for i in columns if len({part[i] for part in parts if len(part) == depth}) > 1]
-    names = ["_".join(part[i] for i in columns if i < len(part)) for part in parts]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise ValueError(f"{paths[names.index(name)]} and {paths[i]} are both case {name}; "
-                             "rename or drop one")
+    places = places_that_differ([path_parts(path)[-depth:] for path in paths])
+    names = []
+    for path in paths:
+        parts = path_parts(path)
+        name = "_".join(parts[place] for place in places if -place <= len(parts))
+        if name in names:
+            raise ValueError(f"{paths[names.index(name)]} and {path} are both case {name}; rename "
+                             "or drop one")
+        names.append(name)
     return names
+
+
+def path_parts(path):
+    """Return the names of a file's folders, and last that of its case."""
+    return [*Path(path).parts[:-1], case_name(path)]
+
+
+def places_that_differ(parts):
+    """Return the places, counted back from -1, at which lists of names differ; -1 for one list."""
+    depth = max(map(len, parts), default=1)
+    places = []
+    for place in range(-depth, 0):
+        names = {part[place] for part in parts if -place <= len(part)}
+        if len(names) > 1:
+            places.append(place)
+    return places or [-1]
 
 
 def depth_of_names(paths):
     """Return how many last parts of paths tell them apart; 1 if all files' names differ."""
-    parts = [[*Path(path).parts[:-1], case_name(path)] for path in paths]
+    parts = [path_parts(path) for path in paths]
     deepest = max(map(len, parts), default=1)
     for depth in range(1, deepest):
         if len({tuple(part[-depth:]) for part in parts}) == len(parts):

@@ -367,8 +367,9 @@ def collate(samples):
     for sample in samples:
         if isinstance(sample, Exception):
             return sample
-        for name in [name for name in sample if isinstance(sample[name], list)]:
-            batch.setdefault(name, []).extend(sample[name])
+        for name, value in sample.items():
+            if isinstance(value, list):
+                batch.setdefault(name, []).extend(value)
     names = [name for name in samples[0] if name not in batch]
     tensors = [{name: sample[name] for name in names} for sample in samples]
     return batch | torch.utils.data.default_collate(tensors)
@@ -443,7 +444,7 @@ def tell_about(batch, told):
 
     Adds these to it.
     """
-    concerns.tell(batch["concerns"])
+    concerns.tell(batch["concerns"], one_by_one=True)
     for problem in batch.get("skipped", []):
         if problem not in told:
             print(f"warning: skipped: {problem}", file=sys.stderr, flush=True)

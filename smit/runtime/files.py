@@ -166,21 +166,20 @@ def save_state(path, parts, **facts):
     save_checkpoint(path, {**state, **facts, "torch": str(torch.__version__)})
 
 
-def resume(folder, parts, config, free, ranks, defaults=None):
+def resume(folder, parts, config, free, ranks, defaults=None, upgrade=None):
     """Load the newest state of a run into its parts; return the facts saved with it.
 
     A folder without a checkpoint gives {"step": 0, "skipped": 0}.
     config: the settings now; those that differ from the checkpoint's are told if they are in
     `free`, else ValueError names them. defaults: values of settings that only one of the two has,
-    for a flag that came or went since the run began.
+    for a flag that came or went since the run began. upgrade(state, parts): returns the state of a
+    run in an older format in today's.
     """
     state = load_latest(folder, ranks)
     if state is None:
         return {"step": 0, "skipped": 0}
-    layout, today = state["config"].get("format", 1), config.get("format", 1)
-    if layout != today:
-        raise ValueError(f"{folder} holds a run in layout {layout}, whose optimiser cannot be carried "
-                         f"over to today's layout {today}: start a new run from its weights")
+    if upgrade:
+        state = upgrade(state, parts)
     defaults = defaults or {}
     changes = compare_settings({**defaults, **state["config"]}, {**defaults, **config}, free)
     if ranks.is_main:
@@ -230,7 +229,7 @@ def compare_settings(saved, now, free):
     told, refused = [], []
     for key in sorted(saved.keys() | now.keys()):
         before, after = saved.get(key, "absent"), now.get(key, "absent")
-        if before == after or key in ("resume", "overwrite", "check"):
+        if before == after or key in ("resume", "overwrite", "check", "format", "sizes_given"):
             continue
         line = f"{key}: {before} in the checkpoint, {after} now"
         told.append(line)

@@ -178,13 +178,6 @@ def join_group(rank, world, device, timeout):
 
 
 # ---------------------------------------------------------------- precision, memory
-FIRST = is_first()
-
-
-def pick_precision(name, device):
-    return Precision(name, device).dtype
-
-
 class Precision:
     """How networks compute: fp32, or fp16 and bf16 under autocast.
 

@@ -2,26 +2,27 @@
 
     python -m smit.study table2 --data btcv/dataset.json --pretrain_data ct btcv/dataset.json \\
         --labels 3 7 21 --dry_run
-    python -m smit.study fig3a --data btcv/dataset.json --pretrain_data ct --preset small --parallel 2
+    python -m smit.study fig3a --data btcv/dataset.json --pretrain_data ct --preset small
     python -m smit.study table2 --data chaos/dataset.json --pretrain_data ct --modality mr --folds 5
-    python -m smit.study fig5 --data btcv/dataset.json --mr_data chaos/dataset.json --pretrain_data ct
+    python -m smit.study fig5 --data btcv/dataset.json --mr_data chaos/dataset.json \\
+        --pretrain_data ct
     python -m smit.study probe --data btcv/dataset.json --pretrain_data ct --labels 3 7 21
     python -m smit.study recipe --data btcv/dataset.json --seeds 0 1 --draws 0 1 \\
         --recipes "now=" "slow=--lr 2e-3"
 
 A study is a list of steps, and a step is one of the three scripts with its flags: pre-train a row
-of the paper's comparisons, fine-tune it on the first n labelled volumes of a shuffle, score the last
-checkpoint on volumes held back. No checkpoint is picked by its score. All rows share data order,
-decoder weights and budget. Steps are named for what they depend on, so experiments with one --out
-share them. Finished steps are not run again, and one that was cut off goes on.
+of the paper's comparisons, fine-tune it on the first n labelled volumes of a shuffle, score the
+last checkpoint on volumes held back. No checkpoint is picked by its score. All rows share data
+order, decoder weights and budget. Steps are named for what they depend on, so experiments with one
+--out share them. Finished steps are not run again, and one that was cut off goes on.
 
 `probe` asks frozen encoders what they know of organs: linear and k-NN segmentation, and tokens.
 `recipe` compares ways to fine-tune on a third of the training split, which no run of it trains on,
 and no case of the validation split: choose rates and recipes there.
 
-Writes OUT/EXPERIMENT/ (OUT/EXPERIMENT-mr/) with a table, figures, and cases.csv, which has a row for
-each number in them, from all cells that are finished. A study may be stopped anywhere; the rows that
-it did not reach are missing from its tables.
+Writes OUT/EXPERIMENT/ (OUT/EXPERIMENT-mr/) with a table, figures, and cases.csv, which has a row
+for each number in them, from all cells that are finished. A study may be stopped anywhere; the rows
+that it did not reach are missing from its tables.
 """
 import argparse
 import re
@@ -57,7 +58,7 @@ def parse_arguments(argv=None):
         help="numbers of volumes to fine-tune on, nested; default: the experiment's, or what every "
              "fold leaves")
     add("--draws", nargs="+", type=int,
-        help="seeds of the draw of these volumes; default: the run's seed, for recipe 0 and 1 [ours]")
+        help="seeds of the draw of these volumes; default: the run's; in recipe 0 and 1 [ours]")
     add("--seeds", nargs="+", type=int, default=[0], help="of pre-training and fine-tuning [ours]")
     add("--ratios", nargs="+", type=float, default=[.1, .3, .5, .7, .9],
         help="fig3b: mask ratios [SMIT Fig. 3b]")
@@ -70,8 +71,8 @@ def parse_arguments(argv=None):
     add("--pretrain_flags", default="", help="more flags for train_ssl.py, in one string")
     add("--finetune_flags", default="", help="more flags for finetune.py, in one string")
     add("--init_flags", default="",
-        help="more flags for finetune.py in rows with loaded weights alone, such as a rate of their "
-             "own")
+        help="more flags for finetune.py in rows with loaded weights alone, such as a rate of "
+             "their own")
     add("--recipes", nargs="+", default=[], metavar="NAME=FLAGS",
         help=f"recipe: flags for finetune.py under a name; default: {', '.join(RECIPES)}")
     add("--parallel", type=int, default=1,
@@ -87,7 +88,8 @@ def parse_arguments(argv=None):
     args.draws = args.draws or experiment.draws
     unknown = [row for row in args.rows if row not in ROWS and row not in args.checkpoint]
     if unknown:
-        parser.error(f"--rows {unknown[0]}: choose from {', '.join(ROWS)}, or give its --checkpoint")
+        parser.error(f"--rows {unknown[0]}: choose from {', '.join(ROWS)}, or give its "
+                     "--checkpoint")
     recipes = dict(entry.partition("=")[::2] for entry in args.recipes)
     args.recipes = recipes or RECIPES
     if not all(re.fullmatch(r"[\w.+-]+", name) for name in args.recipes):
@@ -158,7 +160,8 @@ def write_frozen(args, out, first):
     if args.experiment == "fig5":
         reconstruction.fig5(out, students, {"ct": args.data, "mr": args.mr_data}, cache)
     else:
-        settings = probe.Settings(args.data, args.modality, labelled_volumes(args), args.draws, cache)
+        settings = probe.Settings(args.data, args.modality, labelled_volumes(args), args.draws,
+                                  cache)
         probe.probe(out, students, "rand" in args.rows, settings)
 
 

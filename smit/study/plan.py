@@ -120,7 +120,7 @@ def ratio_suffix(ratio):
 
 
 def pretraining(args, row, seed, ratio=None):
-    """Plan the step that makes OUT/name/student.pt; None for random weights and given checkpoints."""
+    """Plan the step that makes OUT/name/student.pt; None where there is nothing to pre-train."""
     if row in args.checkpoint or ROWS[row] is None:
         return None
     flags = shlex.split(f"{PRESETS[args.preset].pretrain} {args.pretrain_flags} {ROWS[row]}")
@@ -155,7 +155,8 @@ def cell(args, row, labels, seed, fold=None, ratio=None, draw=None, recipe=None)
         tune += shlex.split(args.init_flags)
     if recipe:
         tune += shlex.split(args.recipes[recipe])
-    tune += ["--seed", seed, "--data", data_path, "--num_train", labels, "--modality", args.modality]
+    tune += ["--seed", seed, "--data", data_path, "--num_train", labels,
+             "--modality", args.modality]
     if draw is not None:
         tune += ["--subset_seed", draw]
     if init:

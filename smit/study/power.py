@@ -52,7 +52,7 @@ def deviation(values):
 
 
 def noise_and_draw(values):
-    """Part the deviation of runs into the training's noise and that of the draw: (noise, draw) [ours].
+    """Part the deviation of runs: (noise of training, what the draw of volumes adds) [ours].
 
     values (draws, seeds): each row's runs were trained on the same labelled volumes. The variance
     within rows is noise^2, and rows' means vary by draw^2 + noise^2 / seeds: analysis of variance.
@@ -76,7 +76,7 @@ def seeds_needed(deviation, effect=.03, power=.8):
     least two. Raises ValueError for a deviation that is not known, or an effect of 0.
     """
     if not deviation >= 0 or not effect:
-        raise ValueError(f"deviation {deviation}, effect {effect}: give a deviation of two seeds or "
-                         "more, and an effect above 0")
+        raise ValueError(f"deviation {deviation}, effect {effect}: give a deviation of two seeds "
+                         "or more, and an effect above 0")
     z = NormalDist().inv_cdf(.975) + NormalDist().inv_cdf(power)
     return max(2, math.ceil((z * deviation / effect) ** 2))

@@ -34,9 +34,10 @@ TEMPERATURE = .07                      # of a neighbour's vote, exp(cosine / tem
 # for both classifiers on BTCV's training volumes, with an encoder of 6 mm voxels
 BALANCE = .75
 CLASSIFIERS = ("linear", "k-NN")       # the recipes of Score
-NOTE = f"""Linear and nearest: tokens, all classes alike (balanced accuracy; share whose nearest neighbour is
-of the same organ). Segmentation: DSC on the original grid, background excluded; intervals: bootstrap
-over cases, or over seeds and cases where there are several seeds. k-NN: k = {NEIGHBOURS}.
+NOTE = f"""Linear and nearest: tokens, all classes alike (balanced accuracy; share whose nearest
+neighbour is of the same organ). Segmentation: DSC on the original grid, background excluded;
+intervals: bootstrap over cases, or over seeds and cases where there are several seeds. k-NN:
+k = {NEIGHBOURS}.
 """
 
 
@@ -180,7 +181,7 @@ def probe_encoder(encoder, config, settings, row, labels, seed, draw):
 # ----------------------------------------------------------------------------------------- tokens
 @torch.no_grad()
 def tokens(encoder, image):
-    """Compute the features of a prepared volume's tokens: (C, d, h, w), with those of its padding."""
+    """Compute the features of a prepared volume's tokens: (C, d, h, w), padding included."""
     stages = range(len(encoder.stages))
     padded = torch.from_numpy(pad(encoder, image))[None, None] / 255
     maps = encoder(padded, wanted=stages)[:-1]

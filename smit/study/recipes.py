@@ -13,10 +13,11 @@ from smit.study import power
 from smit.study.scores import dice_by_run_and_case, group
 from smit.study.tables import EFFECT, finite, number, save
 
-NOTE = f"""DSC of held-back training volumes on the original grid, mean over cases; Dice half-way and at the
-end on the prepared grid. Deviations are of a run's mean: over all runs; over seeds with the same
-labelled volumes (the noise of training); and what the draw of these volumes adds. Seeds: those that
-would show a difference of {EFFECT:g} between two rows as noisy as this one, with the same volumes.
+NOTE = f"""DSC of held-back training volumes on the original grid, mean over cases; Dice half-way
+and at the end on the prepared grid. Deviations are of a run's mean: over all runs; over seeds with
+the same labelled volumes (the noise of training); and what the draw of these volumes adds. Seeds:
+as many would show a difference of {EFFECT:g} between two rows as noisy as this one, with
+probability .8 and the same volumes, if their noises are independent.
 """
 
 
@@ -37,7 +38,7 @@ def recipe(out, scores, runs):
     logs = group(runs, "recipe", "row", "labels")
     for key, part in group(scores, "recipe", "row", "labels").items():
         found = summarise(part, logs[key])
-        # two independent runs differ by sqrt(2) of one's deviation
+        # the difference of two independent runs deviates sqrt(2) times as much as one
         needed = ""
         if not math.isnan(found.noise):
             needed = power.seeds_needed(math.sqrt(2) * found.noise, EFFECT)
@@ -50,15 +51,19 @@ def recipe(out, scores, runs):
 
 def summarise(scores, runs):
     """Sum up the runs of one recipe, row and number of labels."""
-    dice = {run: np.mean(list(cases.values()))
-            for run, cases in dice_by_run_and_case(scores).items()}
+    dice = {}
+    for run, cases in dice_by_run_and_case(scores).items():
+        dice[run] = np.mean(list(cases.values()))
+    half_way, end = [], []
+    for run in runs:
+        validated = finite(run.finetuning["val_dice"])
+        half_way.append(validated[(len(validated) - 1) // 2])
+        end.append(validated[-1])
+
     means = list(dice.values())
     noise, draw = power.noise_and_draw(by_draw(dice))
-    halves = [finite(run.finetuning["val_dice"]) for run in runs]
-    half_way = np.mean([values[(len(values) - 1) // 2] for values in halves])
-    end = np.mean([values[-1] for values in halves])
     return Summary(len(means), float(np.mean(means)), power.deviation(means), noise, draw,
-                   float(half_way), float(end))
+                   float(np.mean(half_way)), float(np.mean(end)))
 
 
 def by_draw(dice):
@@ -66,5 +71,5 @@ def by_draw(dice):
     draws = {}
     for (seed, draw), value in dice.items():
         draws.setdefault(draw, {})[seed] = value
-    seeds = set.intersection(*map(set, draws.values()))
-    return np.array([[of_seed[seed] for seed in sorted(seeds)] for of_seed in draws.values()])
+    seeds = sorted(set.intersection(*map(set, draws.values())))
+    return np.array([[of_seed[seed] for seed in seeds] for of_seed in draws.values()])

@@ -38,7 +38,7 @@ class Errors(NamedTuple):
 
 @torch.no_grad()
 def fig5(out, checkpoints, lists, cache):
-    """Measure masked image prediction on unseen volumes, beside what needs no network [SMIT Fig. 5].
+    """Measure masked image prediction on unseen volumes [SMIT Fig. 5].
 
     checkpoints {(row, seed): student.pt}; lists {modality: dataset.json, folder or None}. Writes
     fig5.md, cases.csv, and a panel of the first volume for each row and modality.
@@ -84,7 +84,7 @@ def mean_of(rows, name):
 
 
 def unseen(path):
-    """List the volumes to reconstruct: the validation split of a dataset.json, or where it lacks all."""
+    """List the volumes to reconstruct: a dataset.json's validation split, or where it lacks all."""
     try:
         return data.read_list(path, "validation")
     except ValueError:

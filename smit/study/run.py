@@ -1,4 +1,4 @@
-"""Run the steps of a study: which are finished, how long the others may take, several at a time [ours].
+"""Run the steps of a study, several at a time, each once [ours].
 
 Reading order: commands and records, the estimate, one step, all steps.
 """
@@ -36,7 +36,10 @@ def signature(step):
 
 
 def finished(args, step):
-    """Read the record of a finished step, or None. ValueError if its folder was made with other flags."""
+    """Read the record of a finished step, or None.
+
+    ValueError if its folder was made with other flags.
+    """
     path = Path(args.out, step.name, "step.json")
     if not path.exists():
         return None

@@ -1,7 +1,7 @@
 """Read, group and average the scores of finished cells [SMIT Table 2].
 
-Seeds are averaged case by case before the tests and the intervals over cases, so that their n is the
-number of cases. Intervals over seeds and cases keep both. A run is told by its seed and its draw.
+Seeds are averaged case by case before the tests and the intervals over cases, so that their n is
+the number of cases. Intervals over seeds and cases keep both. A run has a seed and a draw.
 Reading order: Score and Run, files, grouping, averages, intervals.
 """
 import csv
@@ -46,9 +46,6 @@ class Run(NamedTuple):
     finetuning: dict
 
 
-CELL = Score._fields[:8]               # what tells one cell from another
-
-
 # ------------------------------------------------------------------------------------------ files
 def write(path, text):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +63,9 @@ def write_csv(path, rows):
 
 def facts_of(cell):
     """List what tells a cell from another, by name."""
-    return {name: getattr(cell, name) for name in CELL}
+    facts = cell._asdict()
+    del facts["steps"]
+    return facts
 
 
 def complete_results(out, cell):
@@ -176,7 +175,7 @@ def estimate_mean(values):
 
 
 def paired_difference(first, second):
-    """Test first - second over the cases that both have, each {case: Dice}: as metrics.paired_test."""
+    """Test first - second, each {case: Dice}, over the cases of both: as metrics.paired_test."""
     cases = [case for case in first if case in second]
     return metrics.paired_test([first[case] for case in cases], [second[case] for case in cases])
 
@@ -186,16 +185,19 @@ def differences_by_run(first, second):
 
     Only runs that both have count: their fine-tunings share volumes, order and decoder.
     """
-    runs = [run for run in first if run in second]
     differences = []
-    for run in runs:
-        pairs = {case: dice - second[run].get(case, math.nan) for case, dice in first[run].items()}
-        differences.append(pairs)
+    for run, dice in first.items():
+        if run in second:
+            other = second[run]
+            differences.append({case: dice[case] - other[case] for case in dice if case in other})
     return as_array(differences)
 
 
 def as_array(dice):
     """Array (runs, cases) of a list of {case: value}, nan where a run lacks a case."""
     cases = sorted(set().union(*dice))
-    values = [[by_case.get(case, math.nan) for case in cases] for by_case in dice]
-    return np.array(values, dtype=float).reshape(len(dice), len(cases))
+    values = np.full((len(dice), len(cases)), math.nan)
+    for run, by_case in enumerate(dice):
+        for case, value in by_case.items():
+            values[run, cases.index(case)] = value
+    return values

@@ -58,16 +58,17 @@ def save(out, name, text, rows):
 
 # ---------------------------------------------------------------------------------------- Table 2
 EFFECT = .03                           # the difference in Dice that a study should be able to show
-INTERVALS = f"""Over cases: bootstrap over cases of the mean over seeds, and p by Wilcoxon's signed rank over cases,
-two-sided. It is about these trained networks. Over seeds and cases: bootstrap over both, and so
-about other trainings as well; too narrow with few seeds (with two, half the variance of seeds).
-Deviation: of the mean over cases, from seed to seed. Seeds: as many would show a difference of
-{EFFECT:g} with probability .8 if it deviates as here, by the normal approximation; rough with few.
+INTERVALS = f"""Over cases: bootstrap over cases of the mean over seeds, and p by Wilcoxon's signed
+rank over cases, two-sided. It is about these trained networks. Over seeds and cases: bootstrap over
+both, and so about other trainings as well; too narrow with few seeds (with two, half the variance
+of seeds). Deviation: of the mean over cases, from seed to seed. Seeds: as many would show a
+difference of {EFFECT:g} with probability .8 if it deviates as here, by the normal approximation;
+rough with few.
 """
 
 
 def table2(out, scores, runs):
-    """Write table2.md: organs down, rows of the comparison across, averages and differences last."""
+    """Write table2.md: organs down, rows of the comparison across, differences last."""
     text = ("DSC on the original grid, background excluded; in parentheses the paper's Table 2, "
             "from 21 volumes (CT) or 92 (MR).\n")
     for labels, part in group(scores, "labels").items():
@@ -186,7 +187,7 @@ def seeds_text(differences):
     return "" if math.isnan(deviation) else power.seeds_needed(deviation, EFFECT)
 
 
-def number(value, form):
+def number(value, form=".3f"):
     """Format a number; nothing for nan."""
     return "" if math.isnan(value) else format(value, form)
 
@@ -289,7 +290,7 @@ def fig4(out, scores, runs):
 
 
 def organ_group_mean(table, organs):
-    """Average the means of some organs of {organ: Dice of each case}; nan unless it has them all."""
+    """Average some organs' means in {organ: Dice of each case}; nan unless it has them all."""
     if not all(organ in table for organ in organs):
         return math.nan
     return float(np.mean([scoring.finite_mean(table[organ]) for organ in organs]))

@@ -1,0 +1,175 @@
+"""Use trained networks from Python: a checkpoint, a volume, and its features or organs [ours].
+
+    from smit.inference import features, load_encoder, load_network, segment
+    encoder = load_encoder("runs/ssl/student.pt")          # or any file that smit.weights reads
+    maps, affines = features(encoder, "scan.nii.gz")       # five maps of tokens, and where they lie
+    net = load_network("runs/finetune/best.pt")
+    label = segment(net, "scan.nii.gz")                    # (X, Y, Z) uint8, on the file's grid
+
+A volume is a NIfTI file, or an array (X, Y, Z) with its affine. It is prepared as the network's
+training volumes were: spacing, orientation and intensities come from the checkpoint. evaluate.py
+predicts with these functions.
+"""
+from os import PathLike
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from smit import data, runtime, transforms, weights
+from smit.segment import build_network, predict
+
+SETTINGS = {"num_classes", "spacing", "modality", "hu_window", "crop", *weights.SIZES}
+
+
+class Features(NamedTuple):
+    """Maps of tokens, from fine to coarse."""
+    maps: list          # of (C, D, H, W): the stages' normed outputs, then the last merge's
+    affines: list       # of (4, 4): from a token's index to the mm, in RAS+, of its centre
+
+
+# ---------------------------------------------------------------------- networks
+def load_encoder(path, device="cpu", part=None):
+    """Load the pre-trained encoder in a file: a SwinTransformer3D in eval mode.
+
+    Its `preparation` says how its training volumes were prepared, None where the file does not;
+    its `report` counts the parameters. part: "student" or "teacher" of a last.pt.
+    ValueError, one line, for a file that does not fill an encoder.
+    """
+    found = weights.read_encoder(path, part)
+    encoder = found.build()
+    encoder.preparation = preparation(found.config)
+    encoder.report = found.report
+    return encoder.to(device).eval()
+
+
+def load_network(path, device="cpu"):
+    """Load the fine-tuned network in a file: a SegmentationNet in eval mode.
+
+    Its `config` holds the settings of its run, its `preparation` how volumes are prepared.
+    ValueError, one line, for any other file.
+    """
+    state = weights.read_file(path)
+    config = state.get("config")
+    if "model" not in state or not isinstance(config, dict) or not SETTINGS <= config.keys():
+        raise ValueError(f"{path} holds no fine-tuned network: give the best.pt of finetune.py")
+    config = {"train": [], "held_back": [], "labels": {}, "drop_path": 0.0, "checkpointing": False,
+              "hu_offset": 0.0, **config}
+    try:
+        net = build_network(config)
+        upgraded, note = weights.upgrade(state.get("average") or state["model"], config)
+        net.load_state_dict(upgraded)
+        net.preparation = preparation(config)
+    # a stranger's settings raise anything
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: weights and settings do not fit each other ({reason})") from None
+    if note:
+        print(f"{path}: {note}")
+    net.config = config
+    return net.to(device).eval()
+
+
+def preparation(config):
+    """Read how a run prepared its volumes off its settings; None where they do not say it."""
+    if not config.keys() >= {"spacing", "modality", "hu_window"}:
+        return None
+    return data.Preparation(tuple(config["spacing"]), config["modality"],
+                            tuple(config["hu_window"]), hu_offset=config.get("hu_offset", 0.0))
+
+
+# ---------------------------------------------------------------------- volumes
+def prepare_volume(volume, affine=None, settings=None):
+    """Prepare a file, or an array (X, Y, Z) with its affine: a dict as of data.load_case.
+
+    settings: a Preparation. ValueError for a volume that cannot be used.
+    """
+    if settings is None:
+        raise ValueError("this encoder's file does not say how volumes are prepared: "
+                         "pass preparation=Preparation(...), of smit.transforms")
+    if isinstance(volume, (str, PathLike)):
+        prepared = data.load_case({"image": str(volume), "label": None}, settings)
+        data.tell(prepared["concerns"])
+        return prepared
+
+    image = torch.as_tensor(np.asarray(volume), dtype=torch.float32)
+    if affine is None or np.shape(affine) != (4, 4) or image.ndim != 3:
+        raise ValueError(f"an array of shape {tuple(image.shape)}: give (X, Y, Z) and its affine, "
+                         "(4, 4)")
+    affine = np.asarray(affine, dtype=np.float64)
+    if not image.isfinite().all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-9:
+        raise ValueError("the array or its affine is not finite, or the affine is singular")
+    prepared, grid = transforms.prepare(image + settings.hu_offset, affine, settings, "the array")
+    return {"image": prepared, "affine": grid, "label": None,
+            "original_affine": affine, "original_shape": tuple(image.shape)}
+
+
+@torch.no_grad()
+def features(encoder, volume, affine=None, preparation=None, wanted=None, precision="auto"):
+    """Encode a whole volume: Features, their maps on the encoder's device.
+
+    preparation: a Preparation in place of the encoder's own.
+    wanted: indices of the maps that are used; the others come as None and cost nothing.
+    precision: "fp32", "fp16", "bf16", or "auto" as the scripts choose it.
+    """
+    prepared = prepare_volume(volume, affine, preparation or encoder.preparation)
+    device = next(encoder.parameters()).device
+    x = prepared["image"].to(device)[None, None].float() / 255                 # (1, 1, D, H, W)
+    channels = encoder.patch_embed.in_channels
+    with runtime.Precision(precision, device).autocast():
+        outputs = encoder(x.expand(-1, channels, -1, -1, -1), wanted=wanted)
+
+    maps, affines = [], []
+    for level, output in enumerate(outputs):
+        maps.append(None if output is None else output[0].float())             # (C, D_i, H_i, W_i)
+        affines.append(token_affine(prepared["affine"], encoder.patch * 2 ** level))
+    return Features(maps, affines)
+
+
+def token_affine(affine, side):
+    """The affine of tokens that are `side` voxels wide, from that of their voxels."""
+    change = np.diag([side, side, side, 1.0])
+    change[:3, 3] = (side - 1) / 2                                              # a token's centre
+    return affine @ change
+
+
+@torch.no_grad()
+def segment(nets, volume, affine=None, tta=False, precision="auto", **sliding):
+    """Label a whole volume: (X, Y, Z) uint8 on the CPU, on the volume's own grid.
+
+    nets: a network of load_network, or several, whose softmax is averaged.
+    tta: average over the axial quarter turns of training. precision: as of `features`.
+    sliding: of sliding.sliding_window: overlap, blend, batch, stitch_on_cpu.
+    """
+    nets = list(nets) if isinstance(nets, (list, tuple)) else [nets]
+    check_alike(nets)
+    prepared = prepare_volume(volume, affine, nets[0].preparation)
+    turns = range(4) if tta else (0,)
+    with runtime.Precision(precision, next(nets[0].parameters()).device).autocast():
+        scores = class_scores(nets, prepared["image"].numpy(), turns, **sliding)
+    return transforms.to_file_grid(scores, prepared["affine"], prepared["original_shape"],
+                                   prepared["original_affine"])
+
+
+def class_scores(nets, image, turns=(0,), **sliding):
+    """Score the classes of a prepared volume (D, H, W): (num_classes, D, H, W).
+
+    These are one network's logits, or the mean softmax of several.
+    """
+    total = 0
+    for net in nets:
+        logits = predict(net, image, tuple(net.config["crop"]), turns, **sliding)
+        if len(nets) == 1:
+            return logits
+        total += logits.softmax(0)
+    return total / len(nets)
+
+
+def check_alike(nets):
+    """Raise ValueError unless networks prepare volumes alike and number organs alike."""
+    for net in nets[1:]:
+        for name in ("spacing", "modality", "hu_window", "hu_offset", "num_classes", "labels"):
+            first, other = nets[0].config.get(name, 0), net.config.get(name, 0)
+            if first != other:
+                raise ValueError(f"networks of different {name} cannot vote together: {first} and "
+                                 f"{other}")
