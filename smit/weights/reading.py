@@ -67,10 +67,12 @@ def read_encoder(path, part=None, merge=None, drop=(), state=None):
 def recognise(path, state, part, merge, drop):
     """Find the encoder in the dict of a file; as read_encoder."""
     tensors, keys = unwrap(state, part)
+    config, exported = settings_of(state)
+    if config.get("network") == "unet":
+        raise ValueError("its weights are of the U-Net of smit.baselines; give --net unet")
     tensors, shared_prefix = strip(tensors)
     family, prefix = names.find_encoder(tensors)
     weights, left_out = translate(tensors, family, prefix, drop)
-    config, exported = settings_of(state)
     if family == "smit" and not config and not merge:
         raise ValueError("no settings beside the weights, and so no word on the order of merges; "
                          "give student.pt or last.pt of train_ssl.py, or best.pt of finetune.py")
