@@ -226,7 +226,7 @@ def marks_on_gpu(found):
                 Mark(f"step {name}: our time / MONAI's student alone",
                      ratio(found, "step", f"ours {name}", f"MONAI {name}", "wall"), 1.3, False),
                 Mark(f"step {name}: share of a copy's rate", ours.get("copy_share"), .6, True),
-                Mark(f"step {name}: GB a pair", pair_gb, 33., False),
+                Mark(f"step {name}: GB a pair", pair_gb, 20., False),
                 Mark(f"step {name}: share of time without a kernel", ours.get("idle"), .05, False)]
     return entries
 
