@@ -15,6 +15,7 @@ import json
 import math
 
 import numpy as np
+import smit  # noqa: F401  before torch: it tells OpenMP's threads not to spin
 import torch
 from torch.nn.parallel import DistributedDataParallel
 

@@ -13,6 +13,7 @@ import json
 import math
 from collections import Counter
 
+import smit  # noqa: F401  before torch: it tells OpenMP's threads not to spin
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
