@@ -15,6 +15,7 @@ import json
 import math
 
 import numpy as np
+import smit  # noqa: F401  before torch: it tells OpenMP's threads not to spin
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -344,8 +345,14 @@ def main(args):
     settings.check_finetuning(args)
     if args.check:
         return check(args) if runtime.is_first() else None
-    ranks = runtime.start(args.device)
+    # preparing is shared, and a rank's share may take hours longer than another's
+    ranks = runtime.start(args.device, timeout_minutes=24 * 60 if args.prepare_only else 10)
     runtime.keep_freed_memory(ranks.device)
+    if args.prepare_only:
+        cases, held_back, names = load_cases(args, ranks)
+        data.prepare_ahead(cases + held_back, preparation(args), args.cache, ranks, args.workers,
+                           True, count_classes(args, names))
+        return
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         train(args, ranks, out)
 

@@ -13,6 +13,7 @@ import json
 import math
 from collections import Counter
 
+import smit  # noqa: F401  before torch: it tells OpenMP's threads not to spin
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,7 +44,8 @@ def load_cases(args, ranks):
     sources = args.data or phantom.default_data(args.cache, args.phantoms, args.modality,
                                                 args.seed, args.spacing, ranks)
     cases, problems = data.read_lists(sources, args.key, args.data_root, args.modality)
-    cases, _ = data.readable_cases(cases, args.max_bad, problems=problems, workers=args.workers)
+    cases, _ = data.readable_cases(cases, args.max_bad, problems=problems, workers=args.workers,
+                                   ranks=ranks)
 
     n_held_back = round(args.val_fraction * len(cases))
     settings.require(n_held_back < len(cases),
@@ -289,8 +291,13 @@ def main(args):
     settings.check_pretraining(args)
     if args.check:
         return check(args) if runtime.is_first() else None
-    ranks = runtime.start(args.device)
+    # preparing is shared, and a rank's share may take hours longer than another's
+    ranks = runtime.start(args.device, timeout_minutes=24 * 60 if args.prepare_only else 10)
     runtime.keep_freed_memory(ranks.device)
+    if args.prepare_only:
+        cases, held_back = load_cases(args, ranks)
+        data.prepare_ahead(cases + held_back, preparation(args), args.cache, ranks, args.workers)
+        return
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         train(args, ranks, out)
 

@@ -15,3 +15,8 @@ Unofficial; not for clinical use. Read in the paper's order:
 
 README.md beside this file shows the other rooms, and where this code differs from the paper's.
 """
+import os
+
+# OpenMP's threads spin while they wait, and on shared cores they spin in place of those that have
+# work: a step took 4.5 times as long. This must be said before torch is imported. [ours]
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

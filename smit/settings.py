@@ -90,6 +90,8 @@ def add_run_flags(parser, out, presets):
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     add("--check", action="store_true",
         help="read and prepare all data, list everything that is wrong, and leave")
+    add("--prepare_only", action="store_true",
+        help="prepare all volumes into --cache, shared over ranks, and leave: no GPU waits later")
     add("--seed", type=int, default=0, help="of every random draw [ours]")
     add("--log_every", type=count, default=10, help="steps between rows of log.csv [ours]")
     add("--save_minutes", type=float, default=10, help="minutes between checkpoints [ours]")

@@ -1,10 +1,12 @@
-"""The boundary against files: what is refused, what is accepted, and that what is accepted is right."""
+"""The boundary against files: refusals, acceptance, and that accepted files are read right."""
+
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 
 import finetune
 import train_ssl
-from smit import data
+from smit import data, runtime
 from smit import transforms as T
 from smit.data import cases
 
@@ -52,7 +54,9 @@ def test_every_bad_file_is_refused_by_name_and_every_odd_one_accepted(items):
             empty = "empty" in item.path
             assert np.array_equal(result[0], hostile.LABEL * (not empty)), item
         if not item.good:
-            assert item.path in str(result) and "\n" not in str(result) and ";" in str(result), f"{item}: {result}"
+            assert item.path in str(result) and "\n" not in str(result) and ";" in str(result), (
+                f"{item}: {result}"
+            )
             assert item.kind == "list" or isinstance(result, data.BadVolume), f"{item}: {result!r}"
 
 
@@ -61,17 +65,23 @@ def test_the_same_volume_in_every_encoding_has_identical_voxels(items):
     assert len(same) > 20
     for voxels, affine in same:
         assert voxels.dtype == torch.float32 and affine.dtype == np.float64
-        assert np.array_equal(voxels.numpy(), hostile.VOXELS) and np.allclose(affine, hostile.AFFINE, atol=1e-6)
+        assert np.array_equal(voxels.numpy(), hostile.VOXELS) and np.allclose(
+            affine, hostile.AFFINE, atol=1e-6
+        )
 
 
 def test_a_refusal_takes_little_time_and_memory(items):
-    code = ("import sys, time, resource; from smit import data\n"
-            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
-            "for path in sys.argv[1:]:\n    before, start = peak(), time.process_time()\n"
-            "    try: data.read_volume(path)\n"
-            "    except data.BadVolume: print(peak() - before, time.process_time() - start)\n")
+    code = (
+        "import sys, time, resource; from smit import data\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "for path in sys.argv[1:]:\n    before, start = peak(), time.process_time()\n"
+        "    try: data.read_volume(path)\n"
+        "    except data.BadVolume: print(peak() - before, time.process_time() - start)\n"
+    )
     paths = [item.path for item in items if "bomb" in item.path]
-    out = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True
+    ).stdout
     cost = np.array([line.split() for line in out.splitlines()], float)
     assert len(cost) == len(paths) >= 5 and cost[:, 0].max() < 300 and cost[:, 1].max() < 2, out
 
@@ -83,10 +93,14 @@ def test_no_flipped_bit_of_a_gz_file_changes_a_voxel(tmp_path):
     refused = 0
     for _ in range(300):
         bit = coin.randrange(len(whole) * 8)
-        path.write_bytes(whole[:bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1:])
+        path.write_bytes(
+            whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :]
+        )
         result = use(hostile.Item(str(path), "image", False))
         refused += isinstance(result, data.BadVolume)
-        assert isinstance(result, data.BadVolume) or np.array_equal(result[0].numpy(), hostile.VOXELS)
+        assert isinstance(result, data.BadVolume) or np.array_equal(
+            result[0].numpy(), hostile.VOXELS
+        )
     assert refused > 280
 
 
@@ -105,22 +119,41 @@ print((peak() - before) / 4 / max(torch.Size(shape).numel() for shape in sides))
 
 
 def cost(tmp_path, kind, spacing, dtype=np.int16, order="<", axes=(0, 1, 2)):
-    """Peak memory of loading a volume of 8.6 million voxels, in float32 sizes of the larger of its two grids."""
-    voxels = (np.arange(224 * 200 * 192).reshape(224, 200, 192) % 901 - 450).transpose(axes).astype(dtype)
+    """Peak memory of loading 8.6 million voxels, in float32 sizes of the larger of two grids."""
+    voxels = (
+        (np.arange(224 * 200 * 192).reshape(224, 200, 192) % 901 - 450)
+        .transpose(axes)
+        .astype(dtype)
+    )
     header = nib.Nifti1Header(endianness=order)
     header.set_data_dtype(dtype)
     affine = hostile.AFFINE[:, [*axes, 3]]
     for name, part in (("small", voxels[:30, :30, :30]), ("large", voxels)):
         nib.save(nib.Nifti1Image(part, affine, header), tmp_path / f"{name}.nii")
-    command = [sys.executable, "-c", COST, tmp_path / "small.nii", tmp_path / "large.nii", kind, *map(str, spacing)]
+    command = [
+        sys.executable,
+        "-c",
+        COST,
+        tmp_path / "small.nii",
+        tmp_path / "large.nii",
+        kind,
+        *map(str, spacing),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
 
 
-@pytest.mark.parametrize("kind, spacing, how", [
-    ("ct", (1.5, 2., 2.5), {}), ("ct", (1.5, 2., 2.5), dict(dtype=np.float64)), ("ct", (1., 1.5, 2.), dict(order=">")),
-    ("ct", (4., 4., 4.), dict(axes=(2, 0, 1))), ("mr", (1.5, 2., 2.5), {})])
+@pytest.mark.parametrize(
+    "kind, spacing, how",
+    [
+        ("ct", (1.5, 2.0, 2.5), {}),
+        ("ct", (1.5, 2.0, 2.5), dict(dtype=np.float64)),
+        ("ct", (1.0, 1.5, 2.0), dict(order=">")),
+        ("ct", (4.0, 4.0, 4.0), dict(axes=(2, 0, 1))),
+        ("mr", (1.5, 2.0, 2.5), {}),
+    ],
+)
 def test_loading_stays_below_three_times_the_float32_size(kind, spacing, how, tmp_path):
     assert cost(tmp_path, kind, spacing, **how) < 3
 
@@ -131,7 +164,11 @@ def test_folders_are_read_recursively_in_natural_order(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "loop").symlink_to(tmp_path)
     found = data.read_list(tmp_path)
-    assert [os.path.relpath(case["image"], tmp_path) for case in found] == ["a/x.hdr", "b/case2.nii", "b/case10.nii.gz"]
+    assert [os.path.relpath(case["image"], tmp_path) for case in found] == [
+        "a/x.hdr",
+        "b/case2.nii",
+        "b/case10.nii.gz",
+    ]
     assert all(case["label"] is None for case in found)
     (tmp_path / "b/case2.nii.gz").touch()
     with pytest.raises(ValueError, match="case2.nii.gz is listed twice"):
@@ -139,28 +176,61 @@ def test_folders_are_read_recursively_in_natural_order(tmp_path):
 
 
 def test_msd_and_nnunet_lists_give_images_labels_and_names(tmp_path):
-    for name in ("imagesTr/p1_0000.nii.gz", "imagesTr/p10_0000.nii.gz", "labelsTr/p1.nii.gz", "imagesTs/q_0000.nii.gz"):
+    for name in (
+        "imagesTr/p1_0000.nii.gz",
+        "imagesTr/p10_0000.nii.gz",
+        "labelsTr/p1.nii.gz",
+        "imagesTs/q_0000.nii.gz",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     nnunet, msd = tmp_path / "dataset.json", tmp_path / "msd.json"
-    nnunet.write_text(json.dumps({"channel_names": {"0": "T2"}, "labels": {"background": 0, "liver": 1}}))
-    msd.write_text(json.dumps({"labels": {"0": "background", "1": "liver"}, "test": ["imagesTs/q_0000.nii.gz"],
-                               "val": [{"image": "imagesTr/p1_0000.nii.gz", "label": "labelsTr/p1.nii.gz"}]}))
-    first = {"image": str(tmp_path / "imagesTr/p1_0000.nii.gz"), "label": str(tmp_path / "labelsTr/p1.nii.gz")}
+    nnunet.write_text(
+        json.dumps({"channel_names": {"0": "T2"}, "labels": {"background": 0, "liver": 1}})
+    )
+    msd.write_text(
+        json.dumps(
+            {
+                "labels": {"0": "background", "1": "liver"},
+                "test": ["imagesTs/q_0000.nii.gz"],
+                "val": [{"image": "imagesTr/p1_0000.nii.gz", "label": "labelsTr/p1.nii.gz"}],
+            }
+        )
+    )
+    first = {
+        "image": str(tmp_path / "imagesTr/p1_0000.nii.gz"),
+        "label": str(tmp_path / "labelsTr/p1.nii.gz"),
+    }
     test = [{"image": str(tmp_path / "imagesTs/q_0000.nii.gz"), "label": None}]
     assert data.read_list(nnunet)[0] == first and len(data.read_list(nnunet)) == 2
     assert data.read_list(nnunet, "test") == test
     assert data.read_list(msd, "val") == [first] and data.read_list(msd, "test") == test
     assert data.label_names(nnunet) == data.label_names(msd) == {0: "background", 1: "liver"}
-    assert data.label_names(tmp_path / "imagesTr") is None and data.label_names(tmp_path) == data.label_names(msd)
+    assert data.label_names(tmp_path / "imagesTr") is None and data.label_names(
+        tmp_path
+    ) == data.label_names(msd)
     with pytest.raises(ValueError, match="'training'.*'val'"):
         data.read_list(msd)
 
 
-@pytest.mark.parametrize("labels", [
-    '{"liver": NaN}', '{"liver": Infinity}', '{"liver": 1.5}', '{"liver": true}', '{"liver": -1}', '{"liver": 256}',
-    '{"liver": 1, "spleen": 1}', '{"1": "liver", "01": "spleen"}', '{"1": "liver", "1": "spleen"}', '{"all": [1, 2]}',
-    '["liver"]', '{"one": "liver"}', '{"liver": null}'])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        '{"liver": NaN}',
+        '{"liver": Infinity}',
+        '{"liver": 1.5}',
+        '{"liver": true}',
+        '{"liver": -1}',
+        '{"liver": 256}',
+        '{"liver": 1, "spleen": 1}',
+        '{"1": "liver", "01": "spleen"}',
+        '{"1": "liver", "1": "spleen"}',
+        '{"all": [1, 2]}',
+        '["liver"]',
+        '{"one": "liver"}',
+        '{"liver": null}',
+    ],
+)
 def test_labels_without_one_plain_number_each_are_refused(labels, tmp_path):
     (tmp_path / "dataset.json").write_text(f'{{"labels": {labels}}}')
     with pytest.raises(ValueError, match="dataset.json: "):
@@ -169,38 +239,66 @@ def test_labels_without_one_plain_number_each_are_refused(labels, tmp_path):
 
 def test_several_lists_are_read_as_one_and_all_that_is_wrong_is_kept(items, tmp_path):
     paths = {os.path.basename(item.path): item.path for item in items}
-    cases, problems = data.read_lists([paths[name] for name in ("list.txt", "brace.json", "tab.txt", "leaves.json")])
+    cases, problems = data.read_lists(
+        [paths[name] for name in ("list.txt", "brace.json", "tab.txt", "leaves.json")]
+    )
     assert [os.path.basename(case["image"]) for case in cases] == ["plain.nii"]
     bad = [paths[name] for name in ("brace.json", "tab.txt", "leaves.json")]
     assert [text.split(": ")[0] for text in problems] == bad
     assert "two sources" in problems[1]
-    assert data.has_split(paths["BOM.JSON"], "training") and not data.has_split(paths["BOM.JSON"], "validation")
-    assert not data.has_split(paths["brace.json"], "training") and not data.has_split(paths["list.txt"], "training")
+    assert data.has_split(paths["BOM.JSON"], "training") and not data.has_split(
+        paths["BOM.JSON"], "validation"
+    )
+    assert not data.has_split(paths["brace.json"], "training") and not data.has_split(
+        paths["list.txt"], "training"
+    )
 
 
 @pytest.mark.parametrize("script", [train_ssl, finetune], ids=lambda script: script.__name__)
-def test_check_names_all_that_is_wrong_at_once_and_writes_nothing(script, phantoms, tmp_path, capsys):
+def test_check_names_all_that_is_wrong_at_once_and_writes_nothing(
+    script, phantoms, tmp_path, capsys
+):
     def check(listing):
-        flags = ["--data", listing, "--spacing", 10, 10, 10, "--out", tmp_path / "out", "--check", "--workers", 2]
+        flags = [
+            "--data",
+            listing,
+            "--spacing",
+            10,
+            10,
+            10,
+            "--out",
+            tmp_path / "out",
+            "--check",
+            "--workers",
+            2,
+        ]
         script.main(script.parse_arguments([str(flag) for flag in flags]))
+
     check(phantoms)
     assert "all good" in capsys.readouterr().out
     listing, images = tmp_path / "data/dataset.json", tmp_path / "data/imagesTr"
     shutil.copytree(phantoms.parent, listing.parent)
     content = json.loads(listing.read_text())
-    listing.write_text(json.dumps({**content, "training": content["training"][:3] + content["training"][2:3]}))
+    listing.write_text(
+        json.dumps({**content, "training": content["training"][:3] + content["training"][2:3]})
+    )
     (images / "phantom0000.nii.gz").unlink()
     flipped = bytearray((images / "phantom0001.nii.gz").read_bytes())
-    flipped[-6] ^= 1                                                 # of the CRC
+    flipped[-6] ^= 1  # of the CRC
     (images / "phantom0001.nii.gz").write_bytes(flipped)
-    with pytest.raises(ValueError, match="listed twice.*\n.*phantom0000.*No such file.*\n.*phantom0001.*CRC") as error:
+    with pytest.raises(
+        ValueError, match="listed twice.*\n.*phantom0000.*No such file.*\n.*phantom0001.*CRC"
+    ) as error:
         check(listing)
     assert str(error.value).startswith("3 problems") and not (tmp_path / "out").exists()
 
 
 def test_text_lists_hold_labels_and_are_relative_to_the_list(items):
     pair = next(data.read_list(item.path) for item in items if item.path.endswith("bom.csv"))
-    assert [os.path.basename(pair[0][kind]) for kind in ("image", "label")] == ["plain.nii", "float32.nii"]
+    assert [os.path.basename(pair[0][kind]) for kind in ("image", "label")] == [
+        "plain.nii",
+        "float32.nii",
+    ]
     assert os.path.isfile(pair[0]["image"]) and os.path.isfile(pair[0]["label"])
 
 
@@ -222,7 +320,10 @@ def test_labels_on_another_grid_are_refused_and_the_full_pass_sees_values(items)
     for label in ("oblique.nii", "one_slice.nii"):
         with pytest.raises(ValueError, match=label):
             data.check_cases([{"image": paths["plain.nii"], "label": paths[label]}], labels=True)
-    cases = [{"image": paths["plain.nii"], "label": paths[f"label_{kind}.nii"]} for kind in ("float", "half", "empty")]
+    cases = [
+        {"image": paths["plain.nii"], "label": paths[f"label_{kind}.nii"]}
+        for kind in ("float", "half", "empty")
+    ]
     data.check_cases(cases, labels=True)
     with pytest.raises(ValueError, match="1 problem:\n.*half.*1.5"):
         data.check_voxels(cases, T.Preparation(), labels=True, num_classes=14)
@@ -231,21 +332,47 @@ def test_labels_on_another_grid_are_refused_and_the_full_pass_sees_values(items)
 def test_a_label_is_prepared_onto_its_images_grid(items):
     paths = {os.path.basename(item.path): item.path for item in items}
     case = {"image": paths["plain.nii"], "label": paths["label_uint8.nii.gz"]}
-    made = data.load_case(case, T.Preparation((1.5, 2., 2.5)), with_label=True)
-    assert made["original_shape"] == hostile.SHAPE and made["image"].dtype == made["label"].dtype == torch.uint8
-    bright = made["image"] > round(255 * 175 / 425)                  # 0 HU: the label is VOXELS > 0
-    assert torch.equal(made["label"] > 0, bright), "same spacing, so only orientation and crop were done"
+    made = data.load_case(case, T.Preparation((1.5, 2.0, 2.5)), with_label=True)
+    assert (
+        made["original_shape"] == hostile.SHAPE
+        and made["image"].dtype == made["label"].dtype == torch.uint8
+    )
+    bright = made["image"] > round(255 * 175 / 425)  # 0 HU: the label is VOXELS > 0
+    assert torch.equal(made["label"] > 0, bright), (
+        "same spacing, so only orientation and crop were done"
+    )
 
 
-@pytest.mark.parametrize("name", ["plain.nii", "nifti2.nii.gz", "big_endian.nii", "one_frame.nii", "pair.hdr",
-                                  "oblique.nii", "no_form.nii", "slope.nii", "singletons.nii", "forms_differ.nii",
-                                  "qfac_0.nii", "negative_pixdim.nii"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain.nii",
+        "nifti2.nii.gz",
+        "big_endian.nii",
+        "one_frame.nii",
+        "pair.hdr",
+        "oblique.nii",
+        "no_form.nii",
+        "slope.nii",
+        "singletons.nii",
+        "forms_differ.nii",
+        "qfac_0.nii",
+        "negative_pixdim.nii",
+    ],
+)
 def test_a_written_label_has_its_images_shape_affine_and_codes(items, tmp_path, name):
     image = nib.load(next(item.path for item in items if item.path.endswith("/" + name)))
     data.write_label(tmp_path / "made.nii.gz", hostile.LABEL, image.get_filename())
     made = nib.load(tmp_path / "made.nii.gz")
-    assert made.shape == image.shape and np.array_equal(made.affine, image.affine) and made.get_data_dtype() == np.uint8
-    assert all(made.header[code] == image.header[code] for code in ("sform_code", "qform_code", "xyzt_units"))
+    assert (
+        made.shape == image.shape
+        and np.array_equal(made.affine, image.affine)
+        and made.get_data_dtype() == np.uint8
+    )
+    assert all(
+        made.header[code] == image.header[code]
+        for code in ("sform_code", "qform_code", "xyzt_units")
+    )
     assert np.array_equal(np.asarray(made.dataobj).squeeze(), hostile.LABEL)
     assert np.array_equal(data.read_label(tmp_path / "made.nii.gz")[0], hostile.LABEL)
 
@@ -259,16 +386,26 @@ def test_the_cache_returns_what_load_case_makes_as_memory_maps(items, tmp_path):
         assert np.array_equal(image, made["image"]) and np.array_equal(label, made["label"])
         assert isinstance(image, np.memmap) and isinstance(label, np.memmap)
     assert len(list(tmp_path.rglob("*.npy"))) == 1
-    image, none = data.cached(case, T.Preparation((3., 3., 3.)), tmp_path)
+    image, none = data.cached(case, T.Preparation((3.0, 3.0, 3.0)), tmp_path)
     assert none is None and image.shape != made["image"].shape
 
 
 def test_a_damaged_cache_entry_is_made_again(items, tmp_path):
-    case = {"image": next(item.path for item in items if item.path.endswith("good/plain.nii")), "label": None}
+    case = {
+        "image": next(item.path for item in items if item.path.endswith("good/plain.nii")),
+        "label": None,
+    }
     image = np.array(data.cached(case, T.Preparation(), tmp_path)[0])
-    entry, = tmp_path.rglob("*.npy")
+    (entry,) = tmp_path.rglob("*.npy")
     whole = entry.read_bytes()
-    for damaged in (b"", whole[:40], whole[:-1], whole[:200] + b"x" + whole[201:], b"\0" * len(whole), whole + b"x"):
+    for damaged in (
+        b"",
+        whole[:40],
+        whole[:-1],
+        whole[:200] + b"x" + whole[201:],
+        b"\0" * len(whole),
+        whole + b"x",
+    ):
         entry.write_bytes(damaged)
         assert np.array_equal(data.cached(case, T.Preparation(), tmp_path)[0], image)
         assert entry.read_bytes() == whole
@@ -291,8 +428,9 @@ def test_a_source_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatc
     path.write_bytes(hostile.plain())
 
     def slowly(*args):
-        os.utime(path, (0, 0))                                       # as a copy that is still running would
+        os.utime(path, (0, 0))  # as a copy that is still running would
         return prepare(*args)
+
     monkeypatch.setattr(cases, "prepare", slowly)
     with pytest.raises(data.BadVolume, match="case.nii: changed while it was read"):
         data.cached({"image": str(path), "label": None}, T.Preparation(), tmp_path / "cache")
@@ -300,11 +438,14 @@ def test_a_source_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatc
 
 
 def test_many_may_fill_the_cache_at_once_and_none_is_held_open(items, tmp_path):
-    cases = [{"image": item.path, "label": None} for item in items if item.kind == "image" and item.good]
+    cases = [
+        {"image": item.path, "label": None} for item in items if item.kind == "image" and item.good
+    ]
     results, opened = [], len(os.listdir("/proc/self/fd"))
 
     def fill():
         results.append([data.cached(case, T.Preparation(), tmp_path)[0].sum() for case in cases])
+
     threads = [threading.Thread(target=fill) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -315,16 +456,69 @@ def test_many_may_fill_the_cache_at_once_and_none_is_held_open(items, tmp_path):
 
 
 @needs_real
-@pytest.mark.parametrize("image, label, modality, organ", [
-    ("btcv/imagesTr/img0001.nii.gz", "btcv/labelsTr/label0001.nii.gz", "ct", 6),
-    ("chaos_t2/imagesTr/chaos01_0000.nii.gz", "chaos_t2/labelsTr/chaos01.nii.gz", "mr", 1)])
+@pytest.mark.parametrize(
+    "image, label, modality, organ",
+    [
+        ("btcv/imagesTr/img0001.nii.gz", "btcv/labelsTr/label0001.nii.gz", "ct", 6),
+        ("chaos_t2/imagesTr/chaos01_0000.nii.gz", "chaos_t2/labelsTr/chaos01.nii.gz", "mr", 1),
+    ],
+)
 def test_the_liver_survives_preparation_and_the_way_back(image, label, modality, organ):
     case = {"image": str(REAL / image), "label": str(REAL / label)}
     made = data.load_case(case, T.Preparation(modality=modality), with_label=True)
     right = made["label"].eq(organ).nonzero()[:, 0].float().mean() / made["label"].shape[0]
-    assert right > .5, "the first axis runs to the patient's right, where the liver is"
+    assert right > 0.5, "the first axis runs to the patient's right, where the liver is"
     shape, affine = T.ras_grid(made["original_shape"], made["original_affine"])
-    back = T.regrid(made["label"].eq(organ).float(), made["affine"], affine, shape) > .5
-    back, truth = T.from_ras(back, made["original_affine"]), data.read_label(case["label"])[0].eq(organ)
+    back = T.regrid(made["label"].eq(organ).float(), made["affine"], affine, shape) > 0.5
+    back, truth = (
+        T.from_ras(back, made["original_affine"]),
+        data.read_label(case["label"])[0].eq(organ),
+    )
     dice = 2 * (back & truth).sum() / (back.sum() + truth.sum())
-    assert dice > .95
+    assert dice > 0.95
+
+
+def test_volumes_are_prepared_ahead_by_every_rank_its_share(phantoms, tmp_path, run_script):
+    flags = ["--data", phantoms, "--spacing", 10, 10, 10, "--workers", 0, "--device", "cpu", "--cache", "cache"]
+    told = run_script("train_ssl.py", *flags, "--prepare_only", ranks=2).stdout
+    assert "prepared 2 of 2 volumes on each of 2 ranks, 0:00:00 left" in told
+    assert len(list((tmp_path / "cache").glob("*/*.npy"))) == 4 and not (tmp_path / "runs").exists()
+
+
+def test_bad_volumes_are_all_named_after_the_others_were_prepared(phantoms, tmp_path):
+    shutil.copytree(phantoms.parent / "imagesTr", tmp_path / "images")
+    for number in (0, 3):
+        path = tmp_path / f"images/phantom000{number}.nii.gz"
+        path.write_bytes(path.read_bytes()[:-9])
+    cases_found = data.read_list(tmp_path / "images")
+    alone = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match="2 problems(.|\n)*phantom0000(.|\n)*phantom0003"):
+        data.prepare_ahead(cases_found, data.Preparation((10, 10, 10)), tmp_path / "cache", alone)
+    assert len(list((tmp_path / "cache").glob("*/*.npy"))) == 3
+
+
+def test_what_one_process_has_verified_another_does_not_read_again(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    case = data.read_list(phantoms)[0]
+    settings, reads, read = data.Preparation((10, 10, 10)), [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.suffix) or read(path))
+    for _ in range(3):
+        for memory in (cases.is_whole, cases.verified_folder, cases.read_concerns):
+            memory.cache_clear()                        # as in a process of its own
+        data.cached(case, settings, tmp_path / "cache")
+    assert reads.count(".npy") == 1                     # made, then verified once, then trusted
+    (entry,) = (tmp_path / "cache").glob("*/*.npy")
+    damaged = bytearray(read(entry))
+    damaged[-1] ^= 1
+    entry.write_bytes(damaged)                          # its state is another: read again, and made anew
+    data.cached(case, settings, tmp_path / "cache")
+    assert reads.count(".npy") == 2 and read(entry)[-1] != damaged[-1]
+
+
+def test_a_sample_from_the_cache_opens_no_original(phantoms, tmp_path, monkeypatch):
+    case, settings = data.read_list(phantoms)[0], data.Preparation((10, 10, 10))
+    data.cached(case, settings, tmp_path)
+    monkeypatch.setattr(cases, "read_header", None)     # calling it would raise
+    image, _ = data.cached(case, settings, tmp_path)
+    assert image.max() == 255

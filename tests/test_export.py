@@ -72,7 +72,9 @@ def test_where_monai_is_installed_its_strict_load_takes_the_export_and_computes_
     nets = pytest.importorskip("monai.networks.nets")
     encoder = student(tmp_path / "student.pt").eval()
     run(tmp_path / "student.pt", "--to", "monai", "--out", tmp_path / "monai.pt")
-    call = re.search(r"SwinUNETR\(.*\)", capsys.readouterr().out)[0]
+    told = capsys.readouterr().out
+    assert "lets padded cells take part in the softmax" in told
+    call = re.search(r"SwinUNETR\(.*\)", told)[0]
     net = eval(call, {"SwinUNETR": nets.SwinUNETR})                       # as a reader would paste it
     net.swinViT.load_state_dict(torch.load(tmp_path / "monai.pt", weights_only=True)["state_dict"])   # strict
     x, outputs = torch.rand(1, 1, 64, 64, 64), []

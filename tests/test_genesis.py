@@ -13,7 +13,7 @@ def distinct(*shape):
     return (torch.arange(size) / (size - 1)).view(shape)
 
 
-# ---------------------------------------------------------------------------------------------- flip
+# --------------------------------------------------------------------------------------------- flip
 def test_a_flip_reverses_any_of_the_three_axes_and_half_of_all_crops_stay():
     image = distinct(2, 3, 4)
     flips = {}
@@ -26,15 +26,17 @@ def test_a_flip_reverses_any_of_the_three_axes_and_half_of_all_crops_stay():
     assert flips[tuple(image.flatten().tolist())] / 600 == pytest.approx(.632, abs=.05)
 
 
-# ------------------------------------------------------------------------------------ local shuffling
+# ---------------------------------------------------------------------------------- local shuffling
 def test_windows_of_one_voxel_shuffle_nothing():
     image, starts = distinct(4, 5, 6), torch.randint(4, (50, 3))
-    assert torch.equal(genesis.shuffle_windows(image, starts, torch.ones(50, 3, dtype=torch.long), rng()), image)
+    sides = torch.ones_like(starts)
+    assert torch.equal(genesis.shuffle_windows(image, starts, sides, rng()), image)
 
 
 def test_one_window_permutes_its_own_voxels_and_no_other():
     image = distinct(4, 5, 6)
-    result = genesis.shuffle_windows(image, torch.tensor([[1, 2, 3]]), torch.tensor([[2, 2, 2]]), rng())
+    start, sides = torch.tensor([[1, 2, 3]]), torch.tensor([[2, 2, 2]])
+    result = genesis.shuffle_windows(image, start, sides, rng())
     window = np.s_[1:3, 2:4, 3:5]
     assert torch.equal(result[window].flatten().sort().values, image[window].flatten())
     assert not torch.equal(result[window], image[window])
@@ -47,7 +49,7 @@ def test_a_later_window_takes_the_original_voxels_and_overwrites():
     starts, sides = torch.tensor([[0, 0, 0], [0, 0, 2]]), torch.tensor([[1, 1, 4], [1, 1, 4]])
     for seed in range(20):
         result = genesis.shuffle_windows(image, starts, sides, rng(seed))[0, 0]
-        assert torch.equal(result[2:].sort().values, image[0, 0, 2:])       # though two were overwritten
+        assert torch.equal(result[2:].sort().values, image[0, 0, 2:])  # though two were overwritten
         assert set(result[:2].tolist()) <= set(image[0, 0, :4].tolist())
 
 
@@ -63,31 +65,35 @@ def test_windows_have_up_to_a_tenth_of_a_side_and_cover_what_the_release_covers(
     assert len(starts) == 10_000 and covered.float().mean().item() == pytest.approx(.822, abs=.01)
 
 
-# ------------------------------------------------------------------------------------ intensity curve
+# ---------------------------------------------------------------------------------- intensity curve
 def test_the_intensity_curve_by_hand():
     greys = torch.linspace(0, 1, 9)
     straight = torch.tensor([[1 / 3, 1 / 3], [2 / 3, 2 / 3]])
     torch.testing.assert_close(genesis.map_intensities(greys, straight), greys, atol=1e-6, rtol=0)
-    torch.testing.assert_close(genesis.map_intensities(greys, straight, decreasing=True), 1 - greys, atol=1e-6, rtol=0)
-    steep = torch.tensor([[0., 1.], [0., 1.]])                              # at t = .5: x = .125, y = .875
-    assert genesis.map_intensities(torch.tensor([.125]), steep).item() == pytest.approx(.875, abs=1e-5)
+    falling = genesis.map_intensities(greys, straight, decreasing=True)
+    torch.testing.assert_close(falling, 1 - greys, atol=1e-6, rtol=0)
+    steep = torch.tensor([[0., 1.], [0., 1.]])                       # at t = .5: x = .125, y = .875
+    found = genesis.map_intensities(torch.tensor([.125]), steep)
+    assert found.item() == pytest.approx(.875, abs=1e-5)
 
 
 @pytest.mark.parametrize("decreasing", [False, True])
 def test_the_intensity_curve_is_monotone_with_its_ends_fixed(decreasing):
     for seed in range(20):
-        curve = genesis.map_intensities(distinct(10, 10, 10), torch.rand(2, 2, generator=rng(seed)), decreasing)
+        points = torch.rand(2, 2, generator=rng(seed))
+        curve = genesis.map_intensities(distinct(10, 10, 10), points, decreasing)
         steps = curve.flatten().diff()
         assert (steps <= 0).all() if decreasing else (steps >= 0).all()
         assert [curve.min(), curve.max()] == [0, 1] and curve[0, 0, 0] == float(decreasing)
 
 
-# ------------------------------------------------------------------------------------------- painting
+# ----------------------------------------------------------------------------------------- painting
 def drawn(boxes, size, draws=300):
     return [box for seed in range(draws) for box in boxes((size,) * 3, rng(seed))]
 
 
-@pytest.mark.parametrize("boxes, shortest, longest", [(genesis.inner_boxes, 16, 32), (genesis.outer_boxes, 42, 55)])
+@pytest.mark.parametrize("boxes, shortest, longest",
+                         [(genesis.inner_boxes, 16, 32), (genesis.outer_boxes, 42, 55)])
 def test_boxes_have_the_release_s_sides_and_stay_off_the_border(boxes, shortest, longest):
     sides, starts, ends = [], [], []
     for box in drawn(boxes, 96):
@@ -112,11 +118,14 @@ def test_painting_replaces_the_union_of_the_boxes_or_all_but_it():
     union = torch.zeros(image.shape, dtype=torch.bool)
     for box in boxes:
         union[box] = True
-    inside, outside = (paint(image, boxes, rng()) for paint in (genesis.paint_inside, genesis.paint_outside))
+    inside, outside = (paint(image, boxes, rng())
+                       for paint in (genesis.paint_inside, genesis.paint_outside))
     assert torch.equal(inside != image, union) and torch.equal(outside == image, union)
     for noise in (inside[union], outside[~union]):
-        assert noise.mean().item() == pytest.approx(.5, abs=.05) and 0 <= noise.min() and noise.max() < 1
-        assert noise.std().item() == pytest.approx(12 ** -.5, abs=.02)      # of each voxel, not of each box
+        assert noise.mean().item() == pytest.approx(.5, abs=.05)
+        assert 0 <= noise.min() and noise.max() < 1
+        # drawn for each voxel, not for each box
+        assert noise.std().item() == pytest.approx(12 ** -.5, abs=.02)
 
 
 def test_painted_shares_are_those_of_the_release():
@@ -131,12 +140,13 @@ def test_painted_shares_are_those_of_the_release():
         assert mean(found) == pytest.approx(expected, rel=.15)
 
 
-# ------------------------------------------------------------------------------- all of them together
+# ----------------------------------------------------------------------------- all of them together
 def test_every_disturbance_can_be_told_from_the_others():
     image = distinct(20, 20, 20)
     results = {
         "flip": image.flip(1),
-        "shuffle": genesis.shuffle_windows(image, *genesis.random_windows(image.shape, rng()), rng()),
+        "shuffle": genesis.shuffle_windows(image, *genesis.random_windows(image.shape, rng()),
+                                           rng()),
         "intensity": genesis.map_intensities(image, torch.tensor([[.1, .7], [.3, .9]])),
         "inside": genesis.paint_inside(image, genesis.inner_boxes(image.shape, rng()), rng()),
         "outside": genesis.paint_outside(image, genesis.outer_boxes(image.shape, rng()), rng())}
@@ -145,10 +155,11 @@ def test_every_disturbance_can_be_told_from_the_others():
         shell = torch.ones(image.shape, dtype=torch.bool)
         shell[3:-3, 3:-3, 3:-3] = False
         steps = result.flatten().diff()
-        return (torch.equal(result.flatten().sort().values, image.flatten()),     # the same voxels elsewhere
-                bool((steps > 0).all()),                                          # in the same order
-                torch.equal(result[shell], image[shell]),                         # the border is untouched
-                (result - image).abs().max().item() > .3)                         # and some are far from home
+        same_voxels = torch.equal(result.flatten().sort().values, image.flatten())
+        same_order = bool((steps > 0).all())
+        same_border = torch.equal(result[shell], image[shell])
+        far_off = (result - image).abs().max().item() > .3
+        return same_voxels, same_order, same_border, far_off
     assert {name: signs(result) for name, result in results.items()} == {
         "flip": (True, False, False, False), "shuffle": (False, False, False, False),
         "intensity": (False, True, False, True), "inside": (False, False, True, True),
@@ -177,11 +188,12 @@ def test_disturbances_come_with_the_release_s_probabilities(monkeypatch):
     assert mean(inner) == pytest.approx(.9 * .2 * .95 / .28, abs=.12)
 
 
-# ---------------------------------------------------------------------------------------------- task
+# --------------------------------------------------------------------------------------------- task
 def test_a_sample_depends_on_its_generator_alone_and_its_views_are_disturbed_apart():
     task, views = genesis.Genesis(width=2), torch.rand(2, 1, 24, 24, 24)
     first, again, other = (task.samples(views, rng(seed)) for seed in (0, 0, 1))
-    assert torch.equal(first["input"], again["input"]) and not torch.equal(first["input"], other["input"])
+    assert torch.equal(first["input"], again["input"])
+    assert not torch.equal(first["input"], other["input"])
     same = task.samples(views[:1].expand(2, -1, -1, -1, -1), rng())
     assert not torch.equal(same["input"][0], same["input"][1])
     assert first["input"].shape == first["target"].shape == (2, 1, 24, 24, 24)

@@ -231,7 +231,7 @@ def test_code_lies_and_nothing_at_all_are_refused_in_one_line(tmp_path, capsys):
     assert "this code was run" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("settings", [{"window": "abc"}, {"window": [4, 4]}, {"format": "new"}, {"imported": 3},
+@pytest.mark.parametrize("settings", [{"window": "abc"}, {"window": [4, 4]}, {"format": "new"}, {"format": 3}, {"imported": 3},
                                       {"imported": {"habits": ["telepathy"]}}, {"embed_dim": None, "window": 3}])
 def test_settings_that_make_no_sense_are_refused_in_one_line(settings, tmp_path):
     with pytest.raises(ValueError, match="holds no pre-trained encoder") as refusal:

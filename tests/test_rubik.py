@@ -65,7 +65,8 @@ def test_adversarial_losses_by_hand():
     assert rubik.critic_loss(unsure, unsure).item() == pytest.approx(2 * math.log(2))
     opinion = torch.full((1,), math.log(3))                                 # real with chance 3/4
     assert rubik.adversarial_loss(opinion).item() == pytest.approx(math.log(4 / 3))
-    assert rubik.critic_loss(opinion, opinion).item() == pytest.approx(math.log(4 / 3) + math.log(4))
+    both = rubik.critic_loss(opinion, opinion).item()
+    assert both == pytest.approx(math.log(4 / 3) + math.log(4))
 
 
 def learns(part):
@@ -102,7 +103,8 @@ def test_the_adversarial_weight_scales_its_term_and_zero_leaves_no_critic():
 def test_samples_are_twisted_views_beside_the_straight_ones():
     task, views = rubik.Rubik(width=2, adversarial=0), torch.rand(2, 1, 24, 24, 24)
     sample = task.samples(views, rng())
-    assert torch.equal(sample["target"], views) and torch.equal(sample["input"], task.samples(views, rng())["input"])
+    assert torch.equal(sample["target"], views)
+    assert torch.equal(sample["input"], task.samples(views, rng())["input"])
     for twisted, straight in zip(sample["input"], views):
         assert not torch.equal(twisted, straight)
         assert torch.equal(twisted.flatten().sort().values, straight.flatten().sort().values)
@@ -115,5 +117,7 @@ def test_rubiks_cube_learns_on_phantoms(adversarial):
     batch = pretext.batch(task, range(4), side=24)
     before = task(batch)["restore"].item()
     totals = pretext.train(task, steps=40, lr=1e-2, side=24, size=2)
-    assert mean(totals[-4:]) < .8 * mean(totals[:4]) and task(batch)["restore"].item() < .7 * before
+    if not adversarial:                                 # the critic's loss need not fall
+        assert mean(totals[-4:]) < .8 * mean(totals[:4])
+    assert task(batch)["restore"].item() < .7 * before
     assert task.transferred().keys() == task.unet.state_dict().keys()

@@ -8,7 +8,7 @@ import torch
 from smit import data, runtime
 from smit.data import samples as sampling
 
-SETTINGS = data.Preparation((10., 10., 10.))
+SETTINGS = data.Preparation((10.0, 10.0, 10.0))
 
 
 def same(one, two):
@@ -17,8 +17,15 @@ def same(one, two):
 
 
 def dataset(cases, tmp_path, **settings):
-    return sampling.ViewPairs(cases, SETTINGS, str(tmp_path / "cache"), **{**dict(
-        crop=(24, 20, 16), view=(16, 16, 8), cell=4, mask_ratio=.7, drops=6, seed=3), **settings})
+    return sampling.ViewPairs(
+        cases,
+        SETTINGS,
+        str(tmp_path / "cache"),
+        **{
+            **dict(crop=(24, 20, 16), view=(16, 16, 8), cell=4, mask_ratio=0.7, drops=6, seed=3),
+            **settings,
+        },
+    )
 
 
 def test_an_epoch_shows_every_volume_once_in_an_order_of_its_own():
@@ -32,7 +39,7 @@ def test_ranks_share_the_samples_that_one_rank_would_see():
     ranks = [list(sampling.micro_batches(8, 24, 2, rank, 2)) for rank in (0, 1)]
     assert alone == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23]]
     assert [a + b for a, b in zip(*ranks)] == alone
-    assert list(sampling.micro_batches(16, 24, 4)) == alone[2:]         # resumed at sample 16
+    assert list(sampling.micro_batches(16, 24, 4)) == alone[2:]  # resumed at sample 16
 
 
 def test_a_sample_depends_on_its_number_and_the_seed_alone(phantoms, tmp_path):
@@ -46,7 +53,9 @@ def test_a_sample_depends_on_its_number_and_the_seed_alone(phantoms, tmp_path):
 def test_views_and_masks_have_the_shapes_of_the_paper_in_small(phantoms, tmp_path):
     sample = dataset(data.read_list(phantoms), tmp_path)[0]
     assert sample["views"].shape == (2, 1, 16, 16, 8) and sample["views"].dtype == torch.uint8
-    assert sample["hidden"].shape == (2, 4, 4, 2) and sample["hidden"].flatten(1).sum(1).tolist() == [23, 23]
+    assert sample["hidden"].shape == (2, 4, 4, 2) and sample["hidden"].flatten(1).sum(
+        1
+    ).tolist() == [23, 23]
     assert not torch.equal(sample["views"][0], sample["views"][1])
     assert not torch.equal(sample["hidden"][0], sample["hidden"][1])
     assert sample["noise"].shape == (2, 6)
@@ -54,12 +63,19 @@ def test_views_and_masks_have_the_shapes_of_the_paper_in_small(phantoms, tmp_pat
 
 def test_both_views_lie_in_one_crop_of_the_volume():
     rng = sampling.generator(0)
-    starts = torch.stack([sampling.random_starts((200, 50, 90), (128, 64, 90), (96, 48, 40), rng) for _ in range(500)])
+    starts = torch.stack(
+        [
+            sampling.random_starts((200, 50, 90), (128, 64, 90), (96, 48, 40), rng)
+            for _ in range(500)
+        ]
+    )
     apart = (starts[:, 0] - starts[:, 1]).abs().amax(0)
-    assert (apart <= torch.tensor([32, 16, 50])).all() and (apart >= torch.tensor([28, 14, 40])).all()
+    assert (apart <= torch.tensor([32, 16, 50])).all() and (
+        apart >= torch.tensor([28, 14, 40])
+    ).all()
     low, high = starts.amin((0, 1)), starts.amax((0, 1))
-    assert low[0] >= 0 and high[0] <= 200 - 96 and high[0] > 95         # inside, and all over it
-    assert low[1] == -7 and high[1] == 9                                # 50 voxels centred in a crop of 64
+    assert low[0] >= 0 and high[0] <= 200 - 96 and high[0] > 95  # inside, and all over it
+    assert low[1] == -7 and high[1] == 9  # 50 voxels centred in a crop of 64
     assert low[2] >= 0 and high[2] <= 50
 
 
@@ -77,7 +93,11 @@ def test_a_bad_volume_is_passed_over_and_told(phantoms, tmp_path):
     broken = [{"image": str(tmp_path / "bad.nii.gz"), "label": None}, *cases]
     samples = [dataset(broken, tmp_path)[s] for s in range(len(broken))]
     skipping = [s for s in samples if s["passed_over"]]
-    assert len(skipping) == 1 and skipping[0]["volume"] == 1 and "bad.nii.gz: not a NIfTI" in skipping[0]["skipped"][0]
+    assert (
+        len(skipping) == 1
+        and skipping[0]["volume"] == 1
+        and "bad.nii.gz: not a NIfTI" in skipping[0]["skipped"][0]
+    )
     with pytest.raises(data.BadVolume, match="bad.nii.gz"):
         list(sampling.batches(dataset(broken[:1], tmp_path), [[0]]))
 
@@ -85,12 +105,16 @@ def test_a_bad_volume_is_passed_over_and_told(phantoms, tmp_path):
 ALONE = runtime.Ranks(0, 1, 0, torch.device("cpu"))
 
 
-def test_a_skipped_volume_is_told_in_one_line_and_counted_against_max_bad(phantoms, tmp_path, capsys):
+def test_a_skipped_volume_is_told_in_one_line_and_counted_against_max_bad(
+    phantoms, tmp_path, capsys
+):
     (tmp_path / "bad.nii.gz").write_bytes(b"no volume")
     broken = [{"image": str(tmp_path / "bad.nii.gz"), "label": None}, *data.read_list(phantoms)]
     epochs = list(sampling.micro_batches(0, 3 * len(broken), 2))
     for max_bad in (1, 0):
-        loader = sampling.Batches(dataset(broken, tmp_path), epochs, ALONE, workers=2, max_bad=max_bad)
+        loader = sampling.Batches(
+            dataset(broken, tmp_path), epochs, ALONE, workers=2, max_bad=max_bad
+        )
         assert len(list(loader)) == len(epochs) and loader.bad == {0}
         told = capsys.readouterr().err.splitlines()
         assert len(told) == 1 and told[0].startswith(f"warning: skipped: {tmp_path}/bad.nii.gz: ")
@@ -111,13 +135,20 @@ def test_a_batch_names_its_volumes(phantoms, tmp_path):
 def test_workers_change_nothing(phantoms, tmp_path):
     pairs = dataset(data.read_list(phantoms), tmp_path)
     numbers = list(sampling.micro_batches(0, 8, 2))
-    for one, two in zip(sampling.batches(pairs, numbers), sampling.batches(pairs, numbers, workers=2)):
+    for one, two in zip(
+        sampling.batches(pairs, numbers), sampling.batches(pairs, numbers, workers=2)
+    ):
         assert same(one, two)
 
 
 def crops(cases, tmp_path, **settings):
-    return sampling.LabelledCrops(cases, SETTINGS, str(tmp_path / "cache"), 14, **{**dict(
-        size=(16, 12, 8), crops=3, drops=4, seed=3), **settings})
+    return sampling.LabelledCrops(
+        cases,
+        SETTINGS,
+        str(tmp_path / "cache"),
+        14,
+        **{**dict(size=(16, 12, 8), crops=3, drops=4, seed=3), **settings},
+    )
 
 
 def test_labelled_crops_depend_on_their_number_and_the_seed_alone(phantoms, tmp_path):
@@ -138,7 +169,7 @@ def test_crop_centres_lie_in_organs_and_in_none_alike():
         centre = tuple(s + k // 2 for s, k in zip(sampling.labelled_start(label, size, rng), size))
         hits += bool(label[centre])
         seen |= {centre} if label[centre] else set()
-    assert 240 < hits < 360 and len(seen) == 20                        # all 20 voxels of the organ
+    assert 240 < hits < 360 and len(seen) == 20  # all 20 voxels of the organ
     empty = sampling.labelled_start(label * 0, size, rng)
     assert all(0 <= s <= n - k for s, k, n in zip(empty, size, label.shape))
 
@@ -147,13 +178,13 @@ def test_crops_stay_inside_and_small_volumes_are_centred():
     label = np.zeros((9, 30, 5), np.uint8)
     label[0, 0, 0] = label[8, 29, 4] = 1
     starts = [sampling.labelled_start(label, (6, 12, 8), sampling.generator(n)) for n in range(200)]
-    assert {s[2] for s in starts} == {-1}                              # 5 voxels centred in 8
+    assert {s[2] for s in starts} == {-1}  # 5 voxels centred in 8
     assert all(0 <= s[0] <= 3 and 0 <= s[1] <= 18 for s in starts)
     assert {(0, 0), (3, 18)} <= {(s[0], s[1]) for s in starts}
 
 
 def test_a_random_voxel_is_any_of_the_true_ones():
-    mask = np.random.default_rng(0).random((4, 5, 6)) < .1
+    mask = np.random.default_rng(0).random((4, 5, 6)) < 0.1
     rng = sampling.generator(0)
     drawn = [sampling.random_voxel(mask, rng) for _ in range(400)]
     assert set(drawn) == set(map(tuple, np.argwhere(mask).tolist()))
@@ -169,10 +200,19 @@ def test_augmentation_turns_image_and_label_together_and_never_mirrors():
         k = [k for k in range(4) if torch.equal(y, torch.rot90(torch.from_numpy(image), k, (0, 1)))]
         slope, offset = np.polyfit(y.flatten().numpy(), x.flatten().numpy() * 255, 1)
         np.testing.assert_allclose(slope * y + offset, x * 255, atol=1e-3)
-        assert len(k) == 1 and .9 <= slope + 1e-6 and slope <= 1.1 + 1e-6 and abs(offset) <= 25.5 + 1e-3
+        assert (
+            len(k) == 1
+            and 0.9 <= slope + 1e-6
+            and slope <= 1.1 + 1e-6
+            and abs(offset) <= 25.5 + 1e-3
+        )
         turned, dimmed = turned + (k[0] > 0), dimmed + (abs(slope - 1) > 1e-5)
-    assert 35 < turned < 85 and 12 < dimmed < 50                       # p .2 and .1
-    assert sampling.turned_crop(image, image, (12, 6, 4), sampling.generator(1))[0].shape == (12, 6, 4)
+    assert 35 < turned < 85 and 12 < dimmed < 50  # p .2 and .1
+    assert sampling.turned_crop(image, image, (12, 6, 4), sampling.generator(1))[0].shape == (
+        12,
+        6,
+        4,
+    )
 
 
 def test_a_volume_that_cannot_be_used_stops_the_fine_tuning(phantoms, tmp_path):
@@ -183,8 +223,8 @@ def test_a_volume_that_cannot_be_used_stops_the_fine_tuning(phantoms, tmp_path):
 
 def test_a_file_replaced_during_a_run_is_noticed_the_img_of_a_pair_too(tmp_path):
     voxels = np.random.default_rng(0).integers(-500, 500, (24, 20, 16)).astype(np.int16)
-    nib.save(nib.Nifti1Pair(voxels, np.diag([10., 10., 10., 1])), tmp_path / "ct.hdr")
+    nib.save(nib.Nifti1Pair(voxels, np.diag([10.0, 10.0, 10.0, 1])), tmp_path / "ct.hdr")
     pairs = dataset([{"image": str(tmp_path / "ct.hdr"), "label": None}], tmp_path)
     assert isinstance(pairs[0], dict)
-    os.utime(tmp_path / "ct.img", ns=(0, 10 ** 18))
+    os.utime(tmp_path / "ct.img", ns=(0, 10**18))
     assert isinstance(pairs[1], data.BadVolume) and "changed or removed" in str(pairs[1])

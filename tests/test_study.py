@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from smit.baselines import __main__ as baselines
 from smit.data import Preparation, load_case
 from smit.data.organs import ORGANS, case_name
 from smit.settings import check_finetuning, parse_finetuning
@@ -73,6 +74,18 @@ def test_a_given_checkpoint_takes_the_place_of_pre_training():
     (cell,) = plan(arguments("table2", "--rows", "smit", "--checkpoint", "smit=mine.pt"))
     assert [step.script for step in cell.steps] == ["finetune.py", "evaluate.py"]
     assert str(cell.steps[0].flags[-1]).endswith("mine.pt")
+
+
+def test_fig4_pre_trains_its_last_rows_with_the_other_tasks():
+    cells = plan(arguments("fig4", "--preset", "small", "--rows", "moco", "rotation"))
+    for cell in cells:
+        first, tune, _ = cell.steps
+        assert run.command(arguments("fig4"), first)[1:3] == ["-m", "smit.baselines"]
+        given = baselines.parse_arguments(list(map(str, first.flags)))
+        baselines.check_settings(given)
+        finetuning = parse_finetuning("", list(map(str, tune.flags)))
+        for size in ("embed_dim", "depths", "heads", "spacing"):
+            assert getattr(given, size) == getattr(finetuning, size)
 
 
 def test_a_row_that_only_a_checkpoint_knows_comes_last_and_has_a_seed_in_its_path():

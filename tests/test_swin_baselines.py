@@ -15,12 +15,12 @@ def small_moco(**sizes):
     return moco.MoCo(SIZES | sizes, head_width=16, bottleneck=8)
 
 
-# -------------------------------------------------------------------------------------------- MoCo v3
+# ------------------------------------------------------------------------------------------ MoCo v3
 def test_the_contrast_by_hand():
     task = small_moco()
     task.temperature = .8
     rows = torch.eye(2)
-    expected = 2 * .8 * math.log(1 + math.exp(-2.5))                    # centred: own key's cosine 1, the other's -1
+    expected = 2 * .8 * math.log(1 + math.exp(-2.5))   # centred: own key's cosine 1, the other's -1
     assert task.contrast(3 * rows + 1, rows).item() == pytest.approx(expected, rel=1e-4)
     assert task.contrast(rows, rows.flip(0)) > task.contrast(rows, rows)
 
@@ -61,7 +61,8 @@ def test_paths_drop_in_the_student_alone_and_by_the_sample_s_own_draws():
     assert not task.teacher["encoder"].training
     views = pretext.views(0, 16)
     sample = task.samples(views, rng())
-    assert sample["noise"].shape == (2, 4) and torch.equal(sample["noise"], task.samples(views, rng())["noise"])
+    assert sample["noise"].shape == (2, 4)
+    assert torch.equal(sample["noise"], task.samples(views, rng())["noise"])
     batch = pretext.batch(task, range(4), side=16)
     first, again = task(batch)["contrast"], task(batch)["contrast"]
     batch["noise"] = 1 - batch["noise"]
@@ -74,7 +75,7 @@ def test_moco_learns_on_phantoms():
     assert mean(totals[-4:]) < .8 * mean(totals[:4])
 
 
-# ------------------------------------------------------------------------------------------- rotation
+# ----------------------------------------------------------------------------------------- rotation
 def test_zero_logits_cost_the_logarithm_of_four_classes():
     task = rotation.Rotation(SIZES)
     torch.nn.init.zeros_(task.classes.weight)
@@ -108,4 +109,5 @@ def test_rotation_learns_on_phantoms_and_hands_over_its_encoder_alone():
     task = rotation.Rotation(SIZES)
     totals = pretext.train(task, steps=40, lr=3e-3, size=4, different=2)
     assert mean(totals[-4:]) < .8 * mean(totals[:4])
-    assert {name.split(".")[0] for name in task.transferred()} == {"encoder"} and task.network == "swin"
+    assert {name.split(".")[0] for name in task.transferred()} == {"encoder"}
+    assert task.network == "swin"

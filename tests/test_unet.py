@@ -77,5 +77,6 @@ def test_the_file_works_when_copied_alone(tmp_path):
     lines = ["import sys, torch, unet", "assert not any('smit' in name for name in sys.modules)",
              "net = unet.UNet3D(14, width=2)", "net(torch.rand(1, 1, 8, 16, 8)).mean().backward()",
              "assert net.out.weight.grad.any()", "print('used')"]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.stdout == "used\n", done.stderr

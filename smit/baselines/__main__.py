@@ -108,18 +108,21 @@ def check_settings(args):
                 f"--view {view} must be multiples of 8, from 16 on")
     else:
         token = 2 * settings.patch_token(args)
-        require(all(side % token == 0 for side in view), f"--view {view} must be a multiple of {token}")
+        require(all(side % token == 0 for side in view),
+                f"--view {view} must be a multiple of {token}")
 
     if task == "rubik":
         require(view == [view[0]] * 3 and view[0] % CUBES == 0,
                 f"--view {view} must have equal sides, multiples of {CUBES}")
     if task in ("pcrl", "rotation"):
-        require(view[0] == view[1], f"--view {view}: the first two sides must be equal to be turned")
+        require(view[0] == view[1],
+                f"--view {view}: the first two sides must be equal to be turned")
     if task == "cpc":
         require(args.patch % 8 == 0 and args.patch >= 16,
                 f"--patch {args.patch} must be a multiple of 8, from 16 on")
         require(all(side % (args.patch // 2) == 0 and side >= 1.5 * args.patch for side in view),
-                f"--view {view} must be multiples of half a --patch of {args.patch}, from three halves on")
+                f"--view {view} must be multiples of half a --patch of {args.patch}, from three "
+                "halves on")
     if task == "moco":
         require(args.batch >= 4, "moco's negatives are the micro-batch: --batch 4 or more")
     require(args.warmup_epochs < args.epochs,

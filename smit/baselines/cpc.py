@@ -1,9 +1,9 @@
 """Contrastive predictive coding, "CPC": predict the codes of the patches further on [SMIT 9].
 
-Taleb et al., 3D Self-Supervised Methods for Medical Imaging, NeurIPS 2020; their released code [CPC].
-A view is cut into a grid of overlapping patches. For each column of the grid, a recurrent network
-reads the patches of the upper rows, far ones first, and predicts the codes of the lower ones. The
-rows run along the last axis of the view, from inferior to superior.
+Taleb et al., 3D Self-Supervised Methods for Medical Imaging, NeurIPS 2020, after the facts of their
+released code [CPC]. A view is cut into a grid of overlapping patches. For each column of the grid,
+a recurrent network reads the patches of the first rows, far ones first, and predicts the codes of
+the others. The rows run along the last axis of the view, from inferior to superior [ours].
 """
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ class CPC(Task):
     def encode(self, patches):
         """patches (2B, 5, 5, 5, 1, p, p, p) -> codes (2B, 5, 5, 5, code)."""
         grid = patches.shape[:4]
-        features = self.encoder(patches.flatten(0, 3))[-1]                  # (N, 512, p/8, p/8, p/8)
+        features = self.encoder(patches.flatten(0, 3))[-1]                 # (N, 512, p/8, p/8, p/8)
         # the release pools to one voxel as well; a mean of instance-normed channels says little
         codes = self.to_code(features.amax(dim=(2, 3, 4)))                  # (N, code)
         return codes.view(*grid, -1)

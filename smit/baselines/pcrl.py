@@ -69,14 +69,15 @@ class PCRL(Task):
     # ----------------------------------------------------------------------- losses
     def forward(self, batch):
         inputs, cleans = batch["input"], batch["clean"]                     # (B, 2, 1, D, H, W)
-        student_share, student_share_of_mixed, share = batch["shares"].unbind(dim=1)
+        own_share, own_share_of_mixed, share = batch["shares"].unbind(dim=1)        # (B,) each
 
         # the two views as they are: told how to turn, the decoder restores them turned
-        query, key, restorations = self.compare(inputs, batch["target"], student_share, batch["code"])
+        query, key, restorations = self.compare(
+            inputs, batch["target"], own_share, batch["code"])
 
         # the same with volumes mixed in pairs: told nothing, it restores them as they lie
         query_of_mixed, key_of_mixed, more = self.compare(
-            mix(inputs, share), mix(cleans, share), student_share_of_mixed)
+            mix(inputs, share), mix(cleans, share), own_share_of_mixed)
 
         contrasts = [self.contrast(query, key),
                      self.contrast(query_of_mixed, key_of_mixed),

@@ -86,7 +86,7 @@ class Decoder(nn.Module):
         """features as the encoder gives them -> (B, width, D, H, W)."""
         *skips, y = features                                                # y (B, 512, D/8, ...)
         for up, level, skip in zip(self.ups, self.levels, reversed(skips)):
-            y = torch.cat([up(y), skip], dim=1)                             # (B, 512 + 256, D/4, ...)
+            y = torch.cat([up(y), skip], dim=1)                           # (B, 512 + 256, D/4, ...)
             y = level(y)                                                    # (B, 256, D/4, ...)
         return y
 

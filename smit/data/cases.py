@@ -2,13 +2,18 @@
 
 Reading order: load_case, grids of image and label, pre-flight checks, the cache.
 """
+import contextlib
 import functools
 import hashlib
 import io
 import json
 import os
+import stat
+import tempfile
+import time
 import warnings
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import nibabel as nib
@@ -25,6 +30,7 @@ from smit.transforms import Preparation, from_ras, prepare, ras_grid, regrid, sp
 
 CACHE_FORMAT = 4                       # raise it when `prepare` changes
 CASE_TIMEOUT_S = 300                   # a case that takes longer ends the check
+TELL_EVERY_S = 10                      # between lines of `prepare_ahead`
 ENDS = 2 ** 16                         # bytes of a file's head and tail in the cache's key
 CORNER = .1                            # voxels that the farthest corners of one grid may lie apart
 
@@ -151,18 +157,37 @@ def find_problems(cases, check, workers=0):
 
 
 def examine(cases, check, workers=0):
-    """Return for each case, in their order, (what is wrong or None, what check(case) returned).
+    """Return all that `examine_each` yields."""
+    return list(examine_each(cases, check, workers))
+
+
+def examine_each(cases, check, workers=0):
+    """Give for each case, in their order, (what is wrong or None, what check(case) returned).
 
     A DataLoader is the pool: its workers leave when their parent is killed, and a case that hangs
     ends the check. Those of concurrent.futures would stay.
     """
-    loader = torch.utils.data.DataLoader(
+    return torch.utils.data.DataLoader(
         cases, batch_size=None, collate_fn=functools.partial(examine_one, check),
         num_workers=workers,
         # fork, so that `check` may be any function
         multiprocessing_context="fork" if workers else None,
         timeout=CASE_TIMEOUT_S if workers else 0, worker_init_fn=ignore_stop_signals)
-    return list(loader)
+
+
+def examine_shared(cases, check, workers, ranks):
+    """Do as `examine`, every rank its share of the cases; all ranks get all results.
+
+    ranks: of `runtime.start`, or None to do it all here. check returns concerns or None.
+    """
+    if ranks is None or ranks.world == 1:
+        return examine(cases, check, workers)
+    shares = ranks.gather(examine(cases[ranks.rank::ranks.world], check, workers))
+    results = [None] * len(cases)
+    for rank, share in enumerate(shares):
+        for number, (problem, found) in enumerate(share):
+            results[rank + number * ranks.world] = problem, [Concern(*each) for each in found or ()]
+    return results
 
 
 def examine_one(check, case):
@@ -193,12 +218,13 @@ def check_cases(cases, labels=False, load=None, problems=(), workers=0):
     raise_problems([*problems, *(problem for problem, _ in results if problem)])
 
 
-def readable_cases(cases, max_bad, labels=False, problems=(), workers=0):
+def readable_cases(cases, max_bad, labels=False, problems=(), workers=0, ranks=None):
     """Check every header as `check_cases`, but allow bad ones: (good cases, number of bad ones).
 
     ValueError if more than max_bad are bad, or if a list had problems. Bad ones are told.
     """
-    results = examine(cases, functools.partial(check_headers, labels=labels), workers)
+    check = functools.partial(check_headers, labels=labels)
+    results = examine_shared(cases, check, workers, ranks)
     bad = [problem for problem, _ in results if problem]
     if problems or len(bad) > max_bad:
         raise_problems([*problems, *bad])
@@ -272,15 +298,19 @@ def cached_with_concerns(case, settings, folder, with_label=False, num_classes=N
     made of the case's files and the settings. A file is renamed into place, so processes may race
     or die at any byte; one whose checksum is not its name is made again.
     """
-    check_case(case, with_label)
+    if with_label and not case["label"]:
+        check_case(case, labels=True)
     kinds = ("image", "label") if with_label else ("image",)
     files = [Path(file).absolute() for kind in kinds for file in pair(case[kind])]
-    state = [stamp(file) for file in files]
+    try:
+        state = [stamp(file) for file in files]
+    except OSError:
+        check_case(case, with_label)            # says what is wrong with the file
+        raise
     key = repr((CACHE_FORMAT, state, settings, num_classes))
     entry = Path(folder, hashlib.sha256(key.encode()).hexdigest()[:32])
 
-    whole = [path for path in entry.glob("*.npy")
-             if checksum(path, path.stat().st_mtime_ns) == path.stem]
+    whole = [path for path in entry.glob("*.npy") if is_whole(path, state_of(path))]
     if whole:
         found = read_concerns(entry / "concerns.json")
         refuse_labels(case, found)
@@ -293,6 +323,33 @@ def cached_with_concerns(case, settings, folder, with_label=False, num_classes=N
         whole = [write_entry(entry, [made[kind].numpy() for kind in kinds], found)]
     voxels = np.load(whole[0], mmap_mode="r", allow_pickle=False)
     return voxels[0], voxels[1] if with_label else None, found
+
+
+def prepare_ahead(cases, settings, folder, ranks, workers=0, with_label=False, num_classes=None):
+    """Prepare all cases into the cache, every rank its share, so that no GPU waits for it later.
+
+    Rank 0 shows how far its share is. ValueError with all that is wrong, after all the others.
+    """
+    share = cases[ranks.rank::ranks.world]
+    check = functools.partial(prepare_one, settings=settings, folder=folder, with_label=with_label,
+                              num_classes=num_classes)
+    begun = told = time.monotonic()
+    problems = []
+    for number, (problem, found) in enumerate(examine_each(share, check, workers), 1):
+        concerns.tell(found or ())
+        problems += [problem] if problem else []
+        now = time.monotonic()
+        if ranks.is_main and (now - told > TELL_EVERY_S or number == len(share)):
+            left = timedelta(seconds=round((now - begun) / number * (len(share) - number)))
+            others = f" on each of {ranks.world} ranks" if ranks.world > 1 else ""
+            print(f"prepared {number} of {len(share)} volumes{others}, {left} left", flush=True)
+            told = now
+    raise_problems([problem for part in ranks.gather(problems) for problem in part])
+
+
+def prepare_one(case, settings, folder, with_label, num_classes):
+    """Make a case's cache entry if it lacks; return what is odd about the case."""
+    return cached_with_concerns(case, settings, folder, with_label, num_classes)[2]
 
 
 def write_entry(entry, volumes, found):
@@ -339,7 +396,44 @@ def checksum_of_ends(path, size, *state):
         return zlib.crc32(file.read(ENDS), crc)
 
 
+def state_of(path):
+    """Return what changes when a file is written or replaced."""
+    info = os.stat(path)
+    return info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
 @functools.lru_cache(maxsize=None)
-def checksum(path, time_ns):
-    """Return the CRC-32 of a file in hex, once a process; its time notices a replaced file."""
-    return f"{zlib.crc32(path.read_bytes()):08x}"
+def is_whole(path, state):
+    """Return whether the checksum of a cache file is its name.
+
+    The file is read once a machine for each `state`.
+
+    A machine has many loader workers, and a cache may be larger than its memory: what one process
+    has verified is noted in a folder of the machine's own, which only this user can write.
+    """
+    note = verified_folder() / hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+    with contextlib.suppress(OSError):
+        if note.read_text() == repr(state):
+            return True
+    if f"{zlib.crc32(path.read_bytes()):08x}" != path.stem:
+        return False
+    with contextlib.suppress(OSError):
+        note.write_text(repr(state))            # one that is cut short is no match, and read again
+    return True
+
+
+@functools.lru_cache(maxsize=None)
+def verified_folder():
+    """Make the folder of notes on verified files, which no other user may write.
+
+    Where one of that name is not so, this process takes another.
+    """
+    folder = Path(tempfile.gettempdir(), f"smit-verified-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(OSError):
+        info = os.lstat(folder)
+        others_may_write = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not others_may_write:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="smit-verified-"))

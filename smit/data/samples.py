@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,12 @@ def written(case):
     return times
 
 
+def written_times(cases):
+    """Return `written` of each case; in threads, for on a network disk each of them is a wait."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(written, cases))
+
+
 def unchanged(case, times):
     """Return the case; BadVolume if its files were written since `times`.
 
@@ -204,7 +211,7 @@ class ViewPairs(torch.utils.data.Dataset):
         self.grid = tuple(voxels // cell for voxels in view)
         self.mask_ratio, self.drops = mask_ratio, drops
         self.seed, self.split = seed, split
-        self.written = [written(case) for case in cases]             # now, before workers start
+        self.written = written_times(cases)                          # now, before workers start
 
     def __len__(self):
         return len(self.cases)
@@ -331,7 +338,7 @@ class LabelledCrops(torch.utils.data.Dataset):
         self.num_classes = num_classes
         self.size, self.crops = tuple(size), crops
         self.drops, self.seed = drops, seed
-        self.written = [written(case) for case in cases]             # now, before workers start
+        self.written = written_times(cases)                          # now, before workers start
 
     def __len__(self):
         return len(self.cases)

@@ -15,6 +15,7 @@ from smit.runtime.ranks import job, restarts, warn_once
 
 RUN_FILES = ("last.pt", "last.prev.pt", "best.pt", "best.prev.pt", "student.pt", "student.prev.pt",
              "log.csv", "config.json", "index.html")  # they mark a folder as that of a run
+UNTOLD = {"resume", "overwrite", "check", "prepare_only", "format", "sizes_given"}  # not a run's
 LISTING = ".files"  # in a run's folder: names of all that `atomic_write` wrote there
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
@@ -229,7 +230,7 @@ def compare_settings(saved, now, free):
     told, refused = [], []
     for key in sorted(saved.keys() | now.keys()):
         before, after = saved.get(key, "absent"), now.get(key, "absent")
-        if before == after or key in ("resume", "overwrite", "check", "format", "sizes_given"):
+        if before == after or key in UNTOLD:
             continue
         line = f"{key}: {before} in the checkpoint, {after} now"
         told.append(line)

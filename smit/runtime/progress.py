@@ -57,8 +57,8 @@ class Progress:
             return
         done = self.step == self.total
         memory = peak_memory_mb(self.ranks.device)
-        print(f"{'done' if done else 'stopped'} at step {self.step}: {self.crops_per_s():.2f} crops/s, "
-              f"peak memory {memory:.0f} MiB, {outcome}")
+        print(f"{'done' if done else 'stopped'} at step {self.step}: "
+              f"{self.crops_per_s():.2f} crops/s, peak memory {memory:.0f} MiB, {outcome}")
         if not done:
             print(f"the same command with --resume goes on to step {self.total}")
 

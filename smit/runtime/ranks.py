@@ -91,11 +91,26 @@ class Ranks(NamedTuple):
 
         Every rank must call it. Without flags it is a barrier.
         """
+        if self.world == 1:
+            return flags                        # a GPU is not waited for
         values = torch.tensor([0, *map(int, flags)], device=self.device)
-        if self.world > 1:
-            dist.all_reduce(values, dist.ReduceOp.MAX)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
         agreed = values.tolist()[1:]
         return tuple(type(flag)(value) for flag, value in zip(flags, agreed))
+
+    def gather(self, values):
+        """Return the lists of all ranks, one after the other in the order of ranks, to all of them.
+
+        values: a list of what JSON can write. Every rank must call it.
+        """
+        if self.world == 1:
+            return [values]
+        text = json.dumps(values).encode()
+        (longest,) = self.agree(len(text))
+        padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8).to(self.device)
+        lists = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(lists, padded)
+        return [json.loads(bytes(part.tolist())) for part in lists]
 
     def mean(self, tensor):
         """Return the mean of a float tensor over all ranks; no gradient passes between them."""

@@ -10,11 +10,11 @@
     python -m smit.study recipe --data btcv/dataset.json --seeds 0 1 --draws 0 1 \\
         --recipes "now=" "slow=--lr 2e-3"
 
-A study is a list of steps, and a step is one of the three scripts with its flags: pre-train a row
-of the paper's comparisons, fine-tune it on the first n labelled volumes of a shuffle, score the
-last checkpoint on volumes held back. No checkpoint is picked by its score. All rows share data
-order, decoder weights and budget. Steps are named for what they depend on, so experiments with one
---out share them. Finished steps are not run again, and one that was cut off goes on.
+A study is a list of steps, and a step is one command with its flags: pre-train a row of the
+paper's comparisons, fine-tune it on the first n labelled volumes of a shuffle, score the last
+checkpoint on volumes held back. No checkpoint is picked by its score. All rows share data order,
+decoder weights and budget. Steps are named for what they depend on, so experiments with one --out
+share them. Finished steps are not run again, and one that was cut off goes on.
 
 `probe` asks frozen encoders what they know of organs: linear and k-NN segmentation, and tokens.
 `recipe` compares ways to fine-tune on a third of the training split, which no run of it trains on,
@@ -69,6 +69,8 @@ def parse_arguments(argv=None):
     add("--checkpoint", nargs="+", default=[], metavar="ROW=PATH",
         help="a student.pt to use in place of pre-training; {seed} in it stands for the seed")
     add("--pretrain_flags", default="", help="more flags for train_ssl.py, in one string")
+    add("--baseline_flags", default="",
+        help="more flags for smit.baselines, which pre-trains moco and rotation")
     add("--finetune_flags", default="", help="more flags for finetune.py, in one string")
     add("--init_flags", default="",
         help="more flags for finetune.py in rows with loaded weights alone, such as a rate of "

@@ -22,19 +22,24 @@ ROWS = {  # flags of train_ssl.py; Table 2's Swin columns first, then what Fig. 
     "itd": "--method itd",
     "ml-mip": "--method simmim --voxel_head multilayer",
     "ml-smit": "--method ml-mip",
+    "moco": "",                        # a task of smit.baselines: contrastive losses
+    "rotation": "",                    # another: pseudo labels
 }
-FIGURE4 = ["full", "mpd", "itd", "ibot", "simmim", "ml-mip", "ml-smit", "smit"]
+BASELINES = ("moco", "rotation")       # rows on the Swin encoder that smit.baselines pre-trains
+FIGURE4 = ["full", "mpd", "itd", "ibot", "simmim", "ml-mip", "ml-smit", "moco", "rotation",
+           "smit"]
 
 
 class Preset(NamedTuple):
-    """Sizes of all runs, as flags of the two training scripts."""
-    pretrain: str
-    finetune: str
+    """Sizes of all runs, as flags of the commands that train."""
+    pretrain: str                      # of train_ssl.py
+    finetune: str                      # of finetune.py
+    baseline: str                      # of smit.baselines
 
 
 PRESETS = {
     # single runs of the paper's sizes want GPUs and days
-    "paper": Preset("", ""),
+    "paper": Preset("", "", ""),
     # Two CPU cores: voxels of 6 mm carry the large organs, and cells of 24 mm take a network of
     # two stages. With cells of 48 mm MIP ended nearer to the visible median of each view. With
     # crops of 32^3, twice as many, random weights came to a Dice of .22 in place of .41: half an
@@ -45,7 +50,10 @@ PRESETS = {
         "--val_fraction .05 --val_every 300 --precision bf16 --workers 0",
         "--preset tiny --embed_dim 16 --depths 2 4 --heads 2 4 "
         "--crop 48 --crops_per_volume 1 --lr 4e-3 --steps 1200 --val_every 120 "
-        "--precision bf16 --workers 0"),
+        "--precision bf16 --workers 0",
+        "--preset tiny --spacing 6 6 6 --embed_dim 16 --depths 2 4 --heads 2 4 "
+        "--view 32 --crop 44 --batch 8 --lr 4e-3 --steps 1200 "
+        "--val_fraction .05 --val_every 300 --precision bf16 --workers 0"),
 }
 
 
@@ -87,9 +95,9 @@ FROZEN = ("fig5", "probe")             # these look at pre-trained encoders with
 
 
 class Step(NamedTuple):
-    """One script with its flags. It writes the folder OUT/name, and prints to OUT/name.log."""
+    """One command with its flags. It writes the folder OUT/name, and prints to OUT/name.log."""
     name: str
-    script: str
+    script: str                        # a file, or a module
     flags: list
     needs: tuple = ()                  # names of steps that must be finished before
 
@@ -123,11 +131,17 @@ def pretraining(args, row, seed, ratio=None):
     """Plan the step that makes OUT/name/student.pt; None where there is nothing to pre-train."""
     if row in args.checkpoint or ROWS[row] is None:
         return None
-    flags = shlex.split(f"{PRESETS[args.preset].pretrain} {args.pretrain_flags} {ROWS[row]}")
+    preset = PRESETS[args.preset]
+    if row in BASELINES:
+        script = "smit.baselines"
+        flags = [row, *shlex.split(f"{preset.baseline} {args.baseline_flags}")]
+    else:
+        script = "train_ssl.py"
+        flags = shlex.split(f"{preset.pretrain} {args.pretrain_flags} {ROWS[row]}")
     if ratio_suffix(ratio):
         flags += ["--mask_ratio", ratio]
     flags += ["--seed", seed, "--data", *map(os.path.abspath, args.pretrain_data)]
-    return Step(f"pretrain/{row}{ratio_suffix(ratio)}-seed{seed}", "train_ssl.py", flags)
+    return Step(f"pretrain/{row}{ratio_suffix(ratio)}-seed{seed}", script, flags)
 
 
 def student_path(args, row, seed, step):
@@ -232,7 +246,7 @@ def pretrainings(args):
     """
     steps = {}
     for row in args.rows:
-        if row in args.checkpoint or ROWS[row]:
+        if row in args.checkpoint or ROWS[row] is not None:
             for seed in args.seeds:
                 steps[row, seed] = pretraining(args, row, seed)
     return steps

@@ -93,8 +93,13 @@ def unseen(path):
 
 # ------------------------------------------------------------------------------------- one volume
 def load_student(path):
-    """Load a student.pt: (student in eval mode, settings of its run)."""
+    """Load a student.pt of train_ssl.py: (student in eval mode, settings of its run).
+
+    ValueError for one of another command, which has other heads.
+    """
     state = runtime.load_checkpoint(path)
+    if "mip" not in state["config"]:
+        raise ValueError(f"{path} was not made by train_ssl.py: fig5 and probe take its students")
     student = pretrain.build_student(state["config"]).eval()
     found, _ = weights.upgrade(state["model"], state["config"])
     student.load_state_dict(found)

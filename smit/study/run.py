@@ -27,7 +27,11 @@ def command(args, step):
     words = [sys.executable]
     if args.ranks > 1 and step.script != "evaluate.py":
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
-    return [*words, str(ROOT / step.script), *map(str, step.flags)]
+    if step.script.endswith(".py"):
+        words.append(str(ROOT / step.script))
+    else:
+        words += ["-m", step.script]
+    return [*words, *map(str, step.flags)]
 
 
 def signature(step):
@@ -84,7 +88,8 @@ def start(args, step):
         words += ["--cache", str(Path(args.out, "cache")), "--resume"]
 
     threads = max(1, (os.cpu_count() or 1) // (args.parallel * args.ranks))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     with open(f"{out}.log", "ab") as log:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                    env=environment)

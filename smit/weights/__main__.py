@@ -52,7 +52,9 @@ def main(args):
         runtime.save_checkpoint(out, export.to_monai(encoder))
         print(f"net = monai.networks.nets.{export.monai_call(encoder)}\n"
               f"net.swinViT.load_state_dict("
-              f"torch.load({str(out)!r}, weights_only=True)['state_dict'])\n{PADDING}")
+              f"torch.load({str(out)!r}, weights_only=True)['state_dict'])")
+        if "attended_padding" not in encoder.habits:
+            print(PADDING)
     print(f"written: {out}")
 
 

@@ -67,10 +67,12 @@ def read_encoder(path, part=None, merge=None, drop=(), state=None):
 def recognise(path, state, part, merge, drop):
     """Find the encoder in the dict of a file; as read_encoder."""
     tensors, keys = unwrap(state, part)
+    config, exported = settings_of(state)
+    if config.get("network") == "unet":
+        raise ValueError("its weights are of the U-Net of smit.baselines; give --net unet")
     tensors, shared_prefix = strip(tensors)
     family, prefix = names.find_encoder(tensors)
     weights, left_out = translate(tensors, family, prefix, drop)
-    config, exported = settings_of(state)
     if family == "smit" and not config and not merge:
         raise ValueError("no settings beside the weights, and so no word on the order of merges; "
                          "give student.pt or last.pt of train_ssl.py, or best.pt of finetune.py")
@@ -103,7 +105,7 @@ def recognise(path, state, part, merge, drop):
         lines.append(f"habit: {HABITS[habit]}")
     if new_norms:
         lines.append(f"new: {listed(new_norms)}, as 1 and 0; MONAI's encoder has none")
-    lines.append(f"encoder weights: {counts}; left out {listed(left_out)}")
+    lines.append(f"encoder in the file: {counts}; left out {listed(left_out)}")
     return Encoder(weights, arguments, habits, config, left_out, "\n".join(lines))
 
 
@@ -207,9 +209,10 @@ def merge_order(family, config, tensors, given=None):
     """Choose a key of orders.ORDERS, and say why."""
     if given:
         return given, "as asked for"
-    if config and config.get("format", 1) < orders.FORMAT:
-        return "release", "as this project's files of format 1 have it"
     if config:
+        _, old = orders.upgrade({}, config)         # ValueError for a format not known here
+        if old:
+            return "release", "as this project's files of format 1 have it"
         return "row-major", "as this project has it"
     if family == "release":
         return "release", "as the authors' code has it"
