@@ -34,11 +34,6 @@ def parse_arguments(argv=None):
     return settings.parse_pretraining(__doc__, argv)
 
 
-def preparation(args):
-    return data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window),
-                            hu_offset=args.hu_offset)
-
-
 def load_cases(args, ranks):
     """Find the volumes of all sources, or make phantoms: (to train on, held back)."""
     sources = args.data or phantom.default_data(args.cache, args.phantoms, args.modality,
@@ -56,7 +51,7 @@ def load_cases(args, ranks):
 
 def view_pairs(args, cases, drops=0, split="train"):
     """Make the dataset: sample number -> two views of a volume, and their masks [SMIT 2, 3]."""
-    return samples.ViewPairs(cases, preparation(args), args.cache, args.crop, args.view,
+    return samples.ViewPairs(cases, data.preparation_of(args), args.cache, args.crop, args.view,
                              args.mask_cell, args.mask_ratio, drops, args.seed, split)
 
 
@@ -283,7 +278,7 @@ def train(args, ranks, out):
 def check(args):
     """Read and prepare every volume of --data; ValueError names all that is wrong."""
     cases, problems = data.read_lists(args.data, args.key, args.data_root, args.modality)
-    data.check_voxels(cases, preparation(args), problems=problems, workers=args.workers)
+    data.check_voxels(cases, data.preparation_of(args), problems=problems, workers=args.workers)
     print(f"checked: {data.count(len(cases), 'volume')}, {data.verdict()}")
 
 
@@ -296,7 +291,8 @@ def main(args):
     runtime.keep_freed_memory(ranks.device)
     if args.prepare_only:
         cases, held_back = load_cases(args, ranks)
-        data.prepare_ahead(cases + held_back, preparation(args), args.cache, ranks, args.workers)
+        data.prepare_ahead(cases + held_back, data.preparation_of(args), args.cache, ranks,
+                           args.workers)
         return
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         train(args, ranks, out)

@@ -36,6 +36,12 @@ CORNER = .1                            # voxels that the farthest corners of one
 
 
 # ---------------------------------------------------------------------------------------- one case
+def preparation_of(args):
+    """Read off a script's settings how its volumes are prepared."""
+    return Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window),
+                       hu_offset=args.hu_offset)
+
+
 def load_case(case, settings=Preparation(), with_label=False, num_classes=None):
     """Prepare a case: a dict.
 
