@@ -230,7 +230,7 @@ def readable_cases(cases, max_bad, labels=False, problems=(), workers=0, ranks=N
         raise_problems([*problems, *bad])
     concerns.tell([concern for _, found in results for concern in found or ()])
     for problem in bad:
-        concerns.note(f"skipped: {problem}")
+        concerns.warn(f"skipped: {problem}")
     good = [case for case, (problem, _) in zip(cases, results) if not problem]
     return good, len(bad)
 
