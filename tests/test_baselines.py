@@ -79,7 +79,7 @@ def test_the_views_are_those_that_smit_sees(phantoms, tmp_path):
                                      f"--data {phantoms} --workers 0 --val_fraction 0".split())
     alone = runtime.start("cpu")
     cases, _ = baselines.load_cases(args, alone)
-    theirs, _ = train_ssl.load_cases(smit, alone)
+    theirs, *_ = train_ssl.load_cases(smit, alone)
     ours = baselines.TaskSamples(args, baselines.build_task(args), cases)
     pairs = train_ssl.view_pairs(smit, theirs)
     for sample in (0, 7):

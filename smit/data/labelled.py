@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from smit.data import samples
-from smit.data.cases import cached, check_cases, preparation_of
+from smit.data import concerns, samples
+from smit.data.cases import cached, cached_with_concerns, check_cases, preparation_of
 from smit.data.lists import has_split, label_names
 from smit.data.lists import read_lists as read_all
 from smit.settings import require
@@ -70,10 +70,12 @@ def prepare_cases(args, train, held_back, num_classes, ranks):
 
     Organs that no training case has are told.
     """
-    seen = [False] * num_classes
+    seen, odd = [False] * num_classes, []
 
     def prepare(case):
-        _, label = volumes(args, case, num_classes)
+        _, label, found = cached_with_concerns(case, preparation_of(args), args.cache, True,
+                                               num_classes)
+        odd.extend(found)
         if case in train:
             for organ in np.unique(label).tolist():
                 seen[organ] = True
@@ -81,6 +83,7 @@ def prepare_cases(args, train, held_back, num_classes, ranks):
     check_cases(train + held_back, True, workers=args.workers)     # by the headers: a moment
     share = (train + held_back)[ranks.rank::ranks.world]
     check_cases(share, load=prepare)
+    concerns.tell(odd)
 
     missing = [organ for organ, found in enumerate(ranks.agree(*seen)) if not found]
     if missing and ranks.is_main:
