@@ -52,7 +52,7 @@ def select_cases(args, nets):
     """
     cases = []
     for path in args.data:
-        names = data.label_names(path, ignore=True)
+        names = data.label_names(args.names or path, ignore=True)
         for case in data.read_list(path, args.key, args.data_root):
             case["names"] = names
             cases.append(case)

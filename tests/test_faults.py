@@ -323,7 +323,7 @@ def evaluation(lab):
     shutil.copy(tuner.whole() / "best.pt", weights)
     lines = [f"{case.format('images', n)}\t{case.format('labels', n)}\n" for n in range(4)]
     listing.write_text("".join(lines))
-    lab.common = ["--weights", weights, "--data", listing]
+    lab.common = ["--weights", weights, "--data", listing, "--names", lab.folder / "phantoms/dataset.json"]
     small = partial(mounted, lab.folder / "small", "-t", "tmpfs", "-o", "size=3m", "tmpfs")
     second = "phantom0001.nii.gz"
 
