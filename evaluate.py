@@ -54,7 +54,8 @@ def select_cases(args, nets):
     for path in args.data:
         names = data.label_names(path, ignore=True)
         for case in data.read_list(path, args.key, args.data_root):
-            cases.append({**case, "names": names})
+            case["names"] = names
+            cases.append(case)
 
     for net in nets if args.held_out else ():
         held_back = set(net.config["held_back"])

@@ -14,13 +14,12 @@ import copy
 import json
 import math
 
-import numpy as np
 import smit  # noqa: F401  before torch: it tells OpenMP's threads not to spin
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from smit import data, ema, figures, losses, metrics, phantom, runtime, segment, settings, weights
-from smit.data import organs, samples
+from smit.data import labelled, organs, samples
 from smit.runtime import progress
 
 PRESETS = settings.FINETUNING_PRESETS
@@ -31,107 +30,14 @@ def parse_arguments(argv=None):
     return settings.parse_finetuning(__doc__, argv)
 
 
-# ---------------------------------------------------------------------------------------- data
-def preparation(args):
-    return data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window),
-                            hu_offset=args.hu_offset)
-
-
-def read_lists(args, sources):
-    """Read all lists: (cases of --key, cases of --val_key where a list has it, what is wrong)."""
-    cases, problems = data.read_lists(sources, args.key, args.data_root, args.modality)
-    with_val_key = [path for path in sources if data.has_split(path, args.val_key)]
-    listed, more_problems = data.read_lists(with_val_key, args.val_key, args.data_root,
-                                            args.modality)
-    return cases, listed, problems + more_problems
-
-
-def split_cases(args, cases, listed):
-    """Decide which cases to train on and which to hold back."""
-    if args.split:
-        return samples.published_split(cases + listed, args.split)
-    if args.fold is not None:
-        return samples.fold_split(cases, args.fold, args.folds)
-    if listed:
-        return cases, listed
-    return samples.random_split(cases, math.ceil(args.val_fraction * len(cases)), args.seed)
-
-
-def organ_names(sources):
-    """Read {id: organ}, which all sources must share, or {} where none names its labels."""
-    names = [data.label_names(path) for path in sources]
-    settings.require(all(other == names[0] for other in names),
-                     f"{', '.join(sources)} number their labels differently: train on one of them")
-    return names[0] or {}
-
-
-def count_classes(args, names):
-    """Count the labels, the background among them: as asked for, as named, or 14 [SMIT 3]."""
-    return args.num_classes or max(names, default=13) + 1
-
-
 def load_cases(args, ranks):
     """Find the labelled cases, or make phantoms: (to train on, held back, {id: organ})."""
     sources = args.data or phantom.default_data(args.cache, args.phantoms, args.modality,
                                                 args.seed, args.spacing, ranks)
-    cases, listed, problems = read_lists(args, sources)
-    if problems:
-        data.check_cases(cases + listed, True, problems=problems)   # files' and lists', all at once
-
-    train, held_back = split_cases(args, cases, listed)
-    settings.require(train and not any(case in train for case in held_back),
-                     f"{', '.join(sources)}: no case is left to train on, or one is also held back")
-    if args.num_train is not None:
-        seed = args.seed if args.subset_seed is None else args.subset_seed
-        train = samples.nested_subset(train, args.num_train, seed)
-    return train, held_back, organ_names(sources)
-
-
-def prepare_cases(args, train, held_back, num_classes, ranks):
-    """Prepare this rank's share of all cases, so that what is wrong shows before step 1.
-
-    Organs that no training case has are told.
-    """
-    seen = [False] * num_classes
-
-    def prepare(case):
-        _, label = data.cached(case, preparation(args), args.cache, True, num_classes)
-        if case in train:
-            for organ in np.unique(label).tolist():
-                seen[organ] = True
-
-    data.check_cases(train + held_back, True, workers=args.workers)     # by the headers: a moment
-    share = (train + held_back)[ranks.rank::ranks.world]
-    data.check_cases(share, load=prepare)
-
-    missing = [organ for organ, found in enumerate(ranks.agree(*seen)) if not found]
-    if missing and ranks.is_main:
-        print(f"warning: no training case has label {missing}: the network cannot learn it")
+    return labelled.find_cases(args, sources)
 
 
 # ------------------------------------------------------------------------- network, optimiser
-def read_pretrained(path, network, sizes, ranks):
-    """Read a checkpoint of train_ssl.py that may lack tensors: (weights, settings of its run).
-
-    network: "student" or "teacher"; sizes: names of settings that must be there. ValueError for
-    any other file.
-    """
-    state = runtime.load_checkpoint(path)
-    alone = "model" in state                                    # student.pt holds one network
-    found, config = state.get("model" if alone else network), state.get("config")
-    sound = (isinstance(found, dict) and len(found) > 0
-             and isinstance(config, dict) and config.keys() >= set(sizes)
-             and all(isinstance(name, str) for name in found)
-             and all(isinstance(value, torch.Tensor) for value in found.values()))
-    settings.require(sound and not (alone and network != "student"),
-                     f"{path} holds no pre-trained {network}; give student.pt or last.pt of "
-                     "train_ssl.py")
-    found, note = weights.upgrade(found, config)
-    if note and ranks.is_main:
-        print(f"{path}: {note}")
-    return found, config
-
-
 def read_init(args, ranks):
     """Read what --init names: (weights, settings of their encoder, a report on them).
 
@@ -141,7 +47,7 @@ def read_init(args, ranks):
     if not args.init:
         return None, {name: getattr(args, name) for name in names}, ""
     if args.partial_init or args.network == "unet":
-        pretrained, config = read_pretrained(args.init, args.weights, names, ranks)
+        pretrained, config = weights.read_run(args.init, args.weights, names)
         encoder, report = {name: config[name] for name in names}, f"{args.init}:"
         network = config.get("network", "swin")
         settings.require(network == args.network, f"--net {args.network}: {args.init} holds a "
@@ -186,7 +92,7 @@ def validate(net, cases, args, num_classes, precision, ranks):
     scores = torch.zeros(2, len(cases), num_classes - 1, dtype=torch.float64)   # values, counted
     first = None
     for number in range(ranks.rank, len(cases), ranks.world):
-        image, label = data.cached(cases[number], preparation(args), args.cache, True, num_classes)
+        image, label = labelled.volumes(args, cases[number], num_classes)
         pred = predict(net, image, args, precision)
         first = pred if number == 0 else first
         dice = torch.from_numpy(metrics.dice(pred, label, num_classes))
@@ -207,8 +113,8 @@ def train(args, ranks, out):
     # ---------------------------------------------------------------------------------- data
     pretrained, encoder, report = read_init(args, ranks)
     cases, held_back, names = load_cases(args, ranks)
-    num_classes = count_classes(args, names)
-    prepare_cases(args, cases, held_back, num_classes, ranks)
+    num_classes = labelled.count_classes(args, names)
+    labelled.prepare_cases(args, cases, held_back, num_classes, ranks)
     per_step = args.batch * ranks.world
     total = args.steps or math.ceil(args.epochs * len(cases) / per_step)
     warmup = total * args.warmup_epochs / args.epochs
@@ -254,8 +160,8 @@ def train(args, ranks, out):
     wrapped = net
     if ranks.world > 1:
         wrapped = DistributedDataParallel(net, find_unused_parameters=True)
-    crops = samples.LabelledCrops(cases, preparation(args), args.cache, num_classes, args.crop,
-                                  args.crops_per_volume, net.encoder.drops, args.seed)
+    crops = samples.LabelledCrops(cases, data.preparation_of(args), args.cache, num_classes,
+                                  args.crop, args.crops_per_volume, net.encoder.drops, args.seed)
     numbers = samples.micro_batches(step * per_step, total * per_step, args.batch, ranks.rank,
                                     ranks.world)
     loader = samples.Batches(crops, numbers, ranks, args.workers)
@@ -313,7 +219,7 @@ def train(args, ranks, out):
             bar.tell(row["epoch"], loss=row["loss"], best_Dice=known)
         if ranks.is_main and ("val_dice" in row or last or step == 1):
             case = (held_back or cases)[0]
-            image, label = data.cached(case, preparation(args), args.cache, True, num_classes)
+            image, label = labelled.volumes(args, case, num_classes)
             if pred is None and last:
                 pred = predict(kept.eval(), image, args, precision)
             figures.finetuning_report(out, config, image, label, pred,
@@ -335,9 +241,10 @@ def train(args, ranks, out):
 
 def check(args):
     """Read and prepare every case and label of --data; ValueError names all that is wrong."""
-    cases, listed, problems = read_lists(args, args.data)
-    num_classes = count_classes(args, organ_names(args.data))
-    data.check_voxels(cases + listed, preparation(args), True, num_classes, problems, args.workers)
+    cases, listed, problems = labelled.read_lists(args, args.data)
+    num_classes = labelled.count_classes(args, labelled.organ_names(args.data))
+    data.check_voxels(cases + listed, data.preparation_of(args), True, num_classes, problems,
+                      args.workers)
     print(f"checked: {data.count(len(cases + listed), 'case')}, {data.verdict()}")
 
 
@@ -350,8 +257,8 @@ def main(args):
     runtime.keep_freed_memory(ranks.device)
     if args.prepare_only:
         cases, held_back, names = load_cases(args, ranks)
-        data.prepare_ahead(cases + held_back, preparation(args), args.cache, ranks, args.workers,
-                           True, count_classes(args, names))
+        data.prepare_ahead(cases + held_back, data.preparation_of(args), args.cache, ranks,
+                           args.workers, True, labelled.count_classes(args, names))
         return
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         train(args, ranks, out)

@@ -34,29 +34,27 @@ def parse_arguments(argv=None):
     return settings.parse_pretraining(__doc__, argv)
 
 
-def preparation(args):
-    return data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window),
-                            hu_offset=args.hu_offset)
-
-
 def load_cases(args, ranks):
-    """Find the volumes of all sources, or make phantoms: (to train on, held back)."""
+    """Find the volumes of all sources, or make phantoms: (to train on, held back, unreadable ones).
+
+    The last is how many were left out, of --max_bad.
+    """
     sources = args.data or phantom.default_data(args.cache, args.phantoms, args.modality,
                                                 args.seed, args.spacing, ranks)
     cases, problems = data.read_lists(sources, args.key, args.data_root, args.modality)
-    cases, _ = data.readable_cases(cases, args.max_bad, problems=problems, workers=args.workers,
+    cases, bad = data.readable_cases(cases, args.max_bad, problems=problems, workers=args.workers,
                                    ranks=ranks)
 
     n_held_back = round(args.val_fraction * len(cases))
     settings.require(n_held_back < len(cases),
                      f"--val_fraction {args.val_fraction} of {len(cases)} volumes leaves none to "
                      "train on")
-    return samples.random_split(cases, n_held_back, args.seed)
+    return *samples.random_split(cases, n_held_back, args.seed), bad
 
 
 def view_pairs(args, cases, drops=0, split="train"):
     """Make the dataset: sample number -> two views of a volume, and their masks [SMIT 2, 3]."""
-    return samples.ViewPairs(cases, preparation(args), args.cache, args.crop, args.view,
+    return samples.ViewPairs(cases, data.preparation_of(args), args.cache, args.crop, args.view,
                              args.mask_cell, args.mask_ratio, drops, args.seed, split)
 
 
@@ -161,7 +159,7 @@ def train(args, ranks, out):
     start = None
     if args.init:
         args, start = read_init(args, ranks)
-    cases, held_back = load_cases(args, ranks)
+    cases, held_back, bad = load_cases(args, ranks)
     per_step = args.batch * args.accumulate * ranks.world
     total = args.steps or math.ceil(args.epochs * len(cases) / per_step)
     warmup = total * args.warmup_epochs / args.epochs
@@ -204,7 +202,7 @@ def train(args, ranks, out):
     shown = val_pairs if held_back else view_pairs(args, cases, split="val")
     numbers = samples.micro_batches(step * per_step, total * per_step, args.batch, ranks.rank,
                                     ranks.world)
-    loader = samples.Batches(pairs, numbers, ranks, args.workers, args.max_bad)
+    loader = samples.Batches(pairs, numbers, ranks, args.workers, args.max_bad - bad)
     log = runtime.CsvLog(out / "log.csv", COLUMNS, ranks, step)
     bar = progress.Progress(step, total, 2 * per_step, ranks)
     clock = progress.SaveClock(args.save_minutes, args.save_steps, total)
@@ -283,7 +281,7 @@ def train(args, ranks, out):
 def check(args):
     """Read and prepare every volume of --data; ValueError names all that is wrong."""
     cases, problems = data.read_lists(args.data, args.key, args.data_root, args.modality)
-    data.check_voxels(cases, preparation(args), problems=problems, workers=args.workers)
+    data.check_voxels(cases, data.preparation_of(args), problems=problems, workers=args.workers)
     print(f"checked: {data.count(len(cases), 'volume')}, {data.verdict()}")
 
 
@@ -295,8 +293,9 @@ def main(args):
     ranks = runtime.start(args.device, timeout_minutes=24 * 60 if args.prepare_only else 10)
     runtime.keep_freed_memory(ranks.device)
     if args.prepare_only:
-        cases, held_back = load_cases(args, ranks)
-        data.prepare_ahead(cases + held_back, preparation(args), args.cache, ranks, args.workers)
+        cases, held_back, _ = load_cases(args, ranks)
+        data.prepare_ahead(cases + held_back, data.preparation_of(args), args.cache, ranks,
+                           args.workers)
         return
     with runtime.OutputFolder(args.out, ranks, args.resume, args.overwrite) as out:
         train(args, ranks, out)

@@ -99,7 +99,7 @@ def prepare_volume(volume, affine=None, settings=None):
     affine = np.asarray(affine, dtype=np.float64)
     if not image.isfinite().all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-9:
         raise ValueError("the array or its affine is not finite, or the affine is singular")
-    prepared, grid = transforms.prepare(image + settings.hu_offset, affine, settings, "the array")
+    prepared, grid = transforms.prepare(image + settings.hu_offset, affine, settings)
     return {"image": prepared, "affine": grid, "label": None,
             "original_affine": affine, "original_shape": tuple(image.shape)}
 

@@ -190,7 +190,8 @@ def load_decoder(net, state_dict):
     try:
         net.decoder.load_state_dict(given)
     except RuntimeError as error:
-        raise ValueError(f"decoder weights do not fit: {str(error).splitlines()[1].strip()}") from None
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"decoder weights do not fit: {reason}") from None
     return f"decoder weights: {count(given):,} of {count(net.decoder.state_dict()):,} matched"
 
 

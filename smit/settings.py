@@ -331,7 +331,8 @@ FINETUNING_PRESETS = {   # what differs from the flags' defaults
     "paper": {},
     # coarser than pre-training's tiny: a crop of 48^3 must hold whole organs to learn in minutes
     "tiny": dict(spacing=[6.0, 6.0, 6.0], crop=[48] * 3, embed_dim=24, depths=[2, 2, 2],
-                 heads=[2, 4, 8], width=16, steps=1000, batch=2, crops_per_volume=2, lr=1.5e-3, clip=3.0,
+                 heads=[2, 4, 8], width=16, steps=1000, batch=2, crops_per_volume=2,
+                 lr=1.5e-3, clip=3.0,
                  workers=1, phantoms=20),
 }
 FINETUNING_FREE = FREE_ON_RESUME | {"batch"}
@@ -414,8 +415,7 @@ def check_finetuning(args):
     require(min(args.crop) >= 8, f"--crop {args.crop}: a side of 8 voxels is the least")
     require(args.fold is None or not args.split,
             "--fold and --split both choose what is held back: give one")
-    require(args.fold is None or 0 <= args.fold < args.folds,
-            f"--fold {args.fold} is not one of 0..{args.folds - 1}")
+    require(args.fold is None or args.fold >= 0, f"--fold {args.fold} is counted from 0")
     require(args.layer_decay <= 1, f"--layer_decay {args.layer_decay} is above 1, which is none")
     require(args.network == "swin" or all(side % 8 == 0 for side in args.crop),
             f"--crop {args.crop} must be multiples of 8 for the U-Net")

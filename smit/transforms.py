@@ -11,7 +11,6 @@ To check against: NIfTI-1's method 3, nibabel's as_closest_canonical.
     regrid -> arg-max -> from_ras                                                  to_file_grid
 """
 import itertools
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -209,11 +208,11 @@ def window_hu(x, low=-175., high=250.):
 def percentile_scale(x, low=0., high=99.5):
     """Map the foreground's `low` and `high` percentiles to 0 and 1 and clip [ours].
 
-    For MR, which has no fixed unit. Foreground: voxels above the volume's minimum,
-    which in MR is the background. ValueError if nothing lies between.
+    For MR, which has no fixed unit. Foreground: voxels above the `background_level`.
+    ValueError if nothing lies between.
     """
     # numpy's indexing, for torch's own would take 24 bytes a voxel
-    foreground = x.numpy()[x.numpy() > float(x.min())]
+    foreground = x.numpy()[x.numpy() > background_level(x)]
     bottom, top = 0., 0.
     if foreground.size:
         bottom, top = np.percentile(foreground, (low, high), overwrite_input=True)
@@ -222,6 +221,23 @@ def percentile_scale(x, low=0., high=99.5):
                          "the volume has no contrast")
     del foreground                                                         # as large as the volume
     return window_hu(x, float(bottom), float(top))
+
+
+def background_level(x, fewest=.005, common=.1, sample=2 ** 18):
+    """Find the value below which nothing is anatomy in an MR volume [ours].
+
+    Where one value fills a tenth of the volume and lies below its median, as the 0 of
+    a scan whose background was blanked, it is that value. Elsewhere it is the value
+    that .5 % of the voxels do not exceed: the minimum, but for a few strays. A spline's
+    undershoot, or a broken voxel, so moves no grey level of the others.
+    """
+    values = x.numpy().ravel()
+    values = values[::max(1, values.size // sample)]                       # evenly spread
+    levels, counts = np.unique(values, return_counts=True)
+    most_common = levels[counts.argmax()]
+    if counts.max() >= common * values.size and most_common <= np.median(values):
+        return float(most_common)
+    return float(np.quantile(values, fewest, method="lower"))
 
 
 # ------------------------------------------------------------ crops and rotations
@@ -281,7 +297,7 @@ class Preparation:
     modality: str = "ct"  # "ct": by hu_window; "mr": by percentiles of the foreground
     hu_window: tuple = (-175., 250.)
     percentiles: tuple = (0., 99.5)
-    hu_offset: float = 0.                            # added to stored values by `data.load_case`: -1024 for some CT
+    hu_offset: float = 0.                            # added to stored values by data.load_case
 
     def __post_init__(self):
         if self.modality not in ("ct", "mr"):
@@ -292,7 +308,7 @@ class Preparation:
             raise ValueError(f"HU window {self.hu_window}: give a lower and a higher number")
 
 
-def prepare(image, affine, settings, name="volume"):
+def prepare(image, affine, settings):
     """Orient, resample, scale, and crop to the body [SMIT 3].
 
     image: float (X, Y, Z) in the order of its file. The body is what lies above the
@@ -305,12 +321,6 @@ def prepare(image, affine, settings, name="volume"):
     if max(shape) > MAX_SIDE or np.prod(shape, dtype=float) > MAX_VOXELS:
         raise ValueError(f"would be {shape} voxels at {settings.spacing_mm} mm; "
                          "crop it, or prepare it coarser")
-    # by numpy, for torch is slow in the order of a file
-    low, high = float(image.numpy().min()), float(image.numpy().max())
-    if ct and 0 <= low and high <= 255:
-        warnings.warn(f"{name}: values in [{low:g}, {high:g}] are hardly HU: "
-                      "was it scaled before, or is it no CT?")
-
     image, affine = to_ras(image, affine)
     image, affine = resample(image, affine, settings.spacing_mm)
     threshold = 0. if ct else .05

@@ -28,6 +28,14 @@ def test_info_nce_with_a_queue_by_hand():
     assert contrast.info_nce_queue(own, own, queue, .2).item() == pytest.approx(4.713078, abs=2e-5)
 
 
+def test_info_nce_is_float32_also_under_autocast():
+    queries, keys, queue = torch.randn(3, 8, 16).unbind()
+    plain = contrast.info_nce(queries, keys, .1), contrast.info_nce_queue(queries, keys, queue, .1)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = contrast.info_nce(queries, keys, .1), contrast.info_nce_queue(queries, keys, queue, .1)
+    assert torch.equal(plain[0], mixed[0]) and torch.equal(plain[1], mixed[1])
+
+
 def test_cpc_takes_products_without_a_norm():
     codes = torch.eye(4)
     assert small().contrast(2 * codes, codes).item() == pytest.approx(math.log(1 + 3 / math.e ** 2))

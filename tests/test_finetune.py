@@ -293,15 +293,24 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(flags, why, phanto
 def test_every_bad_label_is_named_before_the_first_step(phantoms, tmp_path):
     shutil.copytree(phantoms.parent, tmp_path / "copy")
     labels = sorted((tmp_path / "copy" / "labelsTr").iterdir())
-    changes = (lambda label: label * 0, lambda label: label * 0 + 77, lambda label: label[1:])
+    changes = (lambda label: label * 0 + 55, lambda label: label * 0 + 77, lambda label: label[1:])
     for path, change in zip(labels, changes):
         label, affine = data.read_label(path)
         nib.save(nib.Nifti1Image(change(label).numpy(), affine), path)
     with pytest.raises(ValueError, match="phantom0002"):                # another shape: seen by the headers alone
         tune(tmp_path / "copy" / "dataset.json", tmp_path / "run", "--steps", 1)
     shutil.copy(phantoms.parent / "labelsTr" / labels[2].name, labels[2])
-    with pytest.raises(ValueError, match="2 problems(.|\n)*phantom0000.*empty(.|\n)*phantom0001.*77"):
+    with pytest.raises(ValueError, match="2 problems(.|\n)*phantom0000.*55(.|\n)*phantom0001.*77"):
         tune(tmp_path / "copy" / "dataset.json", tmp_path / "run", "--steps", 1)
+
+
+def test_a_healthy_patient_without_any_organ_is_trained_on_and_told(phantoms, tmp_path, capsys):
+    shutil.copytree(phantoms.parent, tmp_path / "copy")
+    path = min((tmp_path / "copy" / "labelsTr").iterdir())
+    label, affine = data.read_label(path)
+    nib.save(nib.Nifti1Image((label * 0).numpy(), affine), path)
+    log = tune(tmp_path / "copy" / "dataset.json", tmp_path / "run", "--steps", 4)
+    assert len(log) == 4 and path.name in "".join(capsys.readouterr())
 
 
 def test_an_organ_no_training_case_has_is_warned_about(phantoms, tmp_path, capsys):

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -53,10 +54,22 @@ def test_moves_are_one_to_six_and_every_kind_is_drawn():
     assert len(kinds) == 3 * 3 * 3
 
 
-def test_sides_that_are_not_alike_or_not_a_multiple_of_three_are_refused():
-    for shape in ((9, 9, 12), (8, 8, 8)):
-        with pytest.raises(ValueError, match="multiple of 3"):
-            rubik.twist(torch.rand(shape), 0, 0, 1)
+def test_cubes_stay_whole_where_the_side_is_no_multiple_of_three():
+    image = torch.arange(8 ** 3).view(8, 8, 8)                              # slabs of 3, 2 and 3
+    assert torch.equal(rubik.twist(image, 0, 1, 1)[3:5], image[3:5].rot90(1, (1, 2)))
+    corner = image[:3, :3, :3].flatten().sort().values
+    cubes = [slice(0, 3), slice(3, 5), slice(5, 8)]
+    for seed in range(20):
+        scrambled = rubik.scramble(image, rubik.random_moves(rng(seed)))
+        found = 0
+        for x, y, z in itertools.product(cubes, repeat=3):
+            found += torch.equal(scrambled[x, y, z].flatten().sort().values, corner)
+        assert found == 1                                                   # somewhere, in one piece
+
+
+def test_sides_that_are_not_alike_are_refused():
+    with pytest.raises(ValueError, match="equal"):
+        rubik.twist(torch.rand(9, 9, 12), 0, 0, 1)
 
 
 def test_adversarial_losses_by_hand():

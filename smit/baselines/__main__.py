@@ -24,7 +24,7 @@ from smit.baselines.moco import MoCo
 from smit.baselines.panel import restoration_panel
 from smit.baselines.pcrl import PCRL
 from smit.baselines.rotation import Rotation
-from smit.baselines.rubik import CUBES, Rubik
+from smit.baselines.rubik import Rubik
 from smit.data import samples
 from smit.runtime import progress
 from smit.settings import Cube, count, not_negative, require, share
@@ -112,8 +112,7 @@ def check_settings(args):
                 f"--view {view} must be a multiple of {token}")
 
     if task == "rubik":
-        require(view == [view[0]] * 3 and view[0] % CUBES == 0,
-                f"--view {view} must have equal sides, multiples of {CUBES}")
+        require(view == [view[0]] * 3, f"--view {view} must have equal sides to be twisted")
     if task in ("pcrl", "rotation"):
         require(view[0] == view[1],
                 f"--view {view}: the first two sides must be equal to be turned")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from smit.baselines.task import Task, u_then_v, whole
 from smit.baselines.unet import UNet3D
 
-CUBES = 3                # per axis: a 96^3 crop has slabs of 96 x 96 x 32 voxels [ours]
+LAYERS = 3               # per axis: a 96^3 crop has slabs of 96 x 96 x 32 voxels [ours]
 MOST_MOVES = 6           # [ours]
 
 
@@ -67,7 +67,7 @@ def random_moves(rng):
     """Draw one to six moves (axis, layer, quarter turns) [ours]."""
     moves = []
     for _ in range(whole(1, MOST_MOVES, rng)):
-        moves.append((whole(0, 2, rng), whole(0, CUBES - 1, rng), whole(1, 3, rng)))
+        moves.append((whole(0, 2, rng), whole(0, LAYERS - 1, rng), whole(1, 3, rng)))
     return moves
 
 
@@ -81,19 +81,22 @@ def scramble(image, moves):
 def twist(image, axis, layer, turns):
     """Turn one slab of cubes about an axis [Rubik's cube++].
 
-    A slab holds a third of the voxels. Where the axes have different spacings, a quarter turn
-    stretches what it turns: an organ seen so is odd, and no less informative.
-    Raises ValueError unless the sides are equal and a multiple of three.
+    A slab is a third of the image; where the side is no multiple of three, the two outer slabs
+    are alike, so that turned cubes still fit. Where the axes have different spacings, a quarter
+    turn stretches what it turns: an organ seen so is odd, and no less informative.
+    Raises ValueError unless the sides are equal.
     """
     side = image.shape[0]
-    if set(image.shape) != {side} or side % CUBES:
-        raise ValueError(f"sides {tuple(image.shape)} must be equal and a multiple of {CUBES}")
-    thickness = side // CUBES
-    slab = image.narrow(axis, layer * thickness, thickness)
+    if set(image.shape) != {side}:
+        raise ValueError(f"sides {tuple(image.shape)} must be equal")
+    outer = round(side / LAYERS)
+    borders = [0, outer, side - outer, side]
+    start, thickness = borders[layer], borders[layer + 1] - borders[layer]
     in_plane = [other for other in range(3) if other != axis]
 
     result = image.clone()
-    result.narrow(axis, layer * thickness, thickness).copy_(slab.rot90(turns, in_plane))
+    slab = image.narrow(axis, start, thickness)
+    result.narrow(axis, start, thickness).copy_(slab.rot90(turns, in_plane))
     return result
 
 

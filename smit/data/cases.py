@@ -11,7 +11,6 @@ import os
 import stat
 import tempfile
 import time
-import warnings
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +27,7 @@ from smit.runtime.files import atomic_write
 from smit.runtime.ranks import ignore_stop_signals
 from smit.transforms import Preparation, from_ras, prepare, ras_grid, regrid, spacing_of, to_ras
 
-CACHE_FORMAT = 4                       # raise it when `prepare` changes
+CACHE_FORMAT = 5                       # raise it when `prepare` changes
 CASE_TIMEOUT_S = 300                   # a case that takes longer ends the check
 TELL_EVERY_S = 10                      # between lines of `prepare_ahead`
 ENDS = 2 ** 16                         # bytes of a file's head and tail in the cache's key
@@ -36,6 +35,12 @@ CORNER = .1                            # voxels that the farthest corners of one
 
 
 # ---------------------------------------------------------------------------------------- one case
+def preparation_of(args):
+    """Read off a script's settings how its volumes are prepared."""
+    return Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window),
+                       hu_offset=args.hu_offset)
+
+
 def load_case(case, settings=Preparation(), with_label=False, num_classes=None):
     """Prepare a case: a dict.
 
@@ -55,10 +60,8 @@ def load_case(case, settings=Preparation(), with_label=False, num_classes=None):
     found = intensities.judge_raw(path, raw["image"], settings)
     refuse_labels(case, found)
     try:
-        with warnings.catch_warnings():              # `found` has it, once for all workers
-            warnings.filterwarnings("ignore", ".*hardly HU")
-            # popped, so that prepare() can free the unrotated copy
-            image, prepared_affine = prepare(raw.pop("image"), affine, settings, path)
+        # popped, so that prepare() can free the unrotated copy
+        image, prepared_affine = prepare(raw.pop("image"), affine, settings)
     except ValueError as error:
         raise BadVolume(f"{path}: {error}") from None
     found = found or intensities.judge_prepared(path, image)         # one reason a file
@@ -230,7 +233,7 @@ def readable_cases(cases, max_bad, labels=False, problems=(), workers=0, ranks=N
         raise_problems([*problems, *bad])
     concerns.tell([concern for _, found in results for concern in found or ()])
     for problem in bad:
-        concerns.note(f"skipped: {problem}")
+        concerns.warn(f"skipped: {problem}")
     good = [case for case, (problem, _) in zip(cases, results) if not problem]
     return good, len(bad)
 

@@ -49,9 +49,15 @@ def tell(concerns, names=3, one_by_one=False):
     for line in describe(new, names):
         if one_by_one:
             line += " (told once, of the first such file; --check names all)"
+        warn(line)
+    printed.update((concern.what, concern.way_out) for concern in new)
+
+
+def warn(line):
+    """Print a warning, once a process, and count it for `verdict`."""
+    if line not in warned:
         warned.append(line)
         say(f"warning: {line}")
-    printed.update((concern.what, concern.way_out) for concern in new)
 
 
 def say(line):

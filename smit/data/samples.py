@@ -98,6 +98,8 @@ def fold_split(cases, fold, folds):
     if any(number is not None for number in listed):
         held_back = listed_fold(cases, listed, fold)
     else:
+        if fold >= folds:
+            raise ValueError(f"--fold {fold} is not one of 0..{folds - 1}")
         names = case_names([case["image"] for case in cases])
         order = np.array(sorted(range(len(cases)), key=names.__getitem__))
         np.random.RandomState(FOLD_SEED).shuffle(order)

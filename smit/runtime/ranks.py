@@ -24,10 +24,11 @@ import torch
 import torch.distributed as dist
 
 try:
-    import fcntl  # noqa: F401  (files.py locks with it)
+    import fcntl  # noqa: F401  files.py locks with it
     import resource
 except ImportError:
-    raise ImportError("smit runs on Linux and macOS; on Windows, run it inside WSL") from None
+    # no ImportError: this sentence is all that a user should see
+    raise SystemExit("smit runs on Linux and macOS; on Windows, run it inside WSL") from None
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ORPHAN_GRACE_S = 20  # for a last checkpoint once torchrun's agent is gone

@@ -15,5 +15,6 @@ from smit.weights.orders import (  # noqa: F401
 from smit.weights import habits, safetensors_file  # noqa: F401
 from smit.weights.habits import HABITS, adopt  # noqa: F401
 from smit.weights.reading import (  # noqa: F401
-    SIZES, Encoder, adapt_channels, compare, count, fill, listed, read_encoder, read_file)
+    SIZES, Encoder, adapt_channels, compare, count, fill, listed, read_encoder, read_file,
+    read_run)
 from smit.weights.start import Start, begin, read_start  # noqa: F401

@@ -66,7 +66,7 @@ def upgrade_run(state, parts):
 
 
 def upgrade_moments(state, optimizer, names, config):
-    """Return an optimiser's state in today's format; names {parameter: its name} of the networks."""
+    """Bring an optimiser's state to today's format; names {parameter: its name}."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = dict(state["state"])
     for number, parameter in enumerate(parameters):

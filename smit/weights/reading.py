@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from smit.runtime import load_checkpoint
-from smit.settings import SIZES
+from smit.settings import SIZES, require
 from smit.swin import SwinTransformer3D
 from smit.weights import names, orders, safetensors_file
 from smit.weights.habits import HABITS, adopt
@@ -300,6 +300,24 @@ def expected_weights(arguments, habits, weights):
 
 
 # --------------------------------------------------------------- into a network
+def read_run(path, network, sizes):
+    """Read a checkpoint of train_ssl.py that may lack tensors: (weights, settings of its run).
+
+    network: "student" or "teacher"; sizes: names of settings that must be there. ValueError for
+    any other file.
+    """
+    state = load_checkpoint(path)
+    alone = "model" in state                                    # student.pt holds one network
+    found, config = state.get("model" if alone else network), state.get("config")
+    sound = (isinstance(found, dict) and len(found) > 0
+             and isinstance(config, dict) and config.keys() >= set(sizes)
+             and all(isinstance(name, str) for name in found)
+             and all(isinstance(value, torch.Tensor) for value in found.values()))
+    require(sound and not (alone and network != "student"),
+            f"{path} holds no pre-trained {network}; give student.pt or last.pt of train_ssl.py")
+    return orders.upgrade(found, config)[0], config
+
+
 def fill(encoder, weights, partial=False):
     """Write weights, named as in SwinTransformer3D, into an encoder; returns how many fit.
 

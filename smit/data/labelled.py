@@ -1,0 +1,90 @@
+"""The labelled cases of a fine-tuning run: found, split, prepared [SMIT 3].
+
+args: the settings of finetune.py, in all functions.
+"""
+import math
+
+import numpy as np
+
+from smit.data import concerns, samples
+from smit.data.cases import cached, cached_with_concerns, check_cases, preparation_of
+from smit.data.lists import has_split, label_names
+from smit.data.lists import read_lists as read_all
+from smit.settings import require
+
+
+def read_lists(args, sources):
+    """Read all lists: (cases of --key, cases of --val_key where a list has it, what is wrong)."""
+    cases, problems = read_all(sources, args.key, args.data_root, args.modality)
+    with_val_key = [path for path in sources if has_split(path, args.val_key)]
+    listed, more_problems = read_all(with_val_key, args.val_key, args.data_root, args.modality)
+    return cases, listed, problems + more_problems
+
+
+def split_cases(args, cases, listed):
+    """Decide which cases to train on and which to hold back."""
+    if args.split:
+        return samples.published_split(cases + listed, args.split)
+    if args.fold is not None:
+        return samples.fold_split(cases, args.fold, args.folds)
+    if listed:
+        return cases, listed
+    return samples.random_split(cases, math.ceil(args.val_fraction * len(cases)), args.seed)
+
+
+def organ_names(sources):
+    """Read {id: organ}, which all sources must share, or {} where none names its labels."""
+    names = [label_names(path) for path in sources]
+    require(all(other == names[0] for other in names),
+            f"{', '.join(sources)} number their labels differently: train on one of them")
+    return names[0] or {}
+
+
+def count_classes(args, names):
+    """Count the labels, the background among them: as asked for, as named, or 14 [SMIT 3]."""
+    return args.num_classes or max(names, default=13) + 1
+
+
+def find_cases(args, sources):
+    """Find the labelled cases of all sources: (to train on, held back, {id: organ})."""
+    cases, listed, problems = read_lists(args, sources)
+    if problems:
+        check_cases(cases + listed, True, problems=problems)    # files' and lists', all at once
+
+    train, held_back = split_cases(args, cases, listed)
+    require(train and not any(case in train for case in held_back),
+            f"{', '.join(sources)}: no case is left to train on, or one is also held back")
+    if args.num_train is not None:
+        seed = args.seed if args.subset_seed is None else args.subset_seed
+        train = samples.nested_subset(train, args.num_train, seed)
+    return train, held_back, organ_names(sources)
+
+
+def volumes(args, case, num_classes):
+    """Return a case's prepared (image, label), each (D, H, W) uint8, as read-only memory maps."""
+    return cached(case, preparation_of(args), args.cache, True, num_classes)
+
+
+def prepare_cases(args, train, held_back, num_classes, ranks):
+    """Prepare this rank's share of all cases, so that what is wrong shows before step 1.
+
+    Organs that no training case has are told.
+    """
+    seen, odd = [False] * num_classes, []
+
+    def prepare(case):
+        _, label, found = cached_with_concerns(case, preparation_of(args), args.cache, True,
+                                               num_classes)
+        odd.extend(found)
+        if case in train:
+            for organ in np.unique(label).tolist():
+                seen[organ] = True
+
+    check_cases(train + held_back, True, workers=args.workers)     # by the headers: a moment
+    share = (train + held_back)[ranks.rank::ranks.world]
+    check_cases(share, load=prepare)
+    concerns.tell(odd)
+
+    missing = [organ for organ, found in enumerate(ranks.agree(*seen)) if not found]
+    if missing and ranks.is_main:
+        print(f"warning: no training case has label {missing}: the network cannot learn it")
