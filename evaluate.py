@@ -122,7 +122,6 @@ def predict_all(args, device):
 
     What failed is {case: reason}; facts are what results.json records.
     """
-    runtime.keep_freed_memory(device)
     nets = load_networks(args.weights, device)
     # now: a run that goes on may replace its best.pt
     digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.weights]

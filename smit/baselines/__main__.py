@@ -356,7 +356,6 @@ def main(args):
     if args.check:
         return check(args) if runtime.is_first() else None
     ranks = runtime.start(args.device)
-    runtime.keep_freed_memory(ranks.device)
     with runtime.OutputFolder(Path(args.out), ranks, args.resume, args.overwrite) as out:
         train(args, ranks, out)
 
