@@ -37,7 +37,7 @@ def parse_arguments(argv=None):
 def load_cases(args, ranks):
     """Find the volumes of all sources, or make phantoms: (to train on, held back, unreadable ones).
 
-    The last is how many were left out, of --max_bad.
+    The last is a number: of volumes left out, to be counted against --max_bad.
     """
     sources = args.data or phantom.default_data(args.cache, args.phantoms, args.modality,
                                                 args.seed, args.spacing, ranks)
@@ -171,7 +171,7 @@ def train(args, ranks, out):
         network.to(ranks.device)
     optimizer = build_optimizer(student, args)
     precision = runtime.Precision(args.precision, ranks.device)
-    lambdas = {name: getattr(args, name) for name in TERMS}          # 1, lambda_MPD, lambda_ITD
+    lambdas = {name: getattr(args, name) for name in TERMS}          # of SMIT: 1, lambda_MPD, lambda_ITD
 
     # ---------------------------------------------------------------------- resume, outputs
     config = {**vars(args), "global_batch": per_step, "total": total, "volumes": len(cases),
@@ -192,13 +192,14 @@ def train(args, ranks, out):
               f"{runtime.describe_memory(student, teacher)}; "
               f"{ranks.device.type}, {precision.name}\n{report}", flush=True)
 
-    # find_unused_parameters: without masks the mask token has no gradient; and DDP then keeps the
-    # order of its sums, without which a resumed run would differ in the last bit
+    # find_unused_parameters has two reasons. Without masks the mask token gets no gradient. And DDP
+    # then sums in one fixed order, so that a resumed run is the same to the last bit.
     wrapped = student
     if ranks.world > 1:
         wrapped = DistributedDataParallel(student, find_unused_parameters=True)
     pairs = view_pairs(args, cases, student.encoder.drops)
     val_pairs = view_pairs(args, held_back[:args.val_volumes], split="val")
+    # where nothing is held back, pictures show a training volume, by draws that stay the same
     shown = val_pairs if held_back else view_pairs(args, cases, split="val")
     numbers = samples.micro_batches(step * per_step, total * per_step, args.batch, ranks.rank,
                                     ranks.world)
@@ -228,8 +229,11 @@ def train(args, ranks, out):
                                         precision)
             terms["loss"] = sum(lambdas[name] * term for name, term in terms.items())   # L_total
             precision.scaler.scale(terms["loss"] / args.accumulate).backward()
-            for name, center in centers.items():
-                center.collect(taught.patch_logits if name == "mpd" else taught.image_logits)
+            # the centres move after the step, by what all micro-batches and ranks collected
+            if "mpd" in centers:
+                centers["mpd"].collect(taught.patch_logits)
+            if "itd" in centers:
+                centers["itd"].collect(taught.image_logits)
             for name, term in terms.items():
                 means[name] += term.detach() / args.accumulate
 
@@ -249,8 +253,8 @@ def train(args, ranks, out):
         # ------------------------------------------------------------ log, show, stop, save
         skips.count(finite, step, means, pairs.images(batch), ranks)
         bar.advance()
-        last, look = step == total, step % args.val_every == 0
-        measure = args.mip and held_back and (last or look)
+        last, report_due = step == total, step % args.val_every == 0
+        measure = bool(args.mip and held_back and (last or report_due))
         if last or measure or step % args.log_every == 0:
             row = {name: term.item() for name, term in means.items()} | {"grad_norm": norm.item()}
             if teacher and finite and (last or step % args.monitor_every == 0):
@@ -262,10 +266,11 @@ def train(args, ranks, out):
             log.row(step=step, epoch=epoch, lr=lr, momentum=momentum, teacher_temp=teacher_temp,
                     skipped=skips.total, **row)
             bar.tell(epoch, loss=row["loss"])
-        if ranks.is_main and (last or look or step == 1):
+        if ranks.is_main and (last or report_due or step == 1):
             figures.pretraining_report(out, config, student, shown[0])
 
-        leaving = loader.agree(stop.asked)          # refuses more bad volumes than --max_bad, too
+        # was any rank asked to stop? Raises, too, if more volumes are bad than --max_bad
+        leaving = loader.agree(stop.asked)
         if ranks.is_main and (leaving or clock.due(step)):
             # student.pt first: a resume trusts last.pt
             student_state = {"model": student.state_dict(), "config": config, "step": step}

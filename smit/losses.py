@@ -4,9 +4,9 @@ All losses are computed in float32, whatever the network ran in. All are means, 
 that their size depends neither on the batch nor on the mask ratio: the paper prints
 sums, the release averages.
 
-A GPU runs behind the program that feeds it, and a look at one of its values waits
-until it has caught up. So no loss looks at a mask that lies on a GPU: an empty mask
-is refused on the CPU, and `hidden_index` finds the hidden tokens there.
+Python queues work, and a GPU runs behind. To read one value, Python must wait for it.
+So no loss reads a mask that lies on a GPU: an empty mask is refused on the CPU, and
+`hidden_index` finds the hidden tokens there.
 
     B samples   N patch tokens   M hidden ones of the batch   K prototypes
     hidden = masked = m_i of the paper
@@ -82,7 +82,8 @@ def mpd_loss(student_logits, teacher_logits, hidden, center, student_temp, teach
     teacher = teacher_logits.flatten(0, 1).index_select(0, index)          # (M, K)
     loss = cross_entropy(student, teacher, center, student_temp, teacher_temp)
 
-    # a hidden token's weight in the mean
+    # differs: Eq. 2 is printed as a sum; like the release, this is the mean over a
+    # sample's hidden tokens, then over samples
     share = 1 / hidden.sum(dim=1, keepdim=True) / len(hidden)              # (B, 1)
     weight = share.expand(hidden.shape).flatten().index_select(0, index)   # (M,)
     return (loss * weight).sum()

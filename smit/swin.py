@@ -201,10 +201,10 @@ class SwinBlock(nn.Module):
 
         # differs: padded cells are no keys; the release lets them take part in the
         # softmax, as Swin does
-        real = grid if self.mask_padding else padded
+        unpadded = grid if self.mask_padding else padded
         mask = None
-        if any(shift) or real != padded:
-            mask = shift_mask(real, window, shift, x.device)               # (nW, n, n)
+        if any(shift) or unpadded != padded:
+            mask = shift_mask(unpadded, window, shift, x.device)           # (nW, n, n)
         index = relative_position_index(window, self.window, x.device)     # (n, n)
 
         x = pad_to(x, padded)                                              # (B, D', H', W', C)

@@ -1,8 +1,7 @@
 """Read and write NIfTI files, none of which is trusted. [SMIT 3]
 
-The only room that opens NIfTI files, and so the boundary where no file is trusted: a header is
-held against its file's size before memory is taken, gzip is read to its end so that its CRC
-counts, and what is bad leaves as BadVolume.
+No other room opens them. A header is held against its file's size before memory is taken. Gzip is
+read to its end, so that its CRC counts. A bad file leaves as BadVolume.
 
 Reading order: names, the header and its checks, voxels, what others call.
 """
@@ -151,10 +150,14 @@ def parse_header(path, block, single):
 
 
 def check_shape(path, nifti):
-    """Return the three sides; BadVolume for other dimensions, and sides that ask for all memory."""
+    """Return the first three sides; further ones, frames or channels, must be 1.
+
+    BadVolume for others, and for sides over MAX_SIDE or more voxels than SMIT_MAX_VOXELS.
+    """
     ndim, *sides = (int(n) for n in nifti["dim"])
     if not 3 <= ndim <= 7 or any(side != 1 for side in sides[3:ndim]):
-        raise BadVolume(f"{path}: {ndim}-D, sides {sides[:ndim]}; give one 3-D volume (one frame)")
+        raise BadVolume(f"{path}: {ndim}-D, sides {sides[:ndim]}; give one 3-D volume, one frame "
+                        "or channel a file")
     shape = tuple(sides[:3])
     voxels = np.prod(shape, dtype=float)
     if min(shape) < 1 or max(shape) > MAX_SIDE:
@@ -344,13 +347,15 @@ def read_volume(path):
     volume = np.empty(int(np.prod(header.shape)), np.float32)
     first = None
     varies = False
+    # While all voxels are equal nothing is written, so that a bomb of zeros takes no memory. The
+    # first voxel that differs fills in those that came before it.
     for start, values in read_pieces(header):
         if start == 0:
             first = values[0]
         if not varies and (values != first).any():
             varies = True
             volume[:start] = first
-        if varies:                                       # a bomb of zeros touches no memory
+        if varies:
             volume[start:start + len(values)] = values
     if not varies:
         raise BadVolume(f"{path}: all voxels are equal; leave it out")
