@@ -136,6 +136,8 @@ def train(args, ranks, out):
     net.to(ranks.device).encoder.requires_grad_(not args.freeze_encoder)
     average = copy.deepcopy(net).requires_grad_(False) if args.average else None
     kept = average or net                           # what is validated, saved and shown
+    if args.compile:
+        net.encoder.compile_blocks()
     optimizer = build_optimizer(net, args)
     precision = runtime.Precision(args.precision, ranks.device)
 

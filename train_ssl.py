@@ -169,6 +169,9 @@ def train(args, ranks, out):
     report = weights.begin(start, student, teacher, centers) if start else "weights: random"
     for network in filter(None, (student, teacher, centers)):
         network.to(ranks.device)
+    if args.compile:
+        for network in filter(None, (student, teacher)):
+            network.encoder.compile_blocks()
     optimizer = build_optimizer(student, args)
     precision = runtime.Precision(args.precision, ranks.device)
     lambdas = {name: getattr(args, name) for name in TERMS}          # of SMIT: 1, lambda_MPD, lambda_ITD

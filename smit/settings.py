@@ -12,7 +12,7 @@ import sys
 
 # Settings of a run that a resumed one may change: they choose no number that the run computes.
 FREE_ON_RESUME = {"preset", "out", "resume", "overwrite", "cache", "device", "workers", "log_every",
-                  "checkpointing", "save_steps", "save_minutes"}
+                  "checkpointing", "compile", "save_steps", "save_minutes"}
 # What a run did before a flag existed, or did with one that is gone: so older runs resume.
 BEFORE = {"data_root": None, "hu_offset": 0.0, "init": None}
 SIZES = ("embed_dim", "depths", "heads", "window")   # pre-trained and fine-tuned encoder share them
@@ -144,6 +144,8 @@ def add_encoder_flags(parser, drop_path):
         help="of the last block, rising to it from 0 [release pre-trains with .3]")
     add("--checkpointing", action="store_true",
         help="recompute blocks in backward: about half the memory, more time")
+    add("--compile", action="store_true",
+        help="on a GPU: torch.compile attention and MLP of each block; not for Volta [ours]")
     return add
 
 
@@ -416,6 +418,7 @@ def check_finetuning(args):
     require(args.fold is None or not args.split,
             "--fold and --split both choose what is held back: give one")
     require(args.fold is None or args.fold >= 0, f"--fold {args.fold} is counted from 0")
+    require(not (args.compile and args.network == "unet"), "--compile is for the Swin network")
     require(args.layer_decay <= 1, f"--layer_decay {args.layer_decay} is above 1, which is none")
     require(args.network == "swin" or all(side % 8 == 0 for side in args.crop),
             f"--crop {args.crop} must be multiples of 8 for the U-Net")

@@ -127,6 +127,16 @@ def test_low_precision_trains_and_resumes_its_scale(precision, phantoms, tmp_pat
         train(phantoms, tmp_path / "run", *flags, "--resume", "--precision", "fp32")
 
 
+def test_compiled_blocks_train_alike(phantoms, tmp_path, monkeypatch):
+    compile_blocks = train_ssl.pretrain.SwinTransformer3D.compile_blocks
+    monkeypatch.setattr(train_ssl.pretrain.SwinTransformer3D, "compile_blocks",
+                        lambda self: compile_blocks(self, backend="eager"))
+    flags = ["--steps", 2, "--val_fraction", 0, "--drop_path", 0]
+    plain, compiled = train(phantoms, tmp_path / "a", *flags), train(phantoms, tmp_path / "b", *flags, "--compile")
+    for one, other in zip(plain, compiled, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
 def test_matrices_decay_and_nothing_else():
     args = train_ssl.parse_arguments(SMALL)
     student = train_ssl.build_networks(args)[0]
