@@ -224,10 +224,11 @@ class SwinBlock(nn.Module):
         """Mix the channels of each token by itself: x (B, D, H, W, C) -> the same shape."""
         if self.checkpointing:
             return recompute(self.norm_and_mlp, x.flatten(0, 3)).view(x.shape)
-        return self.norm_and_mlp(x)
+        return self.mlp(self.norm2(x))
 
     def norm_and_mlp(self, tokens):
-        return self.mlp(self.norm2(tokens))                                # (..., C)
+        # plain: recomputing all of it makes GELU's own recomputation a waste
+        return self.mlp.plain(self.norm2(tokens))                          # (tokens, C)
 
     def forward(self, x, noise=None):
         """x (B, D, H, W, C) -> the same shape.
@@ -476,8 +477,12 @@ class MLP(nn.Sequential):
     def forward(self, x):
         widen, gelu, narrow = self
         if torch.compiler.is_compiling():
-            return narrow(gelu(widen(x)))
+            return self.plain(x)
         return checkpoint(nn.Sequential(gelu, narrow), widen(x), **CHECKPOINT)
+
+    def plain(self, x):
+        """Do the same, and keep everything for backward."""
+        return super().forward(x)
 
 
 def recompute(function, *tensors):
