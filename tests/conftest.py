@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a bare `pytest` looks for modules in tests/ only
 
 from smit import phantom  # noqa: E402
+from smit.data import concerns  # noqa: E402
 
 SMALL = ("--spacing 10 10 10 --crop 24 --view 16 --mask_cell 4 --embed_dim 8 --depths 1 1 --heads 2 2 --head_width 16 "
          "--bottleneck 8 --prototypes 32 --lr 3e-3 --warmup_epochs 40 --workers 0 --log_every 1 --device cpu").split()
@@ -21,6 +22,13 @@ torch.set_num_threads(1)  # the networks are small, and on a busy machine thread
 def phantoms(tmp_path_factory):
     """The dataset.json of five coarse CT phantoms."""
     return phantom.write_dataset(tmp_path_factory.mktemp("phantoms"), 5, spacing_mm=(10.0, 10.0, 10.0))
+
+
+@pytest.fixture(autouse=True)
+def nothing_told_before():
+    """Let each test see the warnings that a process shows once."""
+    concerns.printed.clear()
+    concerns.warned.clear()
 
 
 @pytest.fixture
