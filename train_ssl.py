@@ -174,7 +174,8 @@ def train(args, ranks, out):
             network.encoder.compile_blocks()
     optimizer = build_optimizer(student, args)
     precision = runtime.Precision(args.precision, ranks.device)
-    lambdas = {name: getattr(args, name) for name in TERMS}          # of SMIT: 1, lambda_MPD, lambda_ITD
+    # with --method smit: 1, lambda_MPD, lambda_ITD
+    lambdas = {name: getattr(args, name) for name in TERMS}
 
     # ---------------------------------------------------------------------- resume, outputs
     config = {**vars(args), "global_batch": per_step, "total": total, "volumes": len(cases),
@@ -206,7 +207,7 @@ def train(args, ranks, out):
     shown = val_pairs if held_back else view_pairs(args, cases, split="val")
     numbers = samples.micro_batches(step * per_step, total * per_step, args.batch, ranks.rank,
                                     ranks.world)
-    loader = samples.Batches(pairs, numbers, ranks, args.workers, args.max_bad - bad)
+    loader = samples.Batches(pairs, numbers, ranks, args.workers, args.max_bad, bad)
     log = runtime.CsvLog(out / "log.csv", COLUMNS, ranks, step)
     bar = progress.Progress(step, total, 2 * per_step, ranks)
     clock = progress.SaveClock(args.save_minutes, args.save_steps, total)

@@ -78,7 +78,7 @@ def test_the_views_are_those_that_smit_sees(phantoms, tmp_path):
         f"--spacing 10 10 10 --crop 32 --view 24 --mask_cell 4 --cache {args.cache} "
                                      f"--data {phantoms} --workers 0 --val_fraction 0".split())
     alone = runtime.start("cpu")
-    cases, _ = baselines.load_cases(args, alone)
+    cases, *_ = baselines.load_cases(args, alone)
     theirs, *_ = train_ssl.load_cases(smit, alone)
     ours = baselines.TaskSamples(args, baselines.build_task(args), cases)
     pairs = train_ssl.view_pairs(smit, theirs)
@@ -90,7 +90,7 @@ def test_the_views_are_those_that_smit_sees(phantoms, tmp_path):
 def test_a_sample_s_disturbance_depends_on_its_number_and_the_seed_alone(phantoms, tmp_path):
     def sample(number, *flags):
         args = baselines.parse_arguments(arguments("genesis", phantoms, tmp_path / "run", *flags))
-        cases, _ = baselines.load_cases(args, runtime.start("cpu"))
+        cases, *_ = baselines.load_cases(args, runtime.start("cpu"))
         return baselines.TaskSamples(args, baselines.build_task(args), cases)[number]["input"]
     assert torch.equal(sample(3), sample(3))
     assert not torch.equal(sample(3), sample(8))

@@ -270,6 +270,18 @@ def test_bad_volumes_stop_the_run_unless_allowed(phantoms, tmp_path, capsys):
         train(folder, tmp_path / "held", *flags[:4], "--val_fraction", ".8", "--val_every", 1, "--seed", 1)
 
 
+def test_bad_headers_and_bad_voxels_count_together_and_the_message_has_the_users_number(phantoms, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(phantoms.parent / "imagesTr", folder)
+    air = nibabel.Nifti1Image(np.full((30, 30, 30), -1000, np.int16), np.diag([10, 10, 10, 1]))
+    nibabel.save(air, folder / "air.nii.gz")
+    (folder / "broken.nii.gz").write_bytes(b"no NIfTI")
+    flags = ["--steps", 6, "--batch", 2, "--val_fraction", 0]
+    with pytest.raises(ValueError, match="bad volumes, 2, are more than --max_bad 1.*air.nii.gz and 1 with bad"):
+        train(folder, tmp_path / "one", *flags, "--max_bad", 1)
+    train(folder, tmp_path / "two", *flags, "--max_bad", 2)
+
+
 def test_a_volume_from_two_sources_is_refused(phantoms, tmp_path):
     with pytest.raises(ValueError, match="two sources"):
         train(phantoms, tmp_path / "run", "--data", phantoms, phantoms.parent / "imagesTr")

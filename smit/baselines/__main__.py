@@ -129,22 +129,21 @@ def check_settings(args):
 
 
 # --------------------------------------------------------------------------------------- data
-def preparation(args):
-    return data.Preparation(tuple(args.spacing), args.modality, tuple(args.hu_window),
-                            hu_offset=args.hu_offset)
-
-
 def load_cases(args, ranks):
-    """Find the volumes of all sources, or make phantoms: (to train on, held back)."""
+    """Find the volumes of all sources, or make phantoms: (to train on, held back, unreadable ones).
+
+    The last is a number: of volumes left out, to be counted against --max_bad.
+    """
     sources = args.data or phantom.default_data(args.cache, args.phantoms, args.modality,
                                                 args.seed, args.spacing, ranks)
     cases, problems = data.read_lists(sources, args.key, args.data_root, args.modality)
-    cases, _ = data.readable_cases(cases, args.max_bad, problems=problems, workers=args.workers)
+    cases, bad = data.readable_cases(cases, args.max_bad, problems=problems, workers=args.workers,
+                                     ranks=ranks)
 
     n_held_back = round(args.val_fraction * len(cases))
     require(n_held_back < len(cases),
             f"--val_fraction {args.val_fraction} of {len(cases)} volumes leaves none to train on")
-    return samples.random_split(cases, n_held_back, args.seed)
+    return *samples.random_split(cases, n_held_back, args.seed), bad
 
 
 class TaskSamples(torch.utils.data.Dataset):
@@ -153,9 +152,9 @@ class TaskSamples(torch.utils.data.Dataset):
     def __init__(self, args, task, cases, split="train"):
         self.cases, self.task, self.seed, self.split = cases, task, args.seed, split
         # one cell for the whole view, and never hidden: masks are SMIT's alone
-        self.pairs = samples.ViewPairs(cases, preparation(args), args.cache, args.crop, args.view,
-                                       cell=min(args.view), mask_ratio=0, seed=args.seed,
-                                       split=split)
+        self.pairs = samples.ViewPairs(cases, data.preparation_of(args), args.cache, args.crop,
+                                       args.view, cell=min(args.view), mask_ratio=0,
+                                       seed=args.seed, split=split)
 
     def __len__(self):
         return len(self.cases)
@@ -246,13 +245,16 @@ def report(out, config, task, sample, precision):
 # ----------------------------------------------------------------------------------- training
 def train(args, ranks, out):
     # ---------------------------------------------------------------------------------- data
-    cases, held_back = load_cases(args, ranks)
+    cases, held_back, bad = load_cases(args, ranks)
     per_step = args.batch * args.accumulate * ranks.world
     total = args.steps or math.ceil(args.epochs * len(cases) / per_step)
     warmup = total * args.warmup_epochs / args.epochs
 
     # ------------------------------------------------------------------------ task, optimiser
     task = build_task(args).to(ranks.device)
+    if args.compile:
+        require(task.network == "swin", "--compile is for the tasks on the Swin network")
+        task.encoder.compile_blocks()
     optimizer = build_optimizer(task, args)
     precision = runtime.Precision(args.precision, ranks.device)
 
@@ -280,7 +282,7 @@ def train(args, ranks, out):
     shown = val_samples if held_back else TaskSamples(args, task, cases, split="val")
     numbers = samples.micro_batches(step * per_step, total * per_step, args.batch, ranks.rank,
                                     ranks.world)
-    loader = samples.Batches(train_samples, numbers, ranks, args.workers, args.max_bad)
+    loader = samples.Batches(train_samples, numbers, ranks, args.workers, args.max_bad, bad)
     columns = ["step", "epoch", "lr", "loss", *task.terms, "grad_norm", "skipped", "val_loss"]
     log = runtime.CsvLog(out / "log.csv", columns, ranks, step)
     bar = progress.Progress(step, total, 2 * per_step, ranks)
@@ -347,7 +349,7 @@ def train(args, ranks, out):
 def check(args):
     """Read and prepare every volume of --data; ValueError names all that is wrong."""
     cases, problems = data.read_lists(args.data, args.key, args.data_root, args.modality)
-    data.check_voxels(cases, preparation(args), problems=problems, workers=args.workers)
+    data.check_voxels(cases, data.preparation_of(args), problems=problems, workers=args.workers)
     print(f"checked: {data.count(len(cases), 'volume')}, {data.verdict()}")
 
 
@@ -355,7 +357,13 @@ def main(args):
     check_settings(args)
     if args.check:
         return check(args) if runtime.is_first() else None
-    ranks = runtime.start(args.device)
+    # preparing is shared, and a rank's share may take hours longer than another's
+    ranks = runtime.start(args.device, timeout_minutes=24 * 60 if args.prepare_only else 10)
+    if args.prepare_only:
+        cases, held_back, _ = load_cases(args, ranks)
+        data.prepare_ahead(cases + held_back, data.preparation_of(args), args.cache, ranks,
+                           args.workers)
+        return
     with runtime.OutputFolder(Path(args.out), ranks, args.resume, args.overwrite) as out:
         train(args, ranks, out)
 

@@ -401,11 +401,13 @@ class Batches:
     """Iterate over this rank's micro-batches and count the volumes that could not be read [ours].
 
     dataset: ViewPairs or LabelledCrops; numbers: see `micro_batches`; max_bad: unreadable volumes
-    to allow over all ranks. Each is told once, in one line, by the rank that met it.
+    to allow over all ranks, of which `left_out` were left out by their headers before. Each is told
+    once, in one line, by the rank that met it.
     """
 
-    def __init__(self, dataset, numbers, ranks, workers=0, max_bad=0):
-        self.dataset, self.ranks, self.max_bad = dataset, ranks, max_bad
+    def __init__(self, dataset, numbers, ranks, workers=0, max_bad=0, left_out=0):
+        self.dataset, self.ranks = dataset, ranks
+        self.max_bad, self.left_out = max_bad, left_out
         self.bad = set()                                 # indices of unreadable volumes
         self.told = set()
         self.loaded = load_batches(dataset, numbers, workers, pin=ranks.device.type == "cuda")
@@ -442,10 +444,12 @@ class Batches:
         cases = self.dataset.cases
         flags = self.ranks.agree(*(index in self.bad for index in range(len(cases))))
         self.bad |= {index for index, flag in enumerate(flags) if flag}
-        if len(self.bad) > self.max_bad:
+        count = len(self.bad) + self.left_out
+        if count > self.max_bad:
             names = ", ".join(cases[index]["image"] for index in sorted(self.bad))
-            raise ValueError(f"bad volumes, {len(self.bad)}, are more than --max_bad "
-                             f"{self.max_bad}: {names}; mend or remove them")
+            earlier = f" and {self.left_out} with bad headers" if self.left_out else ""
+            raise ValueError(f"bad volumes, {count}, are more than --max_bad {self.max_bad}: "
+                             f"{names}{earlier}; mend or remove them")
 
 
 def tell_about(batch, told):
