@@ -1,6 +1,5 @@
-"""Shared by the tests: small phantoms, and the three scripts run in small, in this process or under torchrun."""
-import os
-import subprocess
+"""Shared by the tests: small phantoms, and the scripts run in small, as one process or as ranks."""
+import functools
 import sys
 from pathlib import Path
 
@@ -10,18 +9,34 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a bare `pytest` looks for modules in tests/ only
 
+import forked  # noqa: E402
 from smit import phantom  # noqa: E402
 from smit.data import concerns  # noqa: E402
 
-SMALL = ("--spacing 10 10 10 --crop 24 --view 16 --mask_cell 4 --embed_dim 8 --depths 1 1 --heads 2 2 --head_width 16 "
-         "--bottleneck 8 --prototypes 32 --lr 3e-3 --warmup_epochs 40 --workers 0 --log_every 1 --device cpu").split()
+SMALL = (
+    "--spacing 10 10 10 --crop 24 --view 16 --mask_cell 4 --embed_dim 8 --depths 1 1 --heads 2 2 "
+    "--head_width 16 --bottleneck 8 --prototypes 32 --lr 3e-3 --warmup_epochs 40 --workers 0 "
+    "--log_every 1 --device cpu").split()
 torch.set_num_threads(1)  # the networks are small, and on a busy machine threads wait for each other
 
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory):
     """The dataset.json of five coarse CT phantoms."""
-    return phantom.write_dataset(tmp_path_factory.mktemp("phantoms"), 5, spacing_mm=(10.0, 10.0, 10.0))
+    folder = tmp_path_factory.mktemp("phantoms")
+    return phantom.write_dataset(folder, 5, spacing_mm=(10.0, 10.0, 10.0))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(phantoms, tmp_path_factory):
+    """(flags, folder) of a pre-training by two processes of one torchrun."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    flags = [*SMALL, "--data", phantoms, "--cache", folder / "cache", "--steps", 3, "--seed", 5,
+             "--drop_path", ".3", "--lr", "1e-4"]       # AdamW turns a gradient's rounding into lr
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    script = [ROOT / "train_ssl.py", *flags, "--batch", 1, "--out", folder / "run"]
+    forked.run(*launch, *script, folder=folder)
+    return flags, folder / "run"
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +49,4 @@ def nothing_told_before():
 @pytest.fixture
 def run_script(tmp_path):
     """run_script("train_ssl.py", *flags, ranks=1) -> CompletedProcess, in a folder of its own."""
-    def run(script, *flags, ranks=1, check=True):
-        launch = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run([sys.executable, *launch, ROOT / script, *map(str, flags)], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert not check or done.returncode == 0, done.stdout + done.stderr
-        return done
-    return run
+    return functools.partial(forked.run, folder=tmp_path)

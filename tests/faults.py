@@ -31,8 +31,6 @@ import resource
 import runpy
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -42,6 +40,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import forked  # noqa: E402
 from conftest import SMALL  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 from smit import data, losses, phantom, runtime  # noqa: E402
@@ -135,33 +134,26 @@ def act(do, value=None, what="", path="", source="", size=0):
 
 # ---------------------------------------------------------------- runs
 class Run:
-    """One run: ranks forked from a server that has torch loaded, or a real torchrun with the flags `agent`."""
-    server, all = None, []
+    """One run: ranks that are forked, or a real torchrun with the flags `agent`."""
+    all = []
 
     def __init__(self, script, folder, console, flags, ranks=1, faults=(), agent=None):
-        self.folder, self.console, self.forked, self.begun = folder, console, agent is None, time.time()
-        self.faults = faults
+        self.folder, self.console, self.begun, self.faults = folder, console, time.time(), faults
         flags = [*FLAGS[script], *SHARE[script][ranks].split(), "--out", str(folder), *map(str, flags)]
         self.console.write_text("")
         Run.all.append(self)
-        if not self.forked:
-            command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node={ranks}".split() + agent
-            env = os.environ | {"FAULTS": json.dumps(faults), "OMP_NUM_THREADS": "1"}
-            self.jobs = [subprocess.Popen([*command, __file__, script, *flags], env=env, stdout=open(self.console, "a"),
-                                          stderr=subprocess.STDOUT, start_new_session=True)]
+        if agent is None:
+            self.jobs = [forked.start(be_rank, script, flags, list(faults), self.console, variables)
+                         for variables in forked.variables_of_ranks(ranks)]
             return
-        if not Run.server:
-            Run.server = multiprocessing.get_context("forkserver")
-            Run.server.set_forkserver_preload(["faults", "torch.nn.parallel", "torch._dynamo"])
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            env = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-        self.jobs = [Run.server.Process(target=be_rank, args=(script, flags, list(faults), self.console, {
-            **env, "RANK": str(rank), "LOCAL_RANK": str(rank)})) for rank in range(ranks)]
-        for job in self.jobs:
-            job.start()
+
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *agent]
+        variables = {"FAULTS": json.dumps(faults), "OMP_NUM_THREADS": "1"}
+        self.jobs = [forked.start(forked.be_script, [*launch, __file__, script, *flags], os.getcwd(),
+                                  variables, self.console, self.console)]
 
     def codes(self):
-        return [job.exitcode if self.forked else job.poll() for job in self.jobs]
+        return [job.exitcode for job in self.jobs]
 
     def wait(self, seconds=900):
         """(exit code, console text). When a rank was killed the others are too, as schedulers do; "hung" if it was."""
@@ -170,7 +162,7 @@ class Run:
         codes = self.codes()
         self.signal("SIGKILL")
         for job in self.jobs:
-            job.join() if self.forked else job.wait()
+            job.join()
         code = next((code for code in codes if code), "hung" if None in codes and not any(codes) else 0)
         return code, self.console.read_text(errors="replace")
 
@@ -198,13 +190,9 @@ def process_of(process, run):
         return state != "Z" and (ours or int(session) in [job.pid for job in run.jobs])
 
 
-def be_rank(script, flags, faults, console, env):
+def be_rank(script, flags, faults, console, variables):
     """The body of a forked rank: a session, a console and an environment of its own."""
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)             # for loader workers, as in a process of its own
-    os.environ.update(env)
-    for stream in (1, 2):
-        os.dup2(os.open(console, os.O_WRONLY | os.O_APPEND), stream)
+    forked.settle(variables, console, console)
     enter(script, flags, faults)
 
 

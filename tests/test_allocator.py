@@ -1,5 +1,4 @@
-import subprocess
-import sys
+import forked
 
 COUNT = """
 import resource, torch
@@ -13,8 +12,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
 
 def page_faults(device):
-    return int(subprocess.run([sys.executable, "-c", COUNT.format(device=device)], check=True, text=True,
-                              capture_output=True).stdout)
+    return int(forked.run("-c", COUNT.format(device=device), folder=forked.ROOT).stdout)
 
 
 def test_freed_tensors_are_handed_to_the_next_ones_on_the_cpu():

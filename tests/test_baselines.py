@@ -4,13 +4,10 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pretext
 import pytest
 import torch
-from conftest import ROOT
 from pretext import mean
 
 import evaluate
@@ -41,18 +38,6 @@ def read_log(out):
     with open(out / "log.csv") as file:
         return [{name: float(cell) for name, cell in row.items() if cell}
                 for row in csv.DictReader(file)]
-
-
-def launch(folder, *words, ranks=1):
-    """Run the command in a process of its own, or under torchrun in several."""
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "-m", "smit.baselines", *words], cwd=folder, text=True,
-                          capture_output=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 @pytest.mark.parametrize("task", baselines.TASKS)
@@ -127,10 +112,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(task, phantoms, tmp_p
         tmp_path / "resumed" / "log.csv").read_bytes()
 
 
-def test_a_run_of_two_ranks_resumes_to_the_bit(phantoms, tmp_path):
+def test_a_run_of_two_ranks_resumes_to_the_bit(phantoms, tmp_path, run_script):
     def run(name, *flags):
         sizes = ["--steps", 2, "--save_steps", 1, "--batch", 1, "--queue", 3]
-        launch(tmp_path, *arguments("pcrl", phantoms, tmp_path / name, *sizes, *flags), ranks=2)
+        words = arguments("pcrl", phantoms, tmp_path / name, *sizes, *flags)
+        run_script("-m", "smit.baselines", *words, ranks=2)
     run("whole")
     go_back(tmp_path / "whole", tmp_path / "resumed")
     run("resumed", "--resume")
@@ -139,12 +125,12 @@ def test_a_run_of_two_ranks_resumes_to_the_bit(phantoms, tmp_path):
     assert state["oldest"] == 2 * 2 % 3                            # both ranks' keys, in every step
 
 
-def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path):
+def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script):
     flags = ["--steps", 3, "--lr", "1e-4"]               # AdamW turns a gradient's rounding into lr
     train("genesis", phantoms, tmp_path / "one", *flags, "--batch", 2)
     train("genesis", phantoms, tmp_path / "accumulated", *flags, "--batch", 1, "--accumulate", 2)
-    launch(tmp_path, *arguments("genesis", phantoms, tmp_path / "two", *flags, "--batch", 1),
-           ranks=2)
+    words = arguments("genesis", phantoms, tmp_path / "two", *flags, "--batch", 1)
+    run_script("-m", "smit.baselines", *words, ranks=2)
     one = runtime.load_checkpoint(tmp_path / "one" / "last.pt")["task"]
     for other in ("two", "accumulated"):
         same = runtime.load_checkpoint(tmp_path / other / "last.pt")["task"]

@@ -225,9 +225,10 @@ def test_without_validation_cases_a_share_is_held_back(tmp_path):
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script):
-    flags = [*SMALL, "--data", phantoms, "--cache", "cache", "--steps", 4, "--drop_path", ".3", "--lr", "1e-3"]
-    run_script("finetune.py", *flags, "--batch", 2, "--out", "one")
-    run_script("finetune.py", *flags, "--batch", 1, "--out", "two", ranks=2)
+    flags = ["--steps", 4, "--drop_path", ".3", "--lr", "1e-3"]
+    tune(phantoms, tmp_path / "one", *flags, "--batch", 2)
+    run_script("finetune.py", *SMALL, "--data", phantoms, "--cache", "cache", *flags, "--batch", 1,
+               "--out", "two", ranks=2)
     for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)

@@ -1,10 +1,8 @@
 """The study: its plan, what it runs and does not run again, and its tables from known scores."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import nibabel
 import numpy as np
 import pytest
@@ -20,7 +18,6 @@ from smit.study.__main__ import parse_arguments
 from smit.study.plan import plan
 from smit.study.scores import Run, Score
 
-ROOT = Path(__file__).resolve().parent.parent
 NETWORK = "--spacing 10 10 10 --embed_dim 8 --depths 1 1 --heads 2 2 --workers 0 --device cpu"
 PRETRAIN = (f"{NETWORK} --crop 24 --view 16 --mask_cell 4 --head_width 16 --bottleneck 8 "
             "--prototypes 32 --steps 3")
@@ -45,13 +42,6 @@ def markdown_rows(path):
             name, *cells = line.strip("| ").split(" | ")
             rows[name] = [cell.strip() for cell in cells]
     return rows
-
-
-def call(*flags, cwd):
-    words = [sys.executable, "-m", "smit.study", *map(str, flags)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=cwd, text=True, capture_output=True, timeout=300,
-                          env=environment)
 
 
 # ------------------------------------------------------------------------------------------- plan
@@ -309,48 +299,67 @@ def test_a_segmentation_by_frozen_features_lies_where_the_organ_is_in_the_file(t
 
 
 # ---------------------------------------------------------------------------------- whole commands
-def test_a_study_runs_each_step_once_and_keeps_what_a_cell_depends_on(phantoms, tmp_path):
+def study(folder, *flags, check=True):
+    return forked.run("-m", "smit.study", *flags, folder=folder, check=check)
+
+
+@pytest.fixture(scope="module")
+def whole(phantoms, tmp_path_factory):
+    """(folder, flags) of a finished study of one row."""
+    folder = tmp_path_factory.mktemp("whole")
     flags = ["--data", phantoms, "--pretrain_data", phantoms, "--pretrain_flags", PRETRAIN,
              "--finetune_flags", TUNE, "--rows", "smit", "--labels", 2, "--out", "study",
              "--parallel", 2]
-    done = call("table2", *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    file = tmp_path / "study/evaluate/smit-ct2-seed0/results.json"
+    study(folder, "table2", *flags)
+    return folder, flags
+
+
+def test_a_study_keeps_what_a_cell_depends_on(whole):
+    folder, _ = whole
+    file = folder / "study/evaluate/smit-ct2-seed0/results.json"
     results = json.loads(file.read_text())["study"]
     assert results["labels"] == 2 and len(results["steps"]) == 3
     assert results["steps"]["pretrain/smit-seed0"]["config"]["method"] == "smit"
 
+
+def test_a_study_runs_each_step_once_whatever_the_experiments_that_share_it(whole):
+    folder, flags = whole
+
     def records():
-        return {path: path.read_bytes() for path in tmp_path.glob("study/*/*/step.json")}
+        return {path: path.read_bytes() for path in folder.glob("study/*/*/step.json")}
 
     before = records()
-    for experiment in ("fig3a", "fig3c", "fig4"):          # the same cells: nothing is run again
-        done = call(experiment, *flags, cwd=tmp_path)
-        assert done.returncode == 0 and "3 steps, 0 to run" in done.stdout
+    assert len(before) == 3
+    for experiment in ("fig3a", "fig3c", "fig4"):
+        assert "3 steps, 0 to run" in study(folder, experiment, *flags).stdout
     assert records() == before
 
-    done = call("fig5", "--mr_data", phantoms, *flags, cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "study/fig5/smit-mr.svg").exists()
-    assert "| smit | ct | 1 | 1 | " in done.stdout
-    table = (tmp_path / "study/fig5/fig5.md").read_text().strip().splitlines()
-    assert {line.count("|") for line in table} == {10}     # the header names every column
-    student = f"smit={tmp_path / 'study/pretrain/smit-seed0/student.pt'}"
-    done = call("fig5", "--data", phantoms, "--rows", "smit", "--checkpoint", student,
-                "--out", "given", cwd=tmp_path)
-    assert done.returncode == 0 and "0 steps" in done.stdout
-    assert "| smit | ct | 1 | 1 | " in done.stdout
 
-    done = call("probe", *flags, "--rows", "rand", "smit", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_fig5_reads_the_students_of_a_study_or_given_ones(whole, phantoms):
+    folder, flags = whole
+    done = study(folder, "fig5", "--mr_data", phantoms, *flags)
+    assert (folder / "study/fig5/smit-mr.svg").exists()
+    assert "| smit | ct | 1 | 1 | " in done.stdout
+    table = (folder / "study/fig5/fig5.md").read_text().strip().splitlines()
+    assert {line.count("|") for line in table} == {10}     # the header names every column
+
+    student = f"smit={folder / 'study/pretrain/smit-seed0/student.pt'}"
+    done = study(folder, "fig5", "--data", phantoms, "--rows", "smit", "--checkpoint", student,
+                 "--out", "given")
+    assert "0 steps" in done.stdout and "| smit | ct | 1 | 1 | " in done.stdout
+
+
+def test_the_probe_scores_a_random_encoder_and_that_of_a_study(whole):
+    folder, flags = whole
+    done = study(folder, "probe", *flags, "--rows", "rand", "smit")
     assert "| rand | 2 | 0." in done.stdout and "| smit | 2 | 0." in done.stdout
     assert "| smit | 2 | k-NN | " in done.stdout
-    assert len((tmp_path / "study/probe/tokens.csv").read_text().splitlines()) == 1 + 2
+    assert len((folder / "study/probe/tokens.csv").read_text().splitlines()) == 1 + 2
 
 
 def test_a_recipe_runs_on_training_volumes_alone(phantoms, tmp_path):
-    done = call("recipe", "--data", phantoms, "--finetune_flags", TUNE, "--labels", 2, "--draws", 1,
-                "--recipes", "slow=--lr 1e-5", "--out", "study", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = study(tmp_path, "recipe", "--data", phantoms, "--finetune_flags", TUNE, "--labels", 2,
+                 "--draws", 1, "--recipes", "slow=--lr 1e-5", "--out", "study")
     assert "| slow | rand | 2 | 1 | 0." in done.stdout
     name = "rand-ct2-seed0-draw1-fold0-slow"
     config = json.loads((tmp_path / f"study/finetune/{name}/config.json").read_text())
@@ -363,8 +372,8 @@ def test_a_recipe_runs_on_training_volumes_alone(phantoms, tmp_path):
 
 
 def test_a_failed_step_is_named_and_what_needs_it_is_left(phantoms, tmp_path):
-    done = call("table2", "--data", phantoms, "--pretrain_data", tmp_path / "none",
-                "--pretrain_flags", PRETRAIN, "--finetune_flags", TUNE, "--rows", "smit",
-                "--labels", 2, "--out", "study", cwd=tmp_path)
+    done = study(tmp_path, "table2", "--data", phantoms, "--pretrain_data", tmp_path / "none",
+                 "--pretrain_flags", PRETRAIN, "--finetune_flags", TUNE, "--rows", "smit",
+                 "--labels", 2, "--out", "study", check=False)
     assert done.returncode == 2 and "see study/pretrain/smit-seed0.log" in done.stderr
     assert "Traceback" not in done.stderr

@@ -198,19 +198,20 @@ def test_validation_stands_beside_predictors_that_know_nothing(phantoms, tmp_pat
     assert full[0]["val_mip"] > 0
 
 
-def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script):
-    flags = [*SMALL, "--data", phantoms, "--cache", "cache", "--steps", 4, "--drop_path", ".3", "--seed", 5,
-             "--lr", "1e-4"]                                           # AdamW turns a gradient's rounding into lr
-    run_script("train_ssl.py", *flags, "--batch", 2, "--out", "one")
-    run_script("train_ssl.py", *flags, "--batch", 1, "--out", "two", ranks=2)
-    run_script("train_ssl.py", *flags, "--batch", 1, "--accumulate", 2, "--out", "accumulated")
+def test_two_ranks_equal_one_with_twice_the_batch(two_ranks, tmp_path):
+    flags, two = two_ranks
+    for name, sizes in (("one", ["--batch", 2]), ("accumulated", ["--batch", 1, "--accumulate", 2])):
+        words = [*flags, *sizes, "--out", tmp_path / name]
+        train_ssl.main(train_ssl.parse_arguments([str(word) for word in words]))
+
     one = runtime.load_checkpoint(tmp_path / "one" / "last.pt")
-    for other in ("two", "accumulated"):
-        same = runtime.load_checkpoint(tmp_path / other / "last.pt")
+    for other in (two, tmp_path / "accumulated"):
+        same = runtime.load_checkpoint(other / "last.pt")
         for part in ("student", "teacher", "centers"):
             for name, tensor in one[part].items():
-                torch.testing.assert_close(same[part][name], tensor, rtol=1e-5, atol=1e-5, msg=f"{other}: {name}")
-        for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / other)):
+                torch.testing.assert_close(same[part][name], tensor, rtol=1e-5, atol=1e-5,
+                                           msg=f"{other.name}: {name}")
+        for a, b in zip(read_log(tmp_path / "one"), read_log(other), strict=True):
             for column in ("loss", "mip", "mpd", "itd", "grad_norm"):
                 assert b[column] == pytest.approx(a[column], rel=1e-5)
 
