@@ -7,6 +7,7 @@ ranks of a group. The tests that judge torchrun itself start a real one.
 import multiprocessing
 import os
 import runpy
+import shlex
 import socket
 import subprocess
 import sys
@@ -21,7 +22,8 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([
-    "torch.nn.parallel", "torch._dynamo", "forked", "smit.data", "smit.figures", "smit.runtime"])
+    "torch.nn.parallel", "torch._dynamo", "faults", "train_ssl", "finetune", "evaluate",
+    "smit.baselines.__main__", "smit.study.__main__"])
 
 
 def start(target, *arguments):
@@ -71,10 +73,11 @@ def be_script(words, folder, *console):
 
 def forget_the_project():
     """Leave what is installed and this folder as the only places to import from."""
-    ours = {"", str(ROOT), str(TESTS)}
-    sys.path[:] = [os.getcwd(), *(place for place in sys.path if place not in ours)]
-    for name in [name for name in sys.modules if name.split(".")[0] == "smit"]:
-        del sys.modules[name]
+    sys.path[:] = [place for place in sys.path if place not in ("", str(ROOT), str(TESTS))]
+    sys.path.insert(0, os.getcwd())
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("smit", "train_ssl", "finetune", "evaluate"):
+            del sys.modules[name]
 
 
 def run(*words, folder, ranks=1, processes=1, seconds=300, check=True):
@@ -92,7 +95,7 @@ def run(*words, folder, ranks=1, processes=1, seconds=300, check=True):
         wait(jobs, seconds)
         code = next((job.exitcode for job in jobs if job.exitcode), 0)
         done = subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
-    assert not check or code == 0, done.stdout + done.stderr
+    assert not check or code == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
     return done
 
 

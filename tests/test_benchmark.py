@@ -1,8 +1,6 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from smit import data
 from smit.benchmark import __main__ as command, measure, rows, workloads
 from smit.transforms import spacing_of
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(view=32, dim=8, prototypes=16, width=16, volume=(33, 36, 34), ct=(24, 20, 16))
 
 
@@ -22,8 +19,7 @@ def setting(tmp_path, **own):
 
 
 def benchmark(*flags):
-    return subprocess.run([sys.executable, "-m", "smit.benchmark", *map(str, flags)], cwd=ROOT,
-                          text=True, capture_output=True)
+    return forked.run("-m", "smit.benchmark", *flags, folder=forked.ROOT, check=False)
 
 
 def test_it_runs_and_writes_what_it_prints(tmp_path):

@@ -4,12 +4,11 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
 
+import forked
 import hostile
 import nibabel as nib
 import numpy as np
@@ -79,9 +78,7 @@ def test_a_refusal_takes_little_time_and_memory(items):
         "    except data.BadVolume: print(peak() - before, time.process_time() - start)\n"
     )
     paths = [item.path for item in items if "bomb" in item.path]
-    out = subprocess.run(
-        [sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True
-    ).stdout
+    out = forked.run("-c", code, *paths, folder=forked.ROOT).stdout
     cost = np.array([line.split() for line in out.splitlines()], float)
     assert len(cost) == len(paths) >= 5 and cost[:, 0].max() < 300 and cost[:, 1].max() < 2, out
 
@@ -130,18 +127,8 @@ def cost(tmp_path, kind, spacing, dtype=np.int16, order="<", axes=(0, 1, 2)):
     affine = hostile.AFFINE[:, [*axes, 3]]
     for name, part in (("small", voxels[:30, :30, :30]), ("large", voxels)):
         nib.save(nib.Nifti1Image(part, affine, header), tmp_path / f"{name}.nii")
-    command = [
-        sys.executable,
-        "-c",
-        COST,
-        tmp_path / "small.nii",
-        tmp_path / "large.nii",
-        kind,
-        *map(str, spacing),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout)
+    paths = tmp_path / "small.nii", tmp_path / "large.nii"
+    return float(forked.run("-c", COST, *paths, kind, *spacing, folder=forked.ROOT).stdout)
 
 
 @pytest.mark.parametrize(

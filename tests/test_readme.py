@@ -1,11 +1,8 @@
 """What the four pages say: their map, flags, commands and differences are the code's; files can be copied as they say."""
 import ast
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -85,7 +82,7 @@ def reduced(words, text):
     """The words of a command at reduced size: two ranks at most, and the flags of REDUCED. It must be known there."""
     extra = next((flags for part, flags in REDUCED.items() if part in text), None)
     assert extra is not None, f"REDUCED has no line for the README's command {text}"
-    launch, words = [sys.executable], [str(ROOT / word) if word.endswith(".py") else word for word in words]
+    launch, words = [], [str(ROOT / word) if word.endswith(".py") else word for word in words]
     if words[0] == "torchrun":
         asked = torch.distributed.run.parse_args(words[1:])
         ranks = min(int(asked.nproc_per_node), 2)
@@ -112,8 +109,8 @@ def named_data(tmp_path, phantoms):
     return tmp_path
 
 
-def test_every_command_runs_in_the_order_of_the_page(named_data):
-    environment, done = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, []
+def test_every_command_runs_in_the_order_of_the_page(named_data, run_script):
+    done = []
     for words, text in commands():
         if words[:2] == ["pip", "install"]:
             assert text in (ROOT / ".ci/run").read_text().replace("--quiet ", "")
@@ -123,8 +120,7 @@ def test_every_command_runs_in_the_order_of_the_page(named_data):
             {"train_ssl.py": train_ssl, "finetune.py": finetune}[asked.training_script].parse_arguments(
                 asked.training_script_args)
         else:
-            run = subprocess.run(reduced(words, text), cwd=named_data, env=environment, text=True, capture_output=True)
-            assert run.returncode == 0, f"{text}\n{run.stdout}{run.stderr}"
+            run = run_script(*reduced(words, text))
             done.append(run.stdout.splitlines()[-1])
             if "train_ssl.py" in text or "finetune.py" in text:      # output is no terminal: lines, no bar
                 for told in ("parameters; .* MiB for it", "first step: peak memory", "step 2 of 2, epoch .* left"):
@@ -250,9 +246,8 @@ def test_imports_run_from_scripts_to_users_to_leaves(path):
 
 
 @pytest.mark.parametrize("leaf", sorted(LEAVES))
-def test_a_leaf_does_its_work_when_its_file_is_copied_alone(leaf, tmp_path):
+def test_a_leaf_does_its_work_when_its_file_is_copied_alone(leaf, tmp_path, run_script):
     shutil.copy(ROOT / "smit" / f"{leaf}.py", tmp_path)
     lines = [f"import {leaf}, torch, numpy as np", *map(str.strip, USES[leaf].splitlines()), "print('used')"]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "used\n", done.stderr
+    assert run_script("-c", "\n".join(lines)).stdout == "used\n"
     assert f"`smit/{leaf}.py`" in ROOMS.split("## Copying a module")[1]

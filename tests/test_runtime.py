@@ -16,6 +16,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -74,10 +75,9 @@ def main():
 """
     body = textwrap.indent(textwrap.dedent(script), "    ")
     (folder / "script.py").write_text(f"{head}{body}\nruntime.run(main)\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={processes}", *options]
-    log = open(folder / "console.txt", "w")
-    return subprocess.Popen([*command, str(folder / "script.py")], stdout=log, stderr=log)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    words, console = [*launch, *options, str(folder / "script.py")], folder / "console.txt"
+    return forked.start(forked.be_script, words, folder, {}, console, console)
 
 
 def wait_for(condition, seconds):
@@ -711,7 +711,7 @@ def test_a_terminal_that_lacks_a_letter_does_not_end_a_run(tmp_path):
 @pytest.mark.parametrize("module", ["fcntl", "resource"])
 def test_a_system_that_cannot_run_it_is_told_so_in_a_sentence(module):
     script = f"import sys\nsys.modules['{module}'] = None\nimport smit.runtime"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    done = forked.run("-c", script, folder=ROOT, check=False)
     assert done.stderr == "smit runs on Linux and macOS; on Windows, run it inside WSL\n"
 
 
@@ -747,7 +747,8 @@ def test_two_ranks_agree_and_recover_from_a_killed_one(tmp_path):
             ranks.agree()
             (out / f"done{ranks.rank}").write_text(f"{state['step']} {runtime.restarts()}")
         """, "--max-restarts=1")
-    assert job.wait(60) == 0, (tmp_path / "console.txt").read_text()
+    job.join(60)
+    assert job.exitcode == 0, (tmp_path / "console.txt").read_text()
     assert [(tmp_path / f"done{rank}").read_text() for rank in (0, 1)] == ["7 1", "7 1"]
     assert "closed by peer" not in (tmp_path / "console.txt").read_text()
 
@@ -760,7 +761,8 @@ def test_the_first_error_is_shown_once_and_last_and_nobody_hangs(tmp_path):
             raise ValueError("case 7.nii.gz is cut short")
         ranks.agree()
         """)
-    assert job.wait(60) != 0 and time.time() - begin < 30
+    job.join(60)
+    assert job.exitcode and time.time() - begin < 30
     shown = (tmp_path / "console.txt").read_text()
     told = "error: case 7.nii.gz is cut short"
     assert len(re.findall(f"^{told}", shown, re.MULTILINE)) == 1
@@ -780,5 +782,5 @@ def test_workers_leave_when_their_agent_dies_even_in_a_collective(tmp_path):
     wait_for(lambda: all(file.exists() and file.read_text() for file in files), 40)
     pids = [file.read_text() for file in files]
     job.kill()
-    job.wait()
+    job.join()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 12)

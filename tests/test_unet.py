@@ -1,7 +1,5 @@
 import copy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -72,11 +70,9 @@ def test_every_skip_reaches_the_output(level):
     assert not torch.allclose(net.decoder(features), before, atol=1e-3)
 
 
-def test_the_file_works_when_copied_alone(tmp_path):
+def test_the_file_works_when_copied_alone(tmp_path, run_script):
     shutil.copy(Path(unet.__file__), tmp_path)
     lines = ["import sys, torch, unet", "assert not any('smit' in name for name in sys.modules)",
              "net = unet.UNet3D(14, width=2)", "net(torch.rand(1, 1, 8, 16, 8)).mean().backward()",
              "assert net.out.weight.grad.any()", "print('used')"]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.stdout == "used\n", done.stderr
+    assert run_script("-c", "\n".join(lines)).stdout == "used\n"
