@@ -25,7 +25,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import resource
 import runpy
