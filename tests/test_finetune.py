@@ -149,7 +149,7 @@ def test_a_network_learns_from_monais_encoder_of_its_own_shape(phantoms, tmp_pat
     torch.save({"state_dict": state}, tmp_path / "model_swinvit.pt")
     sizeless = " ".join(SMALL).replace("--embed_dim 8 --depths 1 1 --heads 2 2 ", "").split()
     flags = [*sizeless, "--data", phantoms, "--out", tmp_path / "run", "--cache", tmp_path / "cache",
-             "--init", tmp_path / "model_swinvit.pt", "--steps", 12, "--batch", 2, "--crop", 32]
+             "--init", tmp_path / "model_swinvit.pt", "--steps", 8, "--batch", 1, "--crop", 32]
     finetune.main(parse(*flags))
     told = capsys.readouterr().out
     assert "with MONAI's SwinViT under state_dict.module" in told and "habit: a merge reads neighbours 010 and 001" in told
