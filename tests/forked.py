@@ -2,7 +2,7 @@
 
 A fresh interpreter needs seconds to import torch and its optimizers, a fork needs none. Each
 process has its own session, folder, environment, console and exit code, and several are the
-ranks of a group. The tests that judge torchrun itself start a real one.
+ranks of a group. Tests that judge torchrun itself run it here, and it starts fresh interpreters.
 """
 import multiprocessing
 import os
@@ -56,7 +56,7 @@ def settle(variables, out, err):
 
 
 def be_script(words, folder, *console):
-    """Be python with these words: a script and its flags, "-m" and a module, or "-c" and code."""
+    """Be python with these words, which `run` explains."""
     settle(*console)
     os.chdir(folder)
     if words[0] == "-m":
@@ -81,9 +81,10 @@ def forget_the_project():
 
 
 def run(*words, folder, ranks=1, processes=1, seconds=300, check=True):
-    """Do what `python *words` would, in each rank of a group or in processes that know of no group.
+    """Do what `python *words` would, in each rank of a group or in processes that know of none.
 
-    A script is one of ROOT. Returns a CompletedProcess with the first exit code that is not 0 and the text of all ranks.
+    words: a script of ROOT and its flags, "-m" and a module and its flags, or "-c" and code.
+    Returns a CompletedProcess with the first exit code that is not 0 and the text of them all.
     AssertionError if that takes longer than those seconds, or if it fails and `check`.
     """
     words = [str(word) for word in words]

@@ -1,4 +1,4 @@
-"""Two nodes, played by two torchrun agents on one machine: the same run as one agent with two processes."""
+"""Two nodes, played by two torchrun agents: the same run as one agent with two processes."""
 import socket
 
 import forked
