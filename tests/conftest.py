@@ -17,7 +17,8 @@ SMALL = (
     "--spacing 10 10 10 --crop 24 --view 16 --mask_cell 4 --embed_dim 8 --depths 1 1 --heads 2 2 "
     "--head_width 16 --bottleneck 8 --prototypes 32 --lr 3e-3 --warmup_epochs 40 --workers 0 "
     "--log_every 1 --device cpu").split()
-torch.set_num_threads(1)  # the networks are small, and on a busy machine threads wait for each other
+# the networks are small, and on a busy machine threads wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
