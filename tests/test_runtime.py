@@ -24,6 +24,7 @@ from smit import runtime, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+STARTS_WITHIN_S = 240                    # ranks that import torch anew, on a busy machine
 torch.set_num_threads(1)
 
 
@@ -747,22 +748,22 @@ def test_two_ranks_agree_and_recover_from_a_killed_one(tmp_path):
             ranks.agree()
             (out / f"done{ranks.rank}").write_text(f"{state['step']} {runtime.restarts()}")
         """, "--max-restarts=1")
-    job.join(60)
+    job.join(STARTS_WITHIN_S)
     assert job.exitcode == 0, (tmp_path / "console.txt").read_text()
     assert [(tmp_path / f"done{rank}").read_text() for rank in (0, 1)] == ["7 1", "7 1"]
     assert "closed by peer" not in (tmp_path / "console.txt").read_text()
 
 
 def test_the_first_error_is_shown_once_and_last_and_nobody_hangs(tmp_path):
-    begin = time.time()
     job = torchrun(tmp_path, """
         stop = runtime.StopSignals(ranks)
         if ranks.rank == 1:
+            (out / "raised").touch()
             raise ValueError("case 7.nii.gz is cut short")
         ranks.agree()
         """)
-    job.join(60)
-    assert job.exitcode and time.time() - begin < 30
+    job.join(STARTS_WITHIN_S)
+    assert job.exitcode and time.time() - (tmp_path / "raised").stat().st_mtime < 30
     shown = (tmp_path / "console.txt").read_text()
     told = "error: case 7.nii.gz is cut short"
     assert len(re.findall(f"^{told}", shown, re.MULTILINE)) == 1
@@ -779,7 +780,7 @@ def test_workers_leave_when_their_agent_dies_even_in_a_collective(tmp_path):
         ranks.agree()
         """)
     files = [tmp_path / "pid0", tmp_path / "pid1"]
-    wait_for(lambda: all(file.exists() and file.read_text() for file in files), 40)
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files), STARTS_WITHIN_S)
     pids = [file.read_text() for file in files]
     job.kill()
     job.join()
