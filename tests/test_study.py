@@ -58,16 +58,17 @@ def call(*flags, cwd):
 def test_random_simmim_and_smit_come_before_the_other_rows():
     cells = plan(arguments("table2", "--labels", 3, 7, "--seeds", 0, 1))
     assert [cell.row for cell in cells[:12]] == 4 * ["rand", "smit", "simmim"]
-    assert {cell.row for cell in cells[12:]} == {"ibot", "dino"} and len(cells) == 20
+    assert {cell.row for cell in cells[12:]} == {"ibot", "dino", *tables.CNN} and len(cells) == 40
 
 
-def test_rows_differ_in_nothing_but_the_encoder_they_begin_with():
-    cells = plan(arguments("table2", "--labels", 7))
+@pytest.mark.parametrize("random, rows", [("rand", tables.SWIN), ("rand-cnn", tables.CNN)])
+def test_rows_differ_in_nothing_but_the_network_they_begin_with(random, rows):
+    cells = plan(arguments("table2", "--labels", 7, "--rows", *rows))
     tuned = {cell.row: list(map(str, cell.steps[-2].flags)) for cell in cells}
     for row, flags in tuned.items():
-        begun = flags.index("--init") if row != "rand" else len(flags)
-        assert flags[:begun] == tuned["rand"]
-        assert row == "rand" or f"pretrain/{row}-seed0" in flags[begun + 1]
+        begun = flags.index("--init") if row != random else len(flags)
+        assert flags[:begun] == tuned[random]
+        assert row == random or f"pretrain/{row}-seed0" in flags[begun + 1]
 
 
 def test_a_given_checkpoint_takes_the_place_of_pre_training():
@@ -76,16 +77,35 @@ def test_a_given_checkpoint_takes_the_place_of_pre_training():
     assert str(cell.steps[0].flags[-1]).endswith("mine.pt")
 
 
-def test_fig4_pre_trains_its_last_rows_with_the_other_tasks():
-    cells = plan(arguments("fig4", "--preset", "small", "--rows", "moco", "rotation"))
-    for cell in cells:
+@pytest.mark.parametrize("experiment, rows, network, sizes", [
+    ("fig4", ["moco", "rotation"], "swin", ["embed_dim", "depths", "heads"]),
+    ("table2", tables.CNN[1:], "unet", ["width"]),
+])
+@pytest.mark.parametrize("preset", planning.PRESETS)
+def test_rows_of_the_other_tasks_are_pre_trained_as_they_are_fine_tuned(experiment, rows, network,
+                                                                        sizes, preset):
+    for cell in plan(arguments(experiment, "--preset", preset, "--rows", *rows)):
         first, tune, _ = cell.steps
-        assert run.command(arguments("fig4"), first)[1:3] == ["-m", "smit.baselines"]
+        assert run.command(arguments(experiment), first)[1:3] == ["-m", "smit.baselines"]
         given = baselines.parse_arguments(list(map(str, first.flags)))
         baselines.check_settings(given)
         finetuning = parse_finetuning("", list(map(str, tune.flags)))
-        for size in ("embed_dim", "depths", "heads", "spacing"):
+        check_finetuning(finetuning)
+        assert finetuning.network == baselines.TASKS[given.task][0].network == network
+        for size in [*sizes, "spacing"]:
             assert getattr(given, size) == getattr(finetuning, size)
+
+
+def test_a_row_s_own_flags_reach_its_pre_training_alone():
+    flags = ["--row_flags", "mg=--lr 3e-3", "--baseline_flags=--lr 1e-3", "--unet_flags=--lr 5e-4"]
+    for cell in plan(arguments("table2", "--rows", "rand", "mg", "cpc", *flags)):
+        if cell.row != "rand":
+            given = baselines.parse_arguments(list(map(str, cell.steps[0].flags)))
+            assert given.lr == (3e-3 if cell.row == "mg" else 1e-3)
+        finetuning = parse_finetuning("", list(map(str, cell.steps[-2].flags)))
+        assert finetuning.lr == (1e-4 if cell.row == "rand" else 5e-4)
+    with pytest.raises(SystemExit):
+        arguments("table2", "--rows", "smit", "--row_flags", "mg=--lr 1")
 
 
 def test_a_row_that_only_a_checkpoint_knows_comes_last_and_has_a_seed_in_its_path():
@@ -127,7 +147,7 @@ def test_loaded_weights_may_have_a_rate_of_their_own():
     flags = ["--finetune_flags=--lr 4e-3", "--init_flags=--lr 1e-3", "--labels", 7]
     for cell in plan(arguments("table2", *flags)):
         given = parse_finetuning("", list(map(str, cell.steps[-2].flags)))
-        assert given.lr == (4e-3 if cell.row == "rand" else 1e-3)
+        assert given.lr == (4e-3 if cell.row in ("rand", "rand-cnn") else 1e-3)
 
 
 def test_recipes_are_compared_on_training_volumes_that_all_runs_hold_back():
@@ -198,6 +218,24 @@ def test_table2_averages_seeds_case_by_case_and_then_cases(tmp_path):
     assert lines[f"{less}, 95 % over seeds and cases"][0] == "+0.150, +0.100 to +0.200"
     assert lines[f"{less}, deviation over seeds"][0] == "0.035"
     assert lines["seeds to show 0.03"][0] == "11"
+
+
+def test_table2_has_a_table_for_each_network_and_one_smit(tmp_path):
+    scores = [score(row, case, "liver", dice) for row, case, dice in (
+        ("smit", "a", .8), ("smit", "b", .6), ("mg", "a", .5), ("mg", "b", .5),
+        ("rand-cnn", "a", .4), ("rand-cnn", "b", .4))]
+    log = {"epoch": [1.], "val_dice": [.5]}
+    runs = [Run("mg", 3, seed, None, None, "ct", None, None, log, log, hours, .5)
+            for seed, hours in ((0, .2), (1, .4))]
+    tables.table2(tmp_path, scores, runs)
+
+    unet, swin = (tmp_path / "table2.md").read_text().split("3-D U-Net")[1].split("\nSwin\n")
+    assert "|  | rand-cnn | mg |" in unet and "|  | smit |" in swin
+    assert "| liver | 0.400 (0.947) | 0.500 (0.967) |" in unet
+    assert "| liver | 0.700 (0.970) |" in swin
+    assert "| SMIT less this, 95 % over cases | +0.300 (+0.200 to +0.400), p 0.5 | +0.200" in unet
+    assert "| CPU hours, pre-training |  | 0.30 |" in unet      # none was run for random weights
+    assert "| CPU hours, fine-tuning |  | 0.50 |" in unet
 
 
 @pytest.mark.parametrize("modality, number", [("ct", 13), ("mr", 6)])

@@ -16,6 +16,10 @@ checkpoint on volumes held back. No checkpoint is picked by its score. All rows 
 decoder weights and budget. Steps are named for what they depend on, so experiments with one --out
 share them. Finished steps are not run again, and one that was cut off goes on.
 
+The rows rand-cnn, mg, cpc, cub++ and pcrl are a 3-D U-Net. At the paper's sizes it takes 824 GMAC
+for a crop of 96^3, 9.6 times the Swin network with its decoder, so Table 2's five CNN columns take
+most of its time.
+
 `probe` asks frozen encoders what they know of organs: linear and k-NN segmentation, and tokens.
 `recipe` compares ways to fine-tune on a third of the training split, which no run of it trains on,
 and no case of the validation split: choose rates and recipes there.
@@ -70,8 +74,12 @@ def parse_arguments(argv=None):
         help="a student.pt to use in place of pre-training; {seed} in it stands for the seed")
     add("--pretrain_flags", default="", help="more flags for train_ssl.py, in one string")
     add("--baseline_flags", default="",
-        help="more flags for smit.baselines, which pre-trains moco and rotation")
+        help="more flags for smit.baselines, which pre-trains mg, cpc, cub++, pcrl, moco and "
+             "rotation")
+    add("--row_flags", nargs="+", default=[], metavar="ROW=FLAGS",
+        help="more flags for the pre-training of one row, such as a rate of its own")
     add("--finetune_flags", default="", help="more flags for finetune.py, in one string")
+    add("--unet_flags", default="", help="more flags for finetune.py in rows with the U-Net alone")
     add("--init_flags", default="",
         help="more flags for finetune.py in rows with loaded weights alone, such as a rate of "
              "their own")
@@ -86,6 +94,7 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     experiment = EXPERIMENTS[args.experiment]
     args.checkpoint = dict(entry.split("=", 1) for entry in args.checkpoint if "=" in entry)
+    args.row_flags = dict(entry.partition("=")[::2] for entry in args.row_flags)
     args.rows = args.rows or experiment.rows
     args.draws = args.draws or experiment.draws
     unknown = [row for row in args.rows if row not in ROWS and row not in args.checkpoint]
@@ -96,9 +105,12 @@ def parse_arguments(argv=None):
     args.recipes = recipes or RECIPES
     if not all(re.fullmatch(r"[\w.+-]+", name) for name in args.recipes):
         parser.error("--recipes NAME=FLAGS: a NAME has letters, digits, and . + - _ alone")
-    if not args.pretrain_data and set(args.rows) - {"rand", *args.checkpoint}:
-        parser.error("--pretrain_data is missing; only --rows rand and those with a --checkpoint "
-                     "do without")
+    unknown = set(args.row_flags) - set(args.rows)
+    if unknown:
+        parser.error(f"--row_flags {min(unknown)}: not one of --rows {' '.join(args.rows)}")
+    if not args.pretrain_data and set(args.rows) - {"rand", "rand-cnn", *args.checkpoint}:
+        parser.error("--pretrain_data is missing; only --rows rand and rand-cnn, and those with a "
+                     "--checkpoint, do without")
     if args.experiment == "fig3b" and "--mask_ratio" in args.pretrain_flags:
         parser.error("fig3b sets --mask_ratio itself: name the ratios with --ratios")
     return args

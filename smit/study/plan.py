@@ -9,41 +9,56 @@ import shlex
 from typing import NamedTuple
 
 from smit import data
-from smit.study.tables import TABLE2
+from smit.study.tables import SWIN, TABLE2
 
-ROWS = {  # flags of train_ssl.py; Table 2's Swin columns first, then what Fig. 4 adds
-    "rand": None,                      # random weights: not pre-trained
-    "smit": "--method smit",
-    "simmim": "--method simmim",
-    "ibot": "--method ibot",
-    "dino": "--method dino",
-    "full": "--method full",
-    "mpd": "--method mpd",
-    "itd": "--method itd",
-    "ml-mip": "--method simmim --voxel_head multilayer",
-    "ml-smit": "--method ml-mip",
-    "moco": "",                        # a task of smit.baselines: contrastive losses
-    "rotation": "",                    # another: pseudo labels
+class Row(NamedTuple):
+    """A row of the comparisons: how its network is pre-trained, and which network it is."""
+    script: str = None                 # None: random weights
+    flags: str = ""                    # of that script
+    network: str = "swin"              # or "unet"
+
+
+ROWS = {  # Table 2's columns, Swin first, then what Fig. 4 adds
+    "rand": Row(),
+    "smit": Row("train_ssl.py", "--method smit"),
+    "simmim": Row("train_ssl.py", "--method simmim"),
+    "ibot": Row("train_ssl.py", "--method ibot"),
+    "dino": Row("train_ssl.py", "--method dino"),
+    "rand-cnn": Row(network="unet"),
+    "mg": Row("smit.baselines", "genesis", "unet"),
+    "cpc": Row("smit.baselines", "cpc", "unet"),
+    "cub++": Row("smit.baselines", "rubik", "unet"),
+    "pcrl": Row("smit.baselines", "pcrl", "unet"),           # the paper's "PRCL"
+    "full": Row("train_ssl.py", "--method full"),
+    "mpd": Row("train_ssl.py", "--method mpd"),
+    "itd": Row("train_ssl.py", "--method itd"),
+    "ml-mip": Row("train_ssl.py", "--method simmim --voxel_head multilayer"),
+    "ml-smit": Row("train_ssl.py", "--method ml-mip"),
+    "moco": Row("smit.baselines", "moco"),                   # contrastive losses
+    "rotation": Row("smit.baselines", "rotation"),           # pseudo labels
 }
-BASELINES = ("moco", "rotation")       # rows on the Swin encoder that smit.baselines pre-trains
 FIGURE4 = ["full", "mpd", "itd", "ibot", "simmim", "ml-mip", "ml-smit", "moco", "rotation",
            "smit"]
 
 
 class Preset(NamedTuple):
     """Sizes of all runs, as flags of the commands that train."""
-    pretrain: str                      # of train_ssl.py
-    finetune: str                      # of finetune.py
-    baseline: str                      # of smit.baselines
+    pretrain: str = ""                 # of train_ssl.py
+    finetune: str = ""                 # of finetune.py
+    baseline: str = ""                 # of smit.baselines
+    unet: str = ""                     # of both, where the network is the U-Net
+    finetune_unet: str = ""            # of finetune.py, there
+    rows: dict = {}                    # {row: flags of its pre-training}
 
 
 PRESETS = {
     # single runs of the paper's sizes want GPUs and days
-    "paper": Preset("", "", ""),
+    "paper": Preset(),
     # Two CPU cores: voxels of 6 mm carry the large organs, and cells of 24 mm take a network of
     # two stages. With cells of 48 mm MIP ended nearer to the visible median of each view. With
     # crops of 32^3, twice as many, random weights came to a Dice of .22 in place of .41: half an
-    # abdomen must fit into one crop. [ours]
+    # abdomen must fit into one crop. The U-Net of width 8 has 0.3 M parameters, as the Swin
+    # network with its decoder. [ours]
     "small": Preset(
         "--preset tiny --spacing 6 6 6 --embed_dim 16 --depths 2 4 --heads 2 4 "
         "--view 32 --crop 44 --mask_cell 4 --batch 8 --lr 4e-3 --steps 1200 "
@@ -53,7 +68,10 @@ PRESETS = {
         "--precision bf16 --workers 0",
         "--preset tiny --spacing 6 6 6 --embed_dim 16 --depths 2 4 --heads 2 4 "
         "--view 32 --crop 44 --batch 8 --lr 4e-3 --steps 1200 "
-        "--val_fraction .05 --val_every 300 --precision bf16 --workers 0"),
+        "--val_fraction .05 --val_every 300 --precision bf16 --workers 0",
+        unet="--width 8",
+        # columns of 5 x 5 x 5 patches, as at the paper's size
+        rows={"cpc": "--view 48 --crop 60 --patch 16"}),
 }
 
 
@@ -83,12 +101,12 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {
     "table2": Experiment(TABLE2, [21]),
-    "fig3a": Experiment(TABLE2, [3, 7, 14, 21]),
+    "fig3a": Experiment(SWIN, [3, 7, 14, 21]),
     "fig3b": Experiment(["smit"], [21]),
-    "fig3c": Experiment(TABLE2, [21]),
+    "fig3c": Experiment(SWIN, [21]),
     "fig4": Experiment(FIGURE4, [21]),
     "fig5": Experiment(["smit", "ml-smit"], []),
-    "probe": Experiment(TABLE2, [None]),         # all labelled volumes
+    "probe": Experiment(SWIN, [None]),           # all labelled volumes
     "recipe": Experiment(["rand"], [3], [0, 1]),
 }
 FROZEN = ("fig5", "probe")             # these look at pre-trained encoders without fine-tuning
@@ -129,19 +147,25 @@ def ratio_suffix(ratio):
 
 def pretraining(args, row, seed, ratio=None):
     """Plan the step that makes OUT/name/student.pt; None where there is nothing to pre-train."""
-    if row in args.checkpoint or ROWS[row] is None:
+    if row in args.checkpoint or ROWS[row].script is None:
         return None
-    preset = PRESETS[args.preset]
-    if row in BASELINES:
-        script = "smit.baselines"
-        flags = [row, *shlex.split(f"{preset.baseline} {args.baseline_flags}")]
+    preset, (script, own, network) = PRESETS[args.preset], ROWS[row]
+    if script == "train_ssl.py":
+        flags = shlex.split(f"{preset.pretrain} {args.pretrain_flags} {own}")
     else:
-        script = "train_ssl.py"
-        flags = shlex.split(f"{preset.pretrain} {args.pretrain_flags} {ROWS[row]}")
+        flags = shlex.split(f"{own} {preset.baseline} {args.baseline_flags}")
+    if network == "unet":
+        flags += shlex.split(preset.unet)
+    flags += shlex.split(preset.rows.get(row, "")) + shlex.split(args.row_flags.get(row, ""))
     if ratio_suffix(ratio):
         flags += ["--mask_ratio", ratio]
     flags += ["--seed", seed, "--data", *map(os.path.abspath, args.pretrain_data)]
     return Step(f"pretrain/{row}{ratio_suffix(ratio)}-seed{seed}", script, flags)
+
+
+def network_of(row):
+    """Name a row's network: "swin", as of all that only a checkpoint knows, or "unet"."""
+    return ROWS[row].network if row in ROWS else "swin"
 
 
 def student_path(args, row, seed, step):
@@ -164,7 +188,11 @@ def cell(args, row, labels, seed, fold=None, ratio=None, draw=None, recipe=None)
         if value is not None:
             name += f"-{prefix}{value}"
 
-    tune = shlex.split(f"{PRESETS[args.preset].finetune} {args.finetune_flags}")
+    preset = PRESETS[args.preset]
+    tune = shlex.split(f"{preset.finetune} {args.finetune_flags}")
+    if network_of(row) == "unet":
+        tune += ["--net", "unet", *shlex.split(preset.unet)]
+        tune += shlex.split(f"{preset.finetune_unet} {args.unet_flags}")
     if init:
         tune += shlex.split(args.init_flags)
     if recipe:
@@ -246,7 +274,7 @@ def pretrainings(args):
     """
     steps = {}
     for row in args.rows:
-        if row in args.checkpoint or ROWS[row] is not None:
+        if row in args.checkpoint or ROWS[row].script:
             for seed in args.seeds:
                 steps[row, seed] = pretraining(args, row, seed)
     return steps

@@ -33,7 +33,7 @@ class Score(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The logs of one cell: {column: numbers}, nan where a line says nothing."""
+    """The logs of one cell, {column: numbers}, nan where a line says nothing; and its CPU time."""
     row: str
     labels: int
     seed: int
@@ -44,6 +44,8 @@ class Run(NamedTuple):
     recipe: str
     pretraining: dict                  # None for random weights and given checkpoints
     finetuning: dict
+    pretraining_hours: float = math.nan
+    finetuning_hours: float = math.nan
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -94,9 +96,12 @@ def read_cells(out, cells):
             for line in csv.DictReader(file):
                 scores.append(Score(**facts, case=line["case"], organ=line["organ"],
                                     dice=float(line["dice"])))
-        logs = [read_log(Path(out, step.name, "log.csv")) for step in cell.steps[:-1]]
-        runs.append(Run(**facts, pretraining=logs[0] if len(logs) > 1 else None,
-                        finetuning=logs[-1]))
+        *before, tuned, _ = [Path(out, step.name) for step in cell.steps]
+        pretrained = before[0] if before else None
+        runs.append(Run(**facts, pretraining=read_log(pretrained / "log.csv") if before else None,
+                        finetuning=read_log(tuned / "log.csv"),
+                        pretraining_hours=cpu_hours(pretrained) if before else math.nan,
+                        finetuning_hours=cpu_hours(tuned)))
     return scores, runs
 
 
@@ -107,6 +112,11 @@ def read_log(path):
     if not lines:
         return {}
     return {name: [float(line[name] or "nan") for line in lines] for name in lines[0]}
+
+
+def cpu_hours(folder):
+    """Read what a finished step took."""
+    return json.loads((folder / "step.json").read_text())["cpu_s"] / 3600
 
 
 # --------------------------------------------------------------------------------------- grouping

@@ -14,32 +14,55 @@ from smit.study.scores import (
     as_array, dice_by_case, dice_by_organ, dice_by_run_and_case, differences_by_run, estimate_mean,
     group, paired_difference, write, write_csv)
 
-TABLE2 = ["rand", "dino", "ibot", "simmim", "smit"]
-PAPER = {  # DSC of Table 2's Swin columns, in the order of TABLE2
+CNN = ["rand-cnn", "mg", "cpc", "cub++", "pcrl"]
+SWIN = ["rand", "dino", "ibot", "simmim", "smit"]
+TABLE2 = CNN + SWIN
+PAPER = {  # DSC of Table 2, in the order of TABLE2
     "ct": {
-        "SP": (.944, .946, .948, .950, .963),
-        "RK": (.926, .931, .936, .934, .950),
-        "LK": (.905, .913, .919, .913, .943),
-        "GB": (.694, .730, .777, .761, .787),
-        "ESO": (.732, .752, .760, .772, .772),
-        "LV": (.950, .954, .956, .956, .970),
-        "STO": (.861, .891, .900, .898, .903),
-        "AOR": (.885, .906, .901, .905, .913),
-        "IVC": (.851, .866, .879, .867, .871),
-        "SPV": (.725, .752, .759, .754, .784),
-        "Pan": (.688, .763, .755, .764, .810),
-        "RA": (.660, .651, .659, .640, .669),
-        "LA": (.590, .680, .681, .678, .687),
-        "AVG": (.801, .826, .833, .830, .848),
+        "SP": (.930, .950, .940, .926, .937,
+               .944, .946, .948, .950, .963),
+        "RK": (.892, .934, .916, .928, .919,
+               .926, .931, .936, .934, .950),
+        "LK": (.894, .918, .903, .914, .921,
+               .905, .913, .919, .913, .943),
+        "GB": (.605, .639, .718, .715, .797,
+               .694, .730, .777, .761, .787),
+        "ESO": (.744, .739, .756, .768, .759,
+                .732, .752, .760, .772, .772),
+        "LV": (.947, .967, .953, .946, .954,
+               .950, .954, .956, .956, .970),
+        "STO": (.862, .879, .896, .881, .877,
+                .861, .891, .900, .898, .903),
+        "AOR": (.875, .909, .900, .892, .894,
+                .885, .906, .901, .905, .913),
+        "IVC": (.844, .882, .855, .866, .851,
+                .851, .866, .879, .867, .871),
+        "SPV": (.727, .739, .731, .734, .760,
+                .725, .752, .759, .754, .784),
+        "Pan": (.719, .706, .726, .731, .693,
+                .688, .763, .755, .764, .810),
+        "RA": (.644, .671, .655, .665, .661,
+               .660, .651, .659, .640, .669),
+        "LA": (.648, .640, .655, .675, .680,
+               .590, .680, .681, .678, .687),
+        "AVG": (.795, .813, .816, .819, .823,
+                .801, .826, .833, .830, .848),
     },
     "mr": {
-        "LV": (.922, .920, .939, .937, .942),
-        "large bowel": (.818, .804, .833, .835, .855),
-        "small bowel": (.708, .729, .744, .759, .775),
-        "STO": (.732, .750, .783, .775, .812),
-        "LK": (.837, .911, .883, .874, .936),
-        "RK": (.845, .896, .906, .871, .930),
-        "AVG": (.810, .835, .848, .842, .875),
+        "LV": (.921, .936, .925, .920, .930,
+               .922, .920, .939, .937, .942),
+        "large bowel": (.786, .824, .824, .813, .823,
+                        .818, .804, .833, .835, .855),
+        "small bowel": (.688, .741, .745, .735, .745,
+                        .708, .729, .744, .759, .775),
+        "STO": (.702, .745, .769, .783, .793,
+                .732, .750, .783, .775, .812),
+        "LK": (.827, .832, .876, .866, .876,
+               .837, .911, .883, .874, .936),
+        "RK": (.866, .886, .863, .861, .871,
+               .845, .896, .906, .871, .930),
+        "AVG": (.798, .827, .834, .830, .840,
+                .810, .835, .848, .842, .875),
     },
 }
 GROUPS = {  # Fig. 4's; the text names all organs of I, and only the kind of the others [ours]
@@ -68,14 +91,22 @@ rough with few.
 
 
 def table2(out, scores, runs):
-    """Write table2.md: organs down, rows of the comparison across, differences last."""
+    """Write table2.md: organs down, rows of the comparison across, differences last.
+
+    The columns of the paper's two networks stand in a table each.
+    """
     text = ("DSC on the original grid, background excluded; in parentheses the paper's Table 2, "
             "from 21 volumes (CT) or 92 (MR).\n")
+    runs_of = group(runs, "labels")
     for labels, part in group(scores, "labels").items():
+        rows = by_row(part)
         seeds = sorted(group(part, "seed"))
-        cases = len(dice_by_organ(next(iter(by_row(part).values())))["AVG"])
-        text += f"\n{labels} labelled volumes, n = {cases} cases, seeds {seeds}\n\n"
-        text += comparison(part)
+        cases = len(dice_by_organ(next(iter(rows.values())))["AVG"])
+        text += f"\n{labels} labelled volumes, n = {cases} cases, seeds {seeds}\n"
+        for name, unet in (("3-D U-Net", True), ("Swin", False)):
+            own = {row: rows[row] for row in rows if (row in CNN) == unet}
+            if own:
+                text += f"\n{name}\n\n{comparison(own, rows.get('smit'), runs_of.get(labels, []))}"
     text += "\n" + INTERVALS
     save(out, "table2", text, scores)
 
@@ -86,22 +117,40 @@ def by_row(scores):
     return {row: groups[row] for row in dict.fromkeys([*TABLE2, *groups]) if row in groups}
 
 
-def comparison(scores):
-    """Format the scores from one number of labels as a table."""
-    rows = by_row(scores)
+def comparison(rows, smit, runs):
+    """Format {row: scores from one number of labels} as a table.
+
+    smit: the scores that the others are compared with, or None.
+    """
     tables = {row: dice_by_organ(part) for row, part in rows.items()}
     organs = [*next(iter(tables.values()))]
-    printed = paper_scores(scores[0].modality, organs)
+    first = next(iter(rows.values()))
+    printed = paper_scores(first[0].modality, organs)
 
     lines = [organ_line(organ, tables, printed) for organ in organs]
-    lines += lines_over_cases("", rows)
-    seeds = sorted(group(scores, "seed").items())
-    if len(group(scores, "seed", "draw")) > 1:
-        lines += lines_over_seeds(rows)
-    for seed, part in seeds:
-        alone = group(part, "row")
-        lines += lines_over_cases(f", seed {seed}", {row: alone.get(row) for row in rows})
+    lines += lines_over_cases("", rows, smit)
+    if len(group(first, "seed", "draw")) > 1:
+        lines += lines_over_seeds(rows, smit)
+    for seed in sorted(group(first, "seed")):
+        alone = {row: group(part, "seed").get(seed) for row, part in rows.items()}
+        smit_alone = group(smit or [], "seed").get(seed)
+        lines += lines_over_cases(f", seed {seed}", alone, smit_alone)
+    lines += cost_lines(rows, runs)
     return scoring.markdown(["", *rows], lines)
+
+
+def cost_lines(rows, runs):
+    """Format what one run of each row took, in the mean: CPU hours of its two trainings."""
+    runs_of = group(runs, "row")
+    lines = []
+    for name, field in (("CPU hours, pre-training", "pretraining_hours"),
+                        ("CPU hours, fine-tuning", "finetuning_hours")):
+        line = [name]
+        for row in rows:
+            hours = [getattr(run, field) for run in runs_of.get(row, [])]
+            line.append(number(float(np.mean(hours)), ".2f") if hours else "")
+        lines.append(line)
+    return lines
 
 
 def paper_scores(modality, organs):
@@ -131,15 +180,15 @@ def organ_line(organ, tables, printed):
     return line
 
 
-def lines_over_cases(suffix, rows):
+def lines_over_cases(suffix, rows, smit):
     """Format the averages of {row: scores or None}, and how much SMIT is ahead of each."""
-    cases = {row: dice_by_case(part) for row, part in rows.items() if part}
     average = [f"AVG{suffix}, 95 % over cases"]
     difference = [f"SMIT less this{suffix}, 95 % over cases"]
-    for row in rows:
-        average.append(average_text(cases[row]) if row in cases else "")
-        compared = row != "smit" and row in cases and "smit" in cases
-        difference.append(difference_text(cases["smit"], cases[row]) if compared else "")
+    for row, part in rows.items():
+        cases = dice_by_case(part) if part else None
+        average.append(average_text(cases) if part else "")
+        compared = part and smit and row != "smit"
+        difference.append(difference_text(dice_by_case(smit), cases) if compared else "")
     return [average, difference]
 
 
@@ -156,16 +205,16 @@ def difference_text(first, second):
             f"p {test['p']:.2g}")
 
 
-def lines_over_seeds(rows):
+def lines_over_seeds(rows, smit):
     """Format what seeds do to the averages of {row: scores}, and to SMIT's lead over each."""
     names = ["AVG, 95 % over seeds and cases", "AVG, deviation over seeds",
              "SMIT less this, 95 % over seeds and cases", "SMIT less this, deviation over seeds",
              f"seeds to show {EFFECT:g}"]
-    runs = {row: dice_by_run_and_case(part) for row, part in rows.items()}
     columns = []
-    for row, own in runs.items():
+    for row, part in rows.items():
+        own = dice_by_run_and_case(part)
         cells = spread_of(as_array(list(own.values())))
-        ahead = differences_by_run(runs["smit"], own) if "smit" in runs else np.empty((0, 0))
+        ahead = differences_by_run(dice_by_run_and_case(smit), own) if smit else np.empty((0, 0))
         if row == "smit" or not ahead.size:
             cells += ["", "", ""]
         else:
