@@ -213,7 +213,7 @@ def train(args, ranks, out):
         best = max(best, row.get("val_dice", -1.0))
 
         if row or last or step % args.log_every == 0:
-            row |= ranks.mean_of({"loss": loss.item(), "grad_norm": norm.item()})
+            row |= ranks.mean_of({"loss": loss, "grad_norm": norm})
             row["epoch"] = step * per_step / len(cases)
             known = best if best >= 0 else None
             log.row(step=step, lr=lr, skipped=skips.total, **row,

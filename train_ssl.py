@@ -139,12 +139,13 @@ def smit_losses(args, student, teacher, centers, batch, teacher_temp, precision)
             counted = torch.ones_like(views, dtype=torch.bool)
         terms["mip"] = losses.mip_loss(learned.voxels, views, counted)                # Eq. 1
     if args.mpd:
-        token = settings.patch_token(args)                          # 16 voxels per axis
-        hidden_tokens = expand_mask(u_then_v(batch["hidden"]), args.mask_cell // token).flatten(1)
+        factor = args.mask_cell // settings.patch_token(args)       # patch tokens of a cell: 1
+        hidden_tokens = expand_mask(cells, factor).flatten(1)                         # (2B, N)
         # found on the CPU, where the mask was drawn: a GPU would have to be waited for
-        index = losses.hidden_index(hidden_tokens).to(device, non_blocking=True)
+        drawn = expand_mask(u_then_v(batch["hidden"]), factor).flatten(1)
+        index = losses.hidden_index(drawn).to(device, non_blocking=True)
         terms["mpd"] = losses.mpd_loss(                                               # Eq. 2, 3
-            learned.patch_logits, taught.patch_logits, hidden_tokens.to(device),      # (2B, N)
+            learned.patch_logits, taught.patch_logits, hidden_tokens,
             centers["mpd"].value, args.student_temp, teacher_temp, index)
     if args.itd:
         of_other_view = taught.image_logits.roll(len(views) // 2, dims=0)
@@ -260,7 +261,7 @@ def train(args, ranks, out):
         last, report_due = step == total, step % args.val_every == 0
         measure = bool(args.mip and held_back and (last or report_due))
         if last or measure or step % args.log_every == 0:
-            row = {name: term.item() for name, term in means.items()} | {"grad_norm": norm.item()}
+            row = {**means, "grad_norm": norm}
             if teacher and finite and (last or step % args.monitor_every == 0):
                 row |= monitors.collapse(taught, centers, teacher_temp, ranks)
             row = ranks.mean_of(row)

@@ -120,7 +120,7 @@ class Center(nn.Module):
     def collect(self, teacher_logits):
         """Keep the sum and the number of logits (..., K) for the next update."""
         logits = teacher_logits.float().flatten(0, -2)
-        count = logits.new_tensor([len(logits)])
+        count = logits.new_full((1,), len(logits))
         self.collected.append(torch.cat([logits.sum(0), count]))           # (K + 1,)
 
     @torch.no_grad()

@@ -14,8 +14,8 @@ def collapse(taught, centers, teacher_temp, ranks):
 
     taught: the teacher's Outputs; centers {"mpd": Center, "itd": Center}, as far as
     their losses are on; ranks: of `runtime.start`, all of which must call this.
-    Returns {name: number} for the log: the effective rank of the tokens, and for
-    both heads the two entropies and the centre's norm.
+    Returns {name: number or tensor of one} for `Ranks.mean_of`: the effective rank of
+    the tokens, and for both heads the two entropies and the centre's norm.
     """
     row = {"effective_rank": effective_rank(taught.tokens)}
     for name, logits in (("mpd", taught.patch_logits), ("itd", taught.image_logits)):
@@ -25,7 +25,7 @@ def collapse(taught, centers, teacher_temp, ranks):
         each, mean = entropies(logits, center, teacher_temp, ranks.mean)
         row[f"{name}_entropy"] = each
         row[f"{name}_mean_entropy"] = mean
-        row[f"{name}_center"] = center.norm().item()
+        row[f"{name}_center"] = center.norm()
     return row
 
 
@@ -34,7 +34,8 @@ def entropies(logits, center, temperature, over_ranks=None):
     """Compare the entropy of single tokens with that of their mean, both as shares of ln K.
 
     logits (..., K), n of them; over_ranks: averages a tensor over ranks, by default
-    there is one rank. Returns (mean entropy of the tokens, entropy of the mean token).
+    there is one rank. Returns (mean entropy of the tokens, entropy of the mean token),
+    tensors of one number.
     Uniform outputs give (1, 1), collapse to one prototype (0, 0). One wants the
     second well above the first; it can exceed it by ln(n) / ln(K) at most.
     """
@@ -48,7 +49,7 @@ def entropies(logits, center, temperature, over_ranks=None):
 def entropy_share(p):
     """Average -sum p log p over all distributions (..., K), as a share of ln K."""
     entropy = -(p * p.clamp_min(1e-30).log()).sum(-1)
-    return entropy.mean().item() / math.log(p.shape[-1])
+    return entropy.mean().double() / math.log(p.shape[-1])
 
 
 @torch.no_grad()
@@ -89,9 +90,10 @@ def masked_image_errors(student, batches, cell, count_all, device, autocast, ran
         cells = batch["hidden"].flatten(0, 1)                              # (2B, d, h, w)
         tokens = None
         if cells.any():
-            tokens = expand_mask(cells, cell // student.encoder.patch).to(device)
+            cells_there = cells.to(device, non_blocking=True)
+            tokens = expand_mask(cells_there, cell // student.encoder.patch)
         with autocast():
-            voxels = student(views.to(device).float() / 255, tokens).voxels
+            voxels = student(views.to(device, non_blocking=True) / 255, tokens).voxels
         voxels = voxels.float().cpu()
 
         hidden = expand_mask(cells, cell)[:, None]                         # (2B, 1, D, H, W)
@@ -106,8 +108,7 @@ def masked_image_errors(student, batches, cell, count_all, device, autocast, ran
     student.train()
 
     # means over ranks, of which only the quotients count
-    sums = ranks.mean(sums.to(device)).cpu()
-    histogram = ranks.mean(histogram.to(device)).cpu()
+    sums, histogram = ranks.mean(torch.cat([sums, histogram]).to(device)).cpu().split([4, 256])
     l1, l2, median_l1, voxels = sums.tolist()
     return {"val_mip": l1 / voxels,
             "val_mse": l2 / voxels,

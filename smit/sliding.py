@@ -22,7 +22,7 @@ def sliding_window(net, volume, window, overlap=.5, blend="gaussian", batch=1, s
     window: three sizes; overlap: share of a window, 0 <= overlap < 1.
     blend: "gaussian" trusts a window's centre more than its border, "constant"
         weighs all voxels alike.
-    stitch_on_cpu: keep only the windows on the net's device.
+    stitch_on_cpu: keep only the windows on the net's device, not the volume.
 
     Returns logits (B, num_classes, D, H, W) float32 on the net's device, or the CPU;
     exactly the network's output where one window covers the volume. Raises ValueError
@@ -32,7 +32,7 @@ def sliding_window(net, volume, window, overlap=.5, blend="gaussian", batch=1, s
     check_arguments(volume, window, overlap, blend, batch)
     device = device_of(net, volume)
     home = torch.device("cpu") if stitch_on_cpu else device
-    padded, inner = pad_to_window(volume, window)
+    padded, inner = pad_to_window(volume.to(home), window)              # one copy, not one a window
 
     places = window_places(padded.shape, window, overlap)
     one_window = len(places) == len(volume)                             # nothing to weigh or divide

@@ -235,8 +235,10 @@ def test_compiled_blocks_answer_alike_and_keep_their_names():
     compiled.compile_blocks(fullgraph=True, backend="aot_eager")
     assert list(plain.state_dict()) == list(compiled.state_dict())
     x = torch.rand(1, 1, 8, 16, 12)                    # one block with a shift mask, one without
-    for a, b in zip(plain(x), compiled(x)):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    for with_gradient in (True, False):                # attention without gradient is another code
+        with torch.set_grad_enabled(with_gradient):
+            for a, b in zip(plain(x), compiled(x)):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_layers_hold_each_parameter_once_from_the_bottom_up():

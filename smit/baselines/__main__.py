@@ -323,8 +323,7 @@ def train(args, ranks, out):
         bar.advance()
         last, look = step == total, step % args.val_every == 0
         if last or look or step % args.log_every == 0:
-            row = {name: term.item() for name, term in means.items()} | {"grad_norm": norm.item()}
-            row = ranks.mean_of(row)
+            row = ranks.mean_of({**means, "grad_norm": norm})
             if held_back and (last or look):
                 row |= held_back_loss(args, task, val_samples, precision, ranks)
             epoch = step * per_step / len(cases)

@@ -318,8 +318,9 @@ def augmented(batch, device="cpu"):
     Returns images (B, n, 1, D, H, W) float32, in 0..1 before augmentation. Crops leave the loader
     as uint8: a quarter of the shared memory that float32 would take.
     """
-    scale, shift = batch["scale"].to(device), batch["shift"].to(device)        # (B, n, 1, 1, 1, 1)
-    return batch["images"].to(device) / 255 * scale + shift
+    scale = batch["scale"].to(device, non_blocking=True)                       # (B, n, 1, 1, 1, 1)
+    shift = batch["shift"].to(device, non_blocking=True)
+    return batch["images"].to(device, non_blocking=True) / 255 * scale + shift
 
 
 class LabelledCrops(torch.utils.data.Dataset):

@@ -94,7 +94,7 @@ class Ranks(NamedTuple):
         """
         if self.world == 1:
             return flags                        # a GPU is not waited for
-        values = torch.tensor([0, *map(int, flags)], device=self.device)
+        values = torch.tensor([0, *map(int, flags)]).to(self.device, non_blocking=True)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         agreed = values.tolist()[1:]
         return tuple(type(flag)(value) for flag, value in zip(flags, agreed))
@@ -123,10 +123,13 @@ class Ranks(NamedTuple):
     def mean_of(self, numbers):
         """Return {name: mean over all ranks} of {name: number or tensor of one number}.
 
-        All ranks give the same names. Tensors on a GPU are fetched in one copy.
+        All ranks give the same names. Tensors on a GPU are fetched in one copy, the only wait.
         """
-        values = [torch.as_tensor(number, dtype=torch.float32, device=self.device).detach()
-                  for number in numbers.values()]
+        values = []
+        for number in numbers.values():
+            if not isinstance(number, torch.Tensor):
+                number = torch.full((), number, device=self.device)     # no copy from the host
+            values.append(number.detach().to(self.device, torch.float32))
         if not values:
             return {}
         return dict(zip(numbers, self.mean(torch.stack(values)).tolist()))
