@@ -199,7 +199,7 @@ def workers(lab):
             flags, where = ("--workers", workers), f"; {ranks} ranks, {workers} workers"
             how = dict(ranks=ranks, flags=flags, told=told, **clean)
             yield partial(lab.trial, f"a loader worker is killed by its item{where}",
-                          at("load", KILL, 9 // workers, rank=ranks - 1), **how)
+                          at("load", KILL, 12 // workers, rank=ranks - 1), **how)
             yield partial(lab.trial, f"a loader worker is killed in mid-step{where}",
                           at("step", "worker SIGKILL", 6, rank=ranks - 1), **how)
 
