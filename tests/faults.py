@@ -98,7 +98,8 @@ def arm(at, do, nth=1, times=1, rank=0, life=0, file="last.pt", **how):
         setattr(owner, name, call)
 
     if at == "start":
-        runtime.start = functools.partial(runtime.start, timeout_minutes=.5)       # for a hung rank, not 10
+        start = runtime.start
+        runtime.start = lambda device, timeout_minutes: start(device, .5)          # for a hung rank, not 10
         sampling.WORKER_TIMEOUT_S = 5                                              # for a hung worker
     elif rank in (None, int(os.environ.get("RANK", 0))) and life in (None, runtime.restarts()):
         if at == "step":
