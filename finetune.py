@@ -166,7 +166,7 @@ def train(args, ranks, out):
                                   args.crop, args.crops_per_volume, net.encoder.drops, args.seed)
     numbers = samples.micro_batches(step * per_step, total * per_step, args.batch, ranks.rank,
                                     ranks.world)
-    loader = samples.Batches(crops, numbers, ranks, args.workers)
+    loader = samples.Batches(crops, numbers, ranks, args.workers, per_step=1)
     log = runtime.CsvLog(out / "log.csv", COLUMNS, ranks, step)
     bar = progress.Progress(step, total, per_step * args.crops_per_volume, ranks)
     clock = progress.SaveClock(args.save_minutes, args.save_steps, total)
@@ -227,7 +227,7 @@ def train(args, ranks, out):
             figures.finetuning_report(out, config, image, label, pred,
                                       organs.case_name(case["image"]))
 
-        (leaving,) = ranks.agree(stop.asked)
+        leaving = loader.agree(stop.asked)          # was any asked to stop, did a loader fail?
         if ranks.is_main and improved:
             runtime.save_checkpoint(out / "best.pt", {
                 "model": kept.state_dict(), "config": config, "step": step, "val_dice": best})
@@ -239,6 +239,7 @@ def train(args, ranks, out):
             break
     shown = f"best mean Dice {best:.3f}" if best >= 0 else "no case held back to validate on"
     bar.close(f"{shown}; weights in {out / 'best.pt'}")
+    loader.raise_failure()
 
 
 def check(args):

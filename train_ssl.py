@@ -208,7 +208,8 @@ def train(args, ranks, out):
     shown = val_pairs if held_back else view_pairs(args, cases, split="val")
     numbers = samples.micro_batches(step * per_step, total * per_step, args.batch, ranks.rank,
                                     ranks.world)
-    loader = samples.Batches(pairs, numbers, ranks, args.workers, args.max_bad, bad)
+    loader = samples.Batches(pairs, numbers, ranks, args.workers, args.max_bad, bad,
+                             args.accumulate)
     log = runtime.CsvLog(out / "log.csv", COLUMNS, ranks, step)
     bar = progress.Progress(step, total, 2 * per_step, ranks)
     clock = progress.SaveClock(args.save_minutes, args.save_steps, total)
@@ -274,7 +275,7 @@ def train(args, ranks, out):
         if ranks.is_main and (last or report_due or step == 1):
             figures.pretraining_report(out, config, student, shown[0])
 
-        # was any rank asked to stop? Raises, too, if more volumes are bad than --max_bad
+        # was any rank asked to stop, did a loader fail, are more volumes bad than --max_bad?
         leaving = loader.agree(stop.asked)
         if ranks.is_main and (leaving or clock.due(step)):
             # student.pt first: a resume trusts last.pt
@@ -286,6 +287,7 @@ def train(args, ranks, out):
         if leaving:
             break
     bar.close(f"weights in {out / 'student.pt'}")
+    loader.raise_failure()
 
 
 def check(args):

@@ -75,7 +75,7 @@ def arm(at, do, nth=1, times=1, rank=0, life=0, file="last.pt", **how):
     onto = lambda name: lambda source, target: Path(target).name == name
     owner, names, concerns, late = {                          # functions to wrap, which of their calls, act afterwards?
         "loss": (losses, ["mip_loss", "dice_ce_loss"], lambda *_: True, True),
-        "load": (data.cases, ["cached"], lambda *_: torch.utils.data.get_worker_info(), False),
+        "load": (data.cases, ["cached_with_concerns"], lambda *_: torch.utils.data.get_worker_info(), False),
         "write": (runtime.files, ["atomic_write"], lambda path, write: Path(path).name == file, False),
         "label": (data, ["write_label"], lambda path, *_: Path(path).name == file, False),
         "prev": (os, ["replace"], onto("last.prev.pt"), False), "rename": (os, ["replace"], onto(file), False),
@@ -96,7 +96,8 @@ def arm(at, do, nth=1, times=1, rank=0, life=0, file="last.pt", **how):
         setattr(owner, name, call)
 
     if at == "start":
-        runtime.start = functools.partial(runtime.start, timeout_minutes=.5)       # for a hung rank, not 10
+        start = runtime.start
+        runtime.start = lambda device, timeout_minutes: start(device, .5)          # for a hung rank, not 10
         sampling.WORKER_TIMEOUT_S = 5                                              # for a hung worker
     elif rank in (None, int(os.environ.get("RANK", 0))) and life in (None, runtime.restarts()):
         if at == "step":

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+import signal
 
 import pretext
 import pytest
@@ -110,6 +111,28 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(task, phantoms, tmp_p
     same_state(tmp_path / "whole" / "last.pt", tmp_path / "resumed" / "last.pt")
     assert (tmp_path / "whole" / "log.csv").read_bytes() == (
         tmp_path / "resumed" / "log.csv").read_bytes()
+
+
+def test_a_run_is_saved_before_a_dead_worker_ends_it_and_resumes_to_the_bit(
+    phantoms, tmp_path, monkeypatch
+):
+    flags = ["--steps", 6, "--batch", 2, "--accumulate", 2]
+    train("genesis", phantoms, tmp_path / "whole", *flags)
+    make = baselines.TaskSamples.__getitem__
+
+    def die_at(dataset, sample):
+        if sample == 14 and torch.utils.data.get_worker_info():         # of the fourth step
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make(dataset, sample)
+
+    monkeypatch.setattr(baselines.TaskSamples, "__getitem__", die_at)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        train("genesis", phantoms, tmp_path / "broken", *flags, "--workers", 1)
+    assert 1 <= runtime.load_checkpoint(tmp_path / "broken" / "last.pt")["step"] <= 3
+    train("genesis", phantoms, tmp_path / "broken", *flags, "--resume")
+    same_state(tmp_path / "whole" / "last.pt", tmp_path / "broken" / "last.pt")
+    assert (tmp_path / "whole" / "log.csv").read_bytes() == (
+        tmp_path / "broken" / "log.csv").read_bytes()
 
 
 def test_a_run_of_two_ranks_resumes_to_the_bit(phantoms, tmp_path, run_script):

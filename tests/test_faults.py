@@ -191,6 +191,19 @@ def hangs(lab):
         yield partial(left, name, fault, told, most_s)
 
 
+def workers(lab):
+    """Loader workers that are killed: the step under way is finished, saved, and nothing is lost."""
+    told, clean = r"error: (rank 1: )?DataLoader worker .*--workers 0.*--shm-size.*--resume", dict(most=0, code=2)
+    for ranks in (1, 2):
+        for workers in (1, 2):
+            flags, where = ("--workers", workers), f"; {ranks} ranks, {workers} workers"
+            how = dict(ranks=ranks, flags=flags, told=told, **clean)
+            yield partial(lab.trial, f"a loader worker is killed by its item{where}",
+                          at("load", KILL, 12 // workers, rank=ranks - 1), **how)
+            yield partial(lab.trial, f"a loader worker is killed in mid-step{where}",
+                          at("step", "worker SIGKILL", 6, rank=ranks - 1), **how)
+
+
 def damage(lab):
     """What a resume finds; the run was killed in step 10, so last.pt is of step 8 and last.prev.pt of step 4."""
     def flip(data):
@@ -409,7 +422,7 @@ def evaluation(lab):
     yield bad_predictions
 
 
-GROUPS = {group.__name__: group for group in (kills, signals, saving, damage, disks, hangs, changes, together, nans,
+GROUPS = {group.__name__: group for group in (kills, signals, workers, saving, damage, disks, hangs, changes, together, nans,
                                               files, evaluation, agents, restarts, at_random)}
 
 
@@ -420,7 +433,7 @@ def lab(tmp_path_factory):
 
 
 @pytest.mark.parametrize("group, chosen", [
-    ("kills", [20, 77]), ("signals", [2]), ("saving", [3, 6, 8, 9, -1]), ("damage", [1, 4, -1]),
+    ("kills", [20, 77]), ("signals", [2]), ("workers", [0, -1]), ("saving", [3, 6, 8, 9, -1]), ("damage", [1, 4, -1]),
     ("evaluation", [1, 3, 5, 7]), ("disks", [3, -1]), ("changes", [1, 5, -1]), ("together", [1]), ("nans", [0]),
     ("files", [0, -1]),
     ("restarts", [0]), ("at_random", [3])])

@@ -220,7 +220,7 @@ def test_few_label_subsets_are_nested_whatever_the_method(tmp_path):
 def test_without_validation_cases_a_share_is_held_back(tmp_path):
     train, held_back = split(listing(tmp_path, "abcdefghij"), "--val_fraction", ".25")
     assert len(held_back) == 3 and sorted(train + held_back) == list("abcdefghij")
-    with pytest.raises(ValueError, match="also held back"):
+    with pytest.raises(ValueError, match="held back as well"):
         split(listing(tmp_path, "ab", validation=[{"image": "a.nii.gz", "label": "la.nii.gz"}]))
 
 

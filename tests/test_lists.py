@@ -1,14 +1,16 @@
 """From what people name to cases: folders as they are on disks, lists as other tools write them."""
 
+import gzip
 import json
 import os
 
+import finetune
 import hostile
 import numpy as np
 import pytest
 
 from smit import data
-from smit.data import concerns, organs, samples
+from smit.data import concerns, labelled, organs, samples
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +59,24 @@ def test_hidden_names_and_label_folders_are_left_out_with_one_line(tmp_path, cap
         "(*.mha): 1",
     ):
         assert part in told[0]
+
+
+def test_lists_below_a_folder_and_all_folders_of_labels_are_told(tmp_path, capsys):
+    touch(tmp_path, "a/imagesTr/1.nii", "a/labelsTr/1.nii", "b/2.nii", "b/labels/2.nii",
+          "c/labels/3.nii")
+    write_list(tmp_path / "a", training=["imagesTr/1.nii"])
+    assert names_of(data.read_list(tmp_path), tmp_path) == ["a/imagesTr/1.nii", "b/2.nii"]
+    told = capsys.readouterr().err
+    assert "lists in its subfolders, which are read if they are named: 1" in told
+    assert "folders of labels (labels, labelsTr): 3" in told
+
+
+@pytest.mark.parametrize("name", ["", "ct.nii.gz"])
+def test_sources_that_name_no_labels_are_refused_in_one_line_by_fine_tuning(name, tmp_path):
+    touch(tmp_path, "ct.nii.gz", "mr.nii.gz")
+    args = finetune.parse_arguments(["--data", str(tmp_path / name)])
+    with pytest.raises(ValueError, match=r"^[^\n]*: names no labels; give a dataset.json[^\n]*$"):
+        labelled.read_lists(args, args.data)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +136,7 @@ def test_a_folder_with_a_dataset_json_is_read_through_it(tmp_path, capsys):
     touch(tmp_path, "imagesTr/a.nii.gz", "imagesTr/b.nii.gz", "labelsTr/a.nii.gz")
     assert names_of(data.read_list(tmp_path), tmp_path) == ["imagesTr/a.nii.gz"]
     assert (
-        "read through its dataset.json, its 'training' cases, not 'test'" in capsys.readouterr().err
+        "read through its dataset.json, its 'training' cases (it has 'test', too)" in capsys.readouterr().err
     )
     with pytest.raises(
         ValueError, match="'validation' is no list of cases; --key can be 'training', 'test'"
@@ -356,3 +376,72 @@ def test_cases_are_told_apart_by_the_folders_that_differ():
 def test_nnunets_channel_is_dropped_in_its_layout_alone():
     assert organs.case_name("/d/imagesTr/chaos01_0000.nii.gz") == "chaos01"
     assert organs.case_name("/d/weeks/week_0000.nii.gz") == "week_0000"
+
+
+# ---------------------------------------------------------------------- lists of spreadsheets, by hand
+@pytest.mark.parametrize("text", [
+    "a.nii\tl/a.nii\r\nb.nii\tl/b.nii\r\n",                      # Windows' line ends
+    "\ufeffa.nii,l/a.nii\nb.nii,l/b.nii\n",                       # its mark of UTF-8
+    '"a.nii","l/a.nii"\n"b.nii", "l/b.nii"\n',
+    "image,label\na.nii,l/a.nii\nb.nii,l/b.nii\n",
+    "a.nii,l/a.nii,,\nb.nii,l/b.nii,,\n",
+])
+def test_a_spreadsheets_list_is_read_as_the_plain_one(text, tmp_path):
+    (tmp_path / "list.csv").write_bytes(text.encode())
+    cases = data.read_list(tmp_path / "list.csv")
+    assert names_of(cases, tmp_path) == ["a.nii", "b.nii"]
+    assert [os.path.relpath(case["label"], tmp_path) for case in cases] == ["l/a.nii", "l/b.nii"]
+
+
+def test_quotes_and_tabs_keep_commas_in_names_and_an_empty_column_is_no_label(tmp_path):
+    (tmp_path / "list.csv").write_text('"a,1.nii",\na,2.nii\tl.nii\n')
+    cases = data.read_list(tmp_path / "list.csv")
+    assert names_of(cases, tmp_path) == ["a,1.nii", "a,2.nii"]
+    assert cases[0]["label"] is None and cases[1]["label"] == str(tmp_path / "l.nii")
+
+
+def test_more_columns_than_two_are_refused(tmp_path):
+    (tmp_path / "list.csv").write_text("a.nii,l.nii,0\n")
+    with pytest.raises(ValueError, match="more columns than an image and its label"):
+        data.read_list(tmp_path / "list.csv")
+
+
+def test_a_case_without_an_image_is_told_by_the_keys_that_it_has(tmp_path):
+    path = write_list(tmp_path, training=[{"img": "a.nii", "seg": "l.nii"}])
+    with pytest.raises(ValueError, match="has the keys .'img', 'seg'.; name its file 'image'"):
+        data.read_list(path)
+    path = write_list(tmp_path, training=[{"image": ["a.nii"], "label": ["l.nii"]}])
+    assert names_of(data.read_list(path), tmp_path) == ["a.nii"]       # MONAI's list of one channel
+    with pytest.raises(ValueError, match="no path of one image"):
+        data.read_list(write_list(tmp_path, training=[None]))
+
+
+def test_an_image_as_its_own_label_is_refused_and_one_label_of_two_images_is_told(
+    tmp_path, capsys
+):
+    path = write_list(tmp_path, training=[{"image": "a.nii", "label": "./a.nii"}])
+    with pytest.raises(ValueError, match="a.nii is listed as its own label"):
+        data.read_list(path)
+    cases = [{"image": f"{name}.nii", "label": "l.nii"} for name in "ab"]
+    assert len(data.read_list(write_list(tmp_path, training=cases))) == 2
+    assert "labels are those of more than one image (l.nii)" in capsys.readouterr().err
+
+
+def test_a_case_in_training_and_validation_is_refused_whatever_its_label_is_called(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii", "l.nii", "m.nii")
+    (tmp_path / "link.nii").symlink_to("a.nii")
+    path = write_list(tmp_path, training=[{"image": "a.nii", "label": "l.nii"},
+                                          {"image": "b.nii", "label": "l.nii"}],
+                      validation=[{"image": "link.nii", "label": "m.nii"}])
+    args = finetune.parse_arguments(["--data", str(path)])
+    with pytest.raises(ValueError, match="link.nii: to train on, and held back as well, 1 of 1"):
+        labelled.find_cases(args, args.data)
+
+
+def test_an_empty_file_and_one_packed_twice_are_named_so(tmp_path):
+    (tmp_path / "zero.nii.gz").write_bytes(b"")
+    with pytest.raises(data.BadVolume, match="is empty, 0 bytes; copy it again"):
+        data.cases.read_header(tmp_path / "zero.nii.gz")
+    (tmp_path / "twice.nii.gz").write_bytes(gzip.compress(gzip.compress(bytes(1000))))
+    with pytest.raises(data.BadVolume, match="is packed twice, which gunzip"):
+        data.cases.read_header(tmp_path / "twice.nii.gz")

@@ -1,4 +1,6 @@
 import os
+import signal
+import time
 
 import nibabel as nib
 import numpy as np
@@ -120,8 +122,64 @@ def test_a_skipped_volume_is_told_in_one_line_and_counted_against_max_bad(
         assert len(told) == 1 and told[0].startswith(f"warning: skipped: {tmp_path}/bad.nii.gz: ")
         if max_bad:
             assert loader.agree(True) is True and loader.agree(False) is False
+    assert loader.agree(False) is True                  # all ranks leave, and the run is saved
     with pytest.raises(ValueError, match="bad volumes, 1, are more than --max_bad 0: .*bad.nii.gz"):
-        loader.agree(False)
+        loader.raise_failure()
+
+
+class Fragile(torch.utils.data.Dataset):
+    """Samples that are their numbers; the worker that makes sample `fatal` is killed."""
+    cases = ()
+
+    def __init__(self, fatal):
+        self.fatal = fatal
+
+    def __getitem__(self, sample):
+        if sample == self.fatal and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"number": sample, "concerns": []}
+
+
+def numbers_of(batches):
+    return [batch["number"].item() for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_step_is_begun_only_with_its_batches_at_hand_and_a_dead_worker_ends_the_run_after_it(
+    workers
+):
+    loader = sampling.Batches(Fragile(7), [[n] for n in range(20)], ALONE, workers, per_step=2)
+    steps = []
+    while not steps or not loader.agree(False):
+        steps.append(numbers_of([next(loader), next(loader)]))
+    assert steps == [[0, 1], [2, 3], [4, 5]][:len(steps)]          # 6 may be there, 7 is not
+    with pytest.raises(RuntimeError, match="killed by signal: Killed|exited unexpectedly"):
+        loader.raise_failure()
+    for each in torch.multiprocessing.active_children():
+        each.kill()
+
+
+def test_the_batches_of_a_measurement_all_come_though_a_worker_dies_and_the_training_ends():
+    training = sampling.Batches(Fragile(99), [[n] for n in range(99)], ALONE, 1, per_step=1)
+    assert numbers_of([next(training)]) == [0] and not training.agree(False)
+    measuring = sampling.Batches(Fragile(3), [[n] for n in range(6)], ALONE, 1)
+    assert numbers_of(measuring) == [0, 1, 2, 3, 4, 5]
+    assert numbers_of([next(training)]) == [1] and training.agree(False)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        training.raise_failure()
+
+
+def test_a_worker_that_dies_in_mid_step_is_heard_of_when_batches_are_asked_for():
+    before = {*torch.multiprocessing.active_children()}
+    loader = sampling.Batches(Fragile(99), [[n] for n in range(99)], ALONE, 1, per_step=1)
+    next(loader)
+    [worker] = {*torch.multiprocessing.active_children()} - before
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(.3)                                      # a step, in which torch would raise
+    assert not loader.agree(False)
+    assert numbers_of([next(loader)]) == [1] and loader.agree(False)
+    with pytest.raises(RuntimeError, match="killed by signal: Killed"):
+        loader.raise_failure()
 
 
 def test_a_batch_names_its_volumes(phantoms, tmp_path):

@@ -282,7 +282,8 @@ def train(args, ranks, out):
     shown = val_samples if held_back else TaskSamples(args, task, cases, split="val")
     numbers = samples.micro_batches(step * per_step, total * per_step, args.batch, ranks.rank,
                                     ranks.world)
-    loader = samples.Batches(train_samples, numbers, ranks, args.workers, args.max_bad, bad)
+    loader = samples.Batches(train_samples, numbers, ranks, args.workers, args.max_bad, bad,
+                             args.accumulate)
     columns = ["step", "epoch", "lr", "loss", *task.terms, "grad_norm", "skipped", "val_loss"]
     log = runtime.CsvLog(out / "log.csv", columns, ranks, step)
     bar = progress.Progress(step, total, 2 * per_step, ranks)
@@ -332,7 +333,8 @@ def train(args, ranks, out):
         if ranks.is_main and (last or look or step == 1):
             report(out, config, task, shown[0], precision)
 
-        leaving = loader.agree(stop.asked)          # refuses more bad volumes than --max_bad, too
+        # was any rank asked to stop, did a loader fail, are more volumes bad than --max_bad?
+        leaving = loader.agree(stop.asked)
         if ranks.is_main and (leaving or clock.due(step)):
             # student.pt first: a resume trusts last.pt
             student_state = {"model": task.transferred(), "config": config, "step": step}
@@ -343,6 +345,7 @@ def train(args, ranks, out):
         if leaving:
             break
     bar.close(f"weights in {out / 'student.pt'}")
+    loader.raise_failure()
 
 
 def check(args):

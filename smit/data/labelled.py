@@ -3,18 +3,25 @@
 args: the settings of finetune.py, in all functions.
 """
 import math
+import os
 
 import numpy as np
 
 from smit.data import concerns, samples
 from smit.data.cases import cached, cached_with_concerns, check_cases, preparation_of
-from smit.data.lists import has_split, label_names
+from smit.data.lists import has_split, label_names, lists_labels
 from smit.data.lists import read_lists as read_all
 from smit.settings import require
 
 
 def read_lists(args, sources):
-    """Read all lists: (cases of --key, cases of --val_key where a list has it, what is wrong)."""
+    """Read all lists: (cases of --key, cases of --val_key where a list has it, what is wrong).
+
+    ValueError for a folder without a dataset.json and for a single image, which name no labels.
+    """
+    for path in sources:
+        require(lists_labels(path), f"{path}: names no labels; give a dataset.json, or a text list "
+                                    "with an image and its label on a line")
     cases, problems = read_all(sources, args.key, args.data_root, args.modality)
     with_val_key = [path for path in sources if has_split(path, args.val_key)]
     listed, more_problems = read_all(with_val_key, args.val_key, args.data_root, args.modality)
@@ -52,8 +59,12 @@ def find_cases(args, sources):
         check_cases(cases + listed, True, problems=problems)    # files' and lists', all at once
 
     train, held_back = split_cases(args, cases, listed)
-    require(train and not any(case in train for case in held_back),
-            f"{', '.join(sources)}: no case is left to train on, or one is also held back")
+    require(train, f"{', '.join(sources)}: no case is left to train on")
+    trained_on = {os.path.realpath(case["image"]) for case in train}
+    in_both = [case["image"] for case in held_back
+               if os.path.realpath(case["image"]) in trained_on]
+    require(not in_both, f"{', '.join(in_both[:3])}: to train on, and held back as well, "
+                         f"{len(in_both)} of {len(held_back)}; keep each in one list")
     if args.num_train is not None:
         seed = args.seed if args.subset_seed is None else args.subset_seed
         train = samples.nested_subset(train, args.num_train, seed)

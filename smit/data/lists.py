@@ -8,6 +8,7 @@ in nifti.py.
 Reading order: read_list, folders, JSON lists, text lists, names and modalities.
 """
 import collections
+import csv
 import json
 import os
 import re
@@ -26,6 +27,8 @@ MODALITIES = {  # words in a list's "modality" or "channel_names"
 LABEL_WORDS = "labels?|segmentations?|segs?|masks?|gts?|ground[ _-]?truths?|annotations?"
 LABEL_FOLDER = rf"({LABEL_WORDS})[ _-].*|(.*[ _-])?({LABEL_WORDS})(tr|ts|va|val)?"
 LABEL_FILE = rf"(.*[_.-])?({LABEL_WORDS})([_-]?\d+)?"
+LABEL_FOLDERS = "folders of labels"
+TITLES = ("image", "images", "img", "path", "file", "filename", "scan")
 OTHER_FORMATS = (".dcm", ".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh")
 PRINTABLE = "[^\0-\x1f\x7f\ud800-\udfff]+"
 
@@ -88,11 +91,23 @@ def read_source(path, key, data_root=None, modality=None):
         except ValueError as error:
             problems.append(str(error))
 
+    concerns.tell(shared_labels(path, cases))
     images = [case["image"] for case in cases]
     if images and not any(map(os.path.lexists, images)):
         concerns.tell([Concern(path, "none of its images is there", f"such as {images[0]}",
                                "name the folder that they are in with --data_root")])
     return cases, problems
+
+
+def shared_labels(path, cases):
+    """Return a concern if two cases of a list have one label: a copied line, or two contrasts."""
+    counts = collections.Counter(case["label"] for case in cases if case["label"])
+    shared = [os.path.basename(label) for label, count in counts.items() if count > 1]
+    if not shared:
+        return []
+    names = concerns.enumerate_names(shared)
+    return [Concern(path, "labels are those of more than one image", names,
+                    "fine only if these images show one patient on one grid")]
 
 
 def root_of(path, data_root=None):
@@ -129,7 +144,7 @@ def read_entries(path, key, data_root=None, modality=None):
 def other_keys(path, key):
     """Return which split of a JSON list is read, and which others there are."""
     others = [repr(other) for other in case_keys(read_json(path)) if other != key]
-    return f", its {key!r} cases" + (f", not {', '.join(others)}" if others else "")
+    return f", its {key!r} cases" + (f" (it has {', '.join(others)}, too)" if others else "")
 
 
 def make_case(path, entry, root):
@@ -140,11 +155,17 @@ def make_case(path, entry, root):
     names = [entry["image"]]
     if entry.get("label") is not None:
         names.append(entry["label"])
+    names = [name[0] if isinstance(name, list) and len(name) == 1 else name for name in names]
+    if entry["image"] is None and entry.get("keys"):
+        raise ValueError(f"{path}: a case has the keys {str(entry.get('keys'))[:200]}; name its "
+                         "file 'image', and its label 'label'")
     if not all(isinstance(name, str) and re.fullmatch(PRINTABLE, name) for name in names):
         raise ValueError(f"{path}: {str(names)[:200]!r} is no path of one image (one channel), or "
                          "two; repair it")
 
     names = [resolve(path, name, root) for name in names]
+    if len(names) == 2 and names[0] == names[1]:
+        raise ValueError(f"{path}: {names[0]} is listed as its own label; repair it")
     image = with_channel(path, names[0])
     label = names[1] if len(names) > 1 else None
     kind = WalkedCase if os.path.isdir(path) else dict
@@ -202,7 +223,7 @@ def find_volumes(folder, images=False):
     `images`, labels are left out as well, by the names of their folders and files.
     """
     folder = os.path.abspath(folder)
-    volumes, left_out = [], collections.Counter()
+    volumes, left_out, label_folders = [], collections.Counter(), set()
     waiting, links, entered = [folder], [], set()
     while waiting or links:
         where = (waiting or links).pop(0)
@@ -214,8 +235,11 @@ def find_volumes(folder, images=False):
             path = os.path.join(where, name)
             is_folder = os.path.isdir(path) and not is_volume(name)
             reason = why_left_out(name, is_folder, images)
+            if images and name == "dataset.json" and where != folder:
+                left_out["lists in its subfolders, which are read if they are named"] += 1
             if reason:
                 left_out[reason] += 1
+                label_folders |= {name} if reason == LABEL_FOLDERS else set()
             elif is_folder:
                 (links if os.path.islink(path) else waiting).append(path)
             elif is_volume(name):
@@ -226,6 +250,9 @@ def find_volumes(folder, images=False):
         distinct.setdefault(os.path.realpath(path), path)
     if len(distinct) < len(volumes):
         left_out["links to files that were found already"] = len(volumes) - len(distinct)
+    if label_folders:
+        names = ", ".join(sorted(label_folders))
+        left_out[f"{LABEL_FOLDERS} ({names})"] = left_out.pop(LABEL_FOLDERS)
     if left_out:
         parts = [f"{reason}: {count}" for reason, count in left_out.items()]
         concerns.note(f"{folder}: left out {'; '.join(parts)}")
@@ -242,7 +269,7 @@ def why_left_out(name, is_folder, images):
     if not images:
         return None
     if is_folder and re.fullmatch(LABEL_FOLDER, name, re.I):
-        return f"folders of labels ({name})"
+        return LABEL_FOLDERS
     if is_volume(name) and re.fullmatch(LABEL_FILE, stem(name), re.I):
         return "labels, by their names"
     return None
@@ -310,7 +337,8 @@ def json_entries(path, content, key, root):
     elif not isinstance(listed, list) or not listed:
         state = "is empty" if listed == [] else "is no list of cases"
         keys = ", ".join(map(repr, case_keys(content)))
-        raise ValueError(f"{path}: {key!r} {state}; --key can be {keys or 'none'}")
+        way_out = f"--key can be {keys}" if keys else "no other key of it is a list either"
+        raise ValueError(f"{path}: {key!r} {state}; {way_out}")
     else:
         entries = [listed_entry(case) for case in listed]
     return with_folds(path, entries) if key == "training" else entries
@@ -320,7 +348,8 @@ def listed_entry(case):
     """Return the entry of a case that a JSON lists as a dict, or as the name of its image."""
     if not isinstance(case, dict):
         return {"image": case}
-    return {"image": case.get("image"), "label": case.get("label"), "fold": case.get("fold")}
+    return {"image": case.get("image"), "label": case.get("label"), "fold": case.get("fold"),
+            "keys": [*case]}
 
 
 def case_keys(content):
@@ -470,14 +499,34 @@ def read_text(path):
 
 
 def text_entries(path):
-    """Return the entries of a text list: an image a line, then maybe its label."""
+    """Return the entries of a text list: an image a line, then maybe its label.
+
+    Spreadsheets write quotes around names, a first line of titles, and empty columns at the end.
+    """
     entries = []
     for line in read_text(path).splitlines():
         line = line.strip()
-        if line and not line.startswith("#"):
-            image, *label = re.split(r"\s*[\t,]\s*", line, maxsplit=1)
-            entries.append({"image": image, "label": label[0] if label else None})
+        if not line or line.startswith("#"):
+            continue
+        image, label, *others = columns_of(path, line)
+        if any(others):
+            raise ValueError(f"{path}: {line[:200]!r} has more columns than an image and its "
+                             "label; drop them, or put names with commas in quotes")
+        if not entries and image.lower() in TITLES:
+            concerns.note(f"{path}: its first line, {line[:200]!r}, is read as titles")
+            continue
+        entries.append({"image": image, "label": label or None})
     return entries
+
+
+def columns_of(path, line):
+    """Return the columns of a line, two at least, split at tabs, or else at commas."""
+    delimiter = "\t" if "\t" in line else ","
+    try:
+        cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}: {line[:200]!r}: {error}; repair it") from None
+    return [cell.strip() for cell in cells] + [""]
 
 
 # -------------------------------------------------------------------------------- names, modalities
@@ -490,6 +539,17 @@ def has_split(path, key):
         return path.lower().endswith(".json") and bool(read_json(path).get(key))
     except ValueError:
         return False
+
+
+def lists_labels(path):
+    """Return whether a source can name labels: a list can, a folder without one and an image not.
+
+    What is not there counts as a list; `read_lists` tells its fault.
+    """
+    path = str(path)
+    if os.path.isdir(path):
+        return os.path.isfile(os.path.join(path, "dataset.json"))
+    return not is_volume(path)
 
 
 def list_modality(content):

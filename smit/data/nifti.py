@@ -43,6 +43,7 @@ FORMATS = (                            # name, converter, where its magic stands
     ("HDF5 or MINC", "mnc2nii", 0, b"\x89HDF"),
     ("MINC", "mnc2nii", 0, b"CDF\x01"),
     ("a numpy array", "nibabel", 0, b"\x93NUMPY"),
+    ("packed twice", "gunzip", 0, b"\x1f\x8b"),
 )
 
 # body: the file with the voxels; offset: of the first of them, in bytes; nifti: the raw header
@@ -138,6 +139,8 @@ def parse_header(path, block, single):
     BadVolume for any other file. nibabel's own check is off, for it would repair silently.
     """
     little, big = (int.from_bytes(block[:4], order) for order in ("little", "big"))
+    if not block:
+        raise BadVolume(f"{path}: is empty, 0 bytes; copy it again")
     kind = nib.Nifti2Header if 540 in (little, big) else nib.Nifti1Header
     if kind.sizeof_hdr not in (little, big) or len(block) < kind.sizeof_hdr:
         known = name_format(path)

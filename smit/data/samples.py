@@ -6,6 +6,8 @@ see the samples that one rank with batch 2 sees.
 
 Reading order: random streams, splits, views for pre-training, crops for fine-tuning, batches.
 """
+import collections
+import contextlib
 import functools
 import hashlib
 import os
@@ -23,7 +25,7 @@ from smit.data.concerns import Concern
 from smit.data.nifti import BadVolume, pair
 from smit.data.organs import case_names, identities
 from smit.masking import random_block_mask
-from smit.runtime.ranks import ignore_stop_signals
+from smit.runtime.ranks import WORKER_DEATH, ignore_stop_signals, worker_deaths
 from smit.transforms import crop, rotate90
 
 SPLITS = {  # numbers of the BTCV cases held back
@@ -392,10 +394,44 @@ def load_batches(dataset, numbers, workers=0, pin=False):
         # workers of Python 3.14's forkserver outlive a killed rank: they are not its children
         multiprocessing_context="fork" if workers else None,
         timeout=WORKER_TIMEOUT_S if workers else 0, worker_init_fn=ignore_stop_signals)
-    for batch in loader:
+    watch = worker_deaths if workers else contextlib.nullcontext()
+    with watch:
+        loaded = iter(loader)
+    while True:
+        with watch:
+            batch = next(loaded, None)
+        if batch is None:
+            return
         if isinstance(batch, Exception):
             raise batch
-        yield batch
+        yield batch if pin or not workers else own_copy(batch)
+
+
+def own_copy(batch):
+    """Copy a worker's batch out of shared memory, which is small in a container."""
+    copy = {}
+    for name, value in batch.items():
+        copy[name] = value.clone() if isinstance(value, torch.Tensor) else value
+    return copy
+
+
+def load_in_spite_of_deaths(dataset, numbers, workers=0, pin=False):
+    """Yield as `load_batches`; if a worker dies, make the other micro-batches in this process.
+
+    For measurements, in whose midst nothing can be saved: the death ends the training's `Batches`,
+    as if one of their own workers had died.
+    """
+    numbers = list(numbers)
+    done = 0
+    try:
+        for batch in load_batches(dataset, numbers, workers, pin):
+            done += 1
+            yield batch
+    except RuntimeError as error:
+        if not re.search(WORKER_DEATH, str(error)):
+            raise                                        # a silent disk would be silent here, too
+        worker_deaths.kept = error
+        yield from load_batches(dataset, numbers[done:], 0, pin)
 
 
 class Batches:
@@ -404,24 +440,50 @@ class Batches:
     dataset: ViewPairs or LabelledCrops; numbers: see `micro_batches`; max_bad: unreadable volumes
     to allow over all ranks, of which `left_out` were left out by their headers before. Each is told
     once, in one line, by the rank that met it.
+
+    per_step: micro-batches that a training step takes. That many are fetched ahead, so a step is
+    begun only with all of them at hand. If the loader fails, be it that a worker died, a disk is
+    silent or a file has changed, the step under way is finished, `agree` tells all ranks to leave,
+    and `raise_failure` says why, after the run was saved. 0 for measurements.
     """
 
-    def __init__(self, dataset, numbers, ranks, workers=0, max_bad=0, left_out=0):
+    def __init__(self, dataset, numbers, ranks, workers=0, max_bad=0, left_out=0, per_step=0):
         self.dataset, self.ranks = dataset, ranks
         self.max_bad, self.left_out = max_bad, left_out
         self.bad = set()                                 # indices of unreadable volumes
         self.told = set()
-        self.loaded = load_batches(dataset, numbers, workers, pin=ranks.device.type == "cuda")
+        load = load_batches if per_step else load_in_spite_of_deaths
+        self.loaded = load(dataset, numbers, workers, pin=ranks.device.type == "cuda")
+        self.per_step = per_step
+        self.fetched = collections.deque()
+        self.end = None                                  # StopIteration, or what the loader raised
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        batch = next(self.loaded)
+        while len(self.fetched) <= self.per_step and self.end is None:
+            self.fetch()
+        if not self.fetched:
+            raise self.end
+        return self.fetched.popleft()
+
+    def fetch(self):
+        """Fetch a micro-batch, or learn that there is none."""
+        try:
+            batch = next(self.loaded)
+        except Exception as error:
+            self.end = error
+            return
         tell_about(batch, self.told)
         if "passed_over" in batch:
             self.count_bad(batch)
-        return batch
+        self.fetched.append(batch)
+
+    @property
+    def failure(self):
+        """Return what this rank's loader raised, or None."""
+        return None if isinstance(self.end, StopIteration) else self.end
 
     def count_bad(self, batch):
         """Add to `bad` the volumes that were passed over before each of the batch's."""
@@ -431,11 +493,28 @@ class Batches:
                 self.bad.add((index - back) % n)
 
     def agree(self, stop):
-        """Return whether any rank was asked to stop; raise as check_bad. All ranks must call it."""
-        leaving, most_bad = self.ranks.agree(bool(stop), len(self.bad))
+        """Return whether all ranks leave after this step. Every rank must call it.
+
+        They do when one of them was asked to stop, when its loader has failed, and when more
+        volumes are bad than allowed.
+        """
+        leaving, most_bad = self.ranks.agree(bool(stop or self.failure), len(self.bad))
         if most_bad:
-            self.check_bad()
+            try:
+                self.check_bad()
+            except ValueError as error:
+                self.end, leaving = error, True
         return leaving
+
+    def raise_failure(self):
+        """Raise what ended this rank's loader, or else another's. Every rank must call it."""
+        texts = [] if self.failure is None else [str(self.failure)]
+        gathered = self.ranks.gather(texts)
+        if self.failure:
+            raise self.failure
+        for rank, texts in enumerate(gathered):
+            if texts:
+                raise ValueError(f"rank {rank}: {texts[0]}")
 
     def check_bad(self):
         """Join the bad volumes of all ranks; ValueError naming them if they are more than max_bad.

@@ -33,8 +33,9 @@ except ImportError:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ORPHAN_GRACE_S = 20  # for a last checkpoint once torchrun's agent is gone
 FIRST_LOSS_SCALE = 2.0 ** 12  # of fp16; from torch's 2^16 the first steps overflow and are skipped
+WORKER_DEATH = r"(DataLoader worker .*(killed by signal|exited unexpectedly)|shared memory)"
 LOADER_FAULTS = {  # what torch says of its loader, and what to do about it
-    r"(DataLoader worker .*(killed by signal|exited unexpectedly)|shared memory)":
+    WORKER_DEATH:
         "shared or main memory is too small: give fewer --workers, or --workers 0; "
         "in Docker start the container with --shm-size 8g",
     "DataLoader timed out": "the disk or the network under the data does not answer",
@@ -406,6 +407,51 @@ def ignore_stop_signals(worker_id=0):
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+class WorkerDeaths:
+    """Keep the death of a loader worker until batches are asked for: a context around asking.
+
+    torch raises it from SIGCHLD, wherever the process is: in a step half done, or while it saves.
+    Raised here, it finds the run between two batches.
+    """
+
+    def __init__(self):
+        self.asking = False
+        self.kept = None                        # the error of a worker that died meanwhile
+        self.raise_deaths = None                # torch's handler of SIGCHLD
+
+    def __enter__(self):
+        self.raise_kept()
+        self.asking = True
+
+    def __exit__(self, kind, error, trace):
+        self.asking = False
+        if isinstance(error, (ConnectionError, EOFError)):
+            time.sleep(1)           # a dying worker's connection may break before SIGCHLD comes
+            self.raise_kept()
+        in_place = signal.getsignal(signal.SIGCHLD)
+        in_main = threading.current_thread() is threading.main_thread()
+        if callable(in_place) and in_place != self.note and in_main:
+            # torch has set its own with the first workers
+            self.raise_deaths = signal.signal(signal.SIGCHLD, self.note)
+
+    def raise_kept(self):
+        error = self.kept
+        self.kept = None
+        if error:
+            raise error
+
+    def note(self, number, frame):
+        try:
+            self.raise_deaths(number, frame)
+        except RuntimeError as error:
+            if self.asking:
+                raise
+            self.kept = error
+
+
+worker_deaths = WorkerDeaths()
 
 
 def leave_with_parent(parent):
