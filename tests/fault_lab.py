@@ -201,8 +201,9 @@ class Run:
         When one rank was killed the others are, too, as schedulers do. The code is the first that
         is not 0, and "hung" if there is none but the time was over.
         """
+        end = self.begun + seconds
         codes = self.codes()
-        while None in codes and not KILLED & set(codes) and time.time() < self.begun + seconds:
+        while None in codes and not KILLED & set(codes) and time.time() < end:
             time.sleep(.02)
             codes = self.codes()
         self.signal("SIGKILL")
@@ -213,7 +214,8 @@ class Run:
         for code in codes:
             if code not in (None, 0):
                 return code, text
-        return ("hung" if None in codes else 0), text
+        code = "hung" if None in codes else 0
+        return code, text
 
     def signal(self, name):
         """Send a signal to its processes that live."""

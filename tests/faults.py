@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from fault_lab import RUNS, Lab, Row  # noqa: E402
 from test_faults import GROUPS  # noqa: E402
 
-COLUMNS = "fault", "injection", "as it should", "lost", "exact", "exit", "last message"
+COLUMNS = ("fault", "injection", "as it should", "lost", "exact", "exit", "last message")
 LONGEST_MESSAGE = 150            # characters of it that are shown
 PATIENCE_S = 10                  # for loader workers to notice that their parents are gone
 
@@ -145,7 +145,7 @@ def describe_all(faults):
     texts = []
     for fault in faults:
         text = describe(fault)
-        if fault.do and text not in texts:
+        if fault.deed and text not in texts:
             texts.append(text)
     if not texts:
         return "as named, from outside"
@@ -156,10 +156,10 @@ def describe_all(faults):
 
 def describe(fault):
     """Say "deed (limit) at point of file nth, rank", without what is as usual."""
-    text = fault.do
+    text = fault.deed
     if fault.size is not None:
         text += f" ({fault.size} bytes)"
-    text += f" at {fault.at}"
+    text += f" at {fault.point}"
     if fault.file != "last.pt":
         text += f" of {fault.file}"
     text += f" {fault.nth}"

@@ -39,10 +39,10 @@ EVERY_LIFE = None
 class Fault(NamedTuple):
     """Describe a deed, the point at which it is done, and the processes that do it."""
 
-    at: str                      # a name in `points`, "step" or "start"
-    do: str                      # a deed: see `act`
+    point: str                   # a name in `points`, "step" or "start"
+    deed: str                    # see `act`
     nth: int = 1                 # it is done in this passing of the point ...
-    times: int = 1               # ... and in so many in all
+    times: int = 1               # ... and in the next ones, so many in all
     rank: int | None = 0
     life: int | None = 0         # restarts by torchrun before it
     file: str = "last.pt"        # written, renamed or synced at the point
@@ -74,7 +74,7 @@ def be_rank(script, flags, faults, console, variables):
 # ---------------------------------------------------------------- when and where
 def arm(fault):
     """Let this process meet the fault, if it is one of those that shall."""
-    if fault.at == "start":
+    if fault.point == "start":
         shorten_timeouts()
         return
     is_here = fault.rank in (EVERY_RANK, int(os.environ.get("RANK", 0)))
@@ -87,10 +87,10 @@ def arm(fault):
     def is_due():
         return fault.nth <= next(passings) < fault.nth + fault.times
 
-    if fault.at == "step":
+    if fault.point == "step":
         act_after_steps(fault, is_due)
         return
-    point = points(fault.file)[fault.at]
+    point = points(fault.file)[fault.point]
     for name in point.names:
         wrap(point, name, fault, is_due)
 
@@ -173,7 +173,7 @@ def wrap(point, name, fault, is_due):
 
         if strikes and point.acts_after:
             act(fault, name, args)
-            if fault.do == "nan":
+            if fault.deed == "nan":
                 return result * math.nan
         return result
 
@@ -183,37 +183,37 @@ def wrap(point, name, fault, is_due):
 # ---------------------------------------------------------------- deeds
 def act(fault, name="", args=()):
     """Do what the fault says. name, args: the call during which it is done, to be traced."""
-    do = fault.do
-    if do.startswith("SIG"):
-        os.kill(os.getpid(), signal.Signals[do])
-    elif do.startswith("worker "):
+    deed = fault.deed
+    if deed.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[deed])
+    elif deed.startswith("worker "):
         worker = multiprocessing.active_children()[0]
-        os.kill(worker.pid, signal.Signals[do.removeprefix("worker ")])
+        os.kill(worker.pid, signal.Signals[deed.removeprefix("worker ")])
 
-    elif do == "limit":
+    elif deed == "limit":
         die_beyond(fault.size)
-    elif do == "fill":
+    elif deed == "fill":
         fill_disk(fault.path)
-    elif do == "trace":
+    elif deed == "trace":
         trace_call(name, args, fault.path)
-    elif do == "remove":
+    elif deed == "remove":
         os.unlink(fault.path)
-    elif do == "copy":
+    elif deed == "copy":
         shutil.copy(fault.source, fault.path)
 
-    elif do == "sleep":
+    elif deed == "sleep":
         time.sleep(.5)
-    elif do == "hang":
+    elif deed == "hang":
         time.sleep(9999)
 
-    elif do == "EIO":
+    elif deed == "EIO":
         raise OSError(errno.EIO, os.strerror(errno.EIO))
-    elif do == "error":
+    elif deed == "error":
         raise ValueError("injected")
-    elif do == "bug":
+    elif deed == "bug":
         raise KeyError(0)
-    elif do != "nan":            # `wrap` does that to the function's result
-        raise NotImplementedError(f"no such deed: {do}")
+    elif deed != "nan":          # `wrap` does that to the function's result
+        raise NotImplementedError(f"no such deed: {deed}")
 
 
 def die_beyond(size):

@@ -303,8 +303,8 @@ def files(lab):
         flags = ("--data", folder / "dataset.json", "--val_fraction", 0, *TWO_WORKERS)
         return lab.refused(f"a volume is {name} in mid-run", lab.fresh(), *flags, ranks=2, agent=[], faults=[fault],
                            code=1, told="error: [^\n]*phantom0004.nii.gz")
-    yield partial(touched, "removed", do="remove")
-    yield partial(touched, "replaced", do="copy", source=str(lab.folder / "phantoms/imagesTr/phantom0005.nii.gz"))
+    yield partial(touched, "removed", deed="remove")
+    yield partial(touched, "replaced", deed="copy", source=str(lab.folder / "phantoms/imagesTr/phantom0005.nii.gz"))
     few, case = lab.folder / "few.txt", "phantoms/imagesTr/phantom{0}.nii.gz\tphantoms/labelsTr/phantom{0}.nii.gz\n"
     few.write_text(case.format("0000") + case.format("0001"))
     yield partial(lab.trial, "2 cases for 4 ranks", Fault("step", KILL, 10, rank=3), ranks=4,
