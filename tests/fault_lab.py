@@ -47,13 +47,19 @@ SHARES = {
     "evaluate.py": {1: ""},
 }
 
-KILLED = {-signal.SIGKILL, -signal.SIGXFSZ}          # exit codes
-LAST_WORDS = re.compile(r"^(?:error|warning|interrupted|SIG|\w*Error)\b.*", re.MULTILINE)
-FOLDER = re.compile(r"(?<!\w)/\S*/(?=[\w.])")        # in front of a file's name
 TESTS = Path(__file__).resolve().parent
-SERVER = multiprocessing.get_context("forkserver")   # has torch loaded: a fork of it starts at once
+KILLED = {-signal.SIGKILL, -signal.SIGXFSZ}      # exit codes
+
+# to pick a run's last words from its console, and to leave folders out of them
+LAST_WORDS = re.compile(r"^(?:error|warning|interrupted|SIG|\w*Error)\b.*", re.MULTILINE)
+FOLDER = re.compile(r"(?<!\w)/\S*/(?=[\w.])")
+
+# the server has torch loaded, so that what is forked from it starts at once
+SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["fault_lab", "torch.nn.parallel", "torch._dynamo"])
-RUNS = []                                            # all since this process began
+
+# every run that this process has started: the table asks for their faults and what they left
+RUNS = []
 
 
 class Row(NamedTuple):
