@@ -144,7 +144,7 @@ def points(file):
 
     return {
         "loss": Point(losses, ("mip_loss", "dice_ce_loss"), always, acts_after=True),
-        "load": Point(data.cases, ("cached",), is_in_worker),
+        "load": Point(data.cases, ("cached_with_concerns",), is_in_worker),
         "write": Point(runtime.files, ("atomic_write",), writes_file),
         "label": Point(data, ("write_label",), writes_file),
         "prev": Point(os, ("replace",), renames_to_previous),
