@@ -22,7 +22,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([
-    "torch.nn.parallel", "torch._dynamo", "faults", "train_ssl", "finetune", "evaluate",
+    "torch.nn.parallel", "torch._dynamo", "fault_lab", "train_ssl", "finetune", "evaluate",
     "smit.baselines.__main__", "smit.study.__main__"])
 
 

@@ -1,6 +1,6 @@
 """What is injected and what must come of it, in groups; `python tests/faults.py --all` runs them, pytest a few of each.
 
-A group is a function of a faults.Lab that gives cases; a case is a function that gives a faults.Row.
+A group is a function of a fault_lab.Lab that gives cases; a case is a function that gives a fault_lab.Row.
 """
 import contextlib
 import csv
@@ -13,16 +13,12 @@ import subprocess
 import time
 from functools import partial
 
-import faults
 import pytest
-from faults import EVERY, STEPS, Row, fingerprint, kept, last_row, message
+from fault_lab import EVERY, STEPS, Lab, Row, fingerprint, last_logged_step, lost_steps, message
+from injection import Fault, fill_disk
 from smit import runtime
 
 KILL, TWO_WORKERS = "SIGKILL", ("--workers", 2)
-
-
-def at(point, do, nth=1, **more):
-    return dict(at=point, do=do, nth=nth, **more)
 
 
 def kills(lab):
@@ -31,9 +27,9 @@ def kills(lab):
         for workers in lab.workers:
             name = f"kill -9 of a rank in mid-step; {ranks} ranks, {workers} workers"
             for nth in range(1, STEPS):
-                fault = at("step", KILL, nth, rank=nth % ranks)
+                fault = Fault("step", KILL, nth, rank=nth % ranks)
                 yield partial(lab.trial, name, fault, ranks=ranks, flags=("--workers", workers))
-        sixth, again = at("step", KILL, 6), [at("step", KILL, 1, rank=ranks - 1), at("step", KILL, 2)]
+        sixth, again = Fault("step", KILL, 6), [Fault("step", KILL, 1, rank=ranks - 1), Fault("step", KILL, 2)]
         for name, more in (("in the first step after a resume", again[:1]), ("thrice in an epoch", again)):
             yield partial(lab.trial, f"kill -9 {name}; {ranks} ranks", sixth, ranks=ranks, again=more)
 
@@ -47,7 +43,7 @@ def at_random(lab):
             run.until(lambda: 0 in run.codes(), draw.uniform(.2, 3))
             run.signal(KILL)
             run.wait()
-            good &= last_row(folder) - kept(folder) <= 1
+            good &= lost_steps(folder) <= 1
         return lab.resumed("kill -9 at 5 random times, saving in every step", folder, 1, good=good, ranks=ranks)
     return [partial(killed, seed) for seed in range(20)]
 
@@ -56,9 +52,9 @@ def restarts(lab):
     """A killed rank under torchrun --max-restarts=3: the run goes on by itself."""
     how = dict(ranks=2, agent=["--max-restarts=3"], code=0)
     for n in range(20):
-        fault = at("step", KILL, 2 + n % 9, rank=n % 2)
+        fault = Fault("step", KILL, 2 + n % 9, rank=n % 2)
         yield partial(lab.trial, "kill -9 of a rank under torchrun --max-restarts=3", fault, **how)
-    lives = [at("step", KILL, 6, rank=life % 2, life=life) for life in range(3)]
+    lives = [Fault("step", KILL, 6, rank=life % 2, life=life) for life in range(3)]
     yield partial(lab.trial, "kill -9 in three lives running, the same", *lives, **how)
 
 
@@ -66,13 +62,13 @@ def agents(lab):
     """Signals to torchrun itself."""
     def stopped(name, expected):
         folder = lab.fresh()
-        pace = at("step", "sleep", times=99, rank=None)
+        pace = Fault("step", "sleep", times=99, rank=None)
         run = lab.run(folder, *TWO_WORKERS, ranks=2, agent=[], faults=[pace])
-        run.until(lambda: last_row(folder) > EVERY)
+        run.until(lambda: last_logged_step(folder) > EVERY)
         run.signal(name)
-        gone = run.until(lambda: not run.alive(), 60)
+        gone = run.until(lambda: not run.is_alive(), 60)
         code, text = run.wait()
-        lost = last_row(folder) - kept(folder)
+        lost = lost_steps(folder)
         text += f"\ngone in {gone:.0f} s\n"
         return lab.resumed(f"{name} to torchrun; its ranks must leave in 30 s", folder, lost, text, code,
                            gone < 30 and lost == 0 and code == expected, "gone in", 2)
@@ -83,33 +79,33 @@ def signals(lab):
     """One rank is told or all are; they stop at one step, save and leave."""
     clean = dict(most=0, code=0)
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        yield partial(lab.trial, f"{name} to one rank of two", at("step", name, 6, rank=1), ranks=2, flags=TWO_WORKERS,
-                      told="stopped at step 6", **clean)
-        yield partial(lab.trial, f"{name} to all ranks of four", at("step", name, 6, rank=None), ranks=4,
+        yield partial(lab.trial, f"{name} to one rank of two", Fault("step", name, 6, rank=1), ranks=2,
+                      flags=TWO_WORKERS, told="stopped at step 6", **clean)
+        yield partial(lab.trial, f"{name} to all ranks of four", Fault("step", name, 6, rank=None), ranks=4,
                       told=f"{name}: saving", **clean)
-        yield partial(lab.trial, f"{name}, and again twice while saving", at("step", name, 6), at("write", name, 2),
-                      at("rename", name, 2), ranks=2, told="stopped at step 6", **clean)
+        yield partial(lab.trial, f"{name}, and again twice while saving", Fault("step", name, 6),
+                      Fault("write", name, 2), Fault("rename", name, 2), ranks=2, told="stopped at step 6", **clean)
 
 
 def saving(lab):
     """Death and errors in the midst of the second checkpoint, of step 8, and of the last."""
     size, most = (lab.whole() / "last.pt").stat().st_size, EVERY
     for share, limit in (("byte 0", 0), ("1 kB", 1000), ("10 %", .1 * size), ("50 %", .5 * size), ("99 %", .99 * size)):
-        fault = at("write", "limit", 2, size=int(limit))
+        fault = Fault("write", "limit", 2, size=int(limit))
         yield partial(lab.trial, f"killed at {share} of a checkpoint's write", fault, code=-25, most=most)
-    yield partial(lab.trial, "killed before the old one is moved", at("prev", KILL), most=most)
-    yield partial(lab.trial, "killed before the rename", at("rename", KILL, 2), most=most)
-    yield partial(lab.trial, "killed after the rename", at("renamed", KILL, 2), most=0)
-    yield partial(lab.trial, "killed after the last rename of a run", at("renamed", KILL, 4), most=0)
+    yield partial(lab.trial, "killed before the old one is moved", Fault("prev", KILL), most=most)
+    yield partial(lab.trial, "killed before the rename", Fault("rename", KILL, 2), most=most)
+    yield partial(lab.trial, "killed after the rename", Fault("renamed", KILL, 2), most=0)
+    yield partial(lab.trial, "killed after the last rename of a run", Fault("renamed", KILL, 4), most=0)
     told = "error: .*last.pt could not be written: Input/output error"
     for name, point, nth in (("1", "fsync", 3), ("2", "fsync", 4), ("of the folder", "renamed", 2)):
-        fault = at(point, "EIO", nth)
+        fault = Fault(point, "EIO", nth)
         yield partial(lab.trial, f"EIO on fsync {name} of a checkpoint", fault, code=2, most=most, told=told)
 
     def ordered():
         folder, trace = lab.fresh(), lab.folder / "trace.txt"
         trace.unlink(missing_ok=True)
-        code, _ = lab.run(folder, faults=[at("disk", "trace", times=10 ** 6, path=str(trace))]).wait()
+        code, _ = lab.run(folder, faults=[Fault("disk", "trace", times=10 ** 6, path=str(trace))]).wait()
         calls = re.sub(r"(fsync|replace) \S+/", r"\1 ", trace.read_text())
         fsync = r"fsync \.last\.pt\.\w+\.partial\n"
         saves = re.findall(f"{fsync}(?:replace last.prev.pt\n)?{fsync}replace last.pt\nfsync {folder.name}\n", calls)
@@ -137,15 +133,15 @@ def disks(lab):
     def fills():
         with small() as disk:
             out, ballast = disk / "run", disk / "ballast"
-            found, text = lab.run(out, faults=[at("step", "fill", 6, path=str(ballast))]).wait()
-            lost = last_row(out) - kept(out)
+            found, text = lab.run(out, faults=[Fault("step", "fill", 6, path=str(ballast))]).wait()
+            lost = lost_steps(out)
             ballast.unlink()
             return lab.resumed("the disk is full from step 6 on", out, lost, text, found, found == 2 and lost <= EVERY,
                                "error: .* could not be written: No space left")
 
     def full(name, told, *flags):
         with small() as disk:
-            faults.act("fill", path=str(disk / "ballast"))
+            fill_disk(disk / "ballast")
             return lab.refused(name, lab.fresh() if flags else disk / "run", *flags, told=told)
 
     def read_only():
@@ -172,19 +168,20 @@ def hangs(lab):
     """Workers and ranks that die, stop or fail under torchrun: everyone leaves, the first error is shown last."""
     def left(name, fault, told, most_s):
         folder = lab.fresh()
-        run = lab.run(folder, "--workers", 1, ranks=2, faults=[at("start", ""), fault], agent=[])
-        rows = run.until(lambda: last_row(folder) >= 5)
+        run = lab.run(folder, "--workers", 1, ranks=2, faults=[Fault("start", ""), fault], agent=[])
+        rows = run.until(lambda: last_logged_step(folder) >= 5)
         code, text = run.wait(200 + rows)
-        took, lost = time.time() - (folder / "log.csv").stat().st_mtime, last_row(folder) - kept(folder)
+        took, lost = time.time() - (folder / "log.csv").stat().st_mtime, lost_steps(folder)
         end = "".join(text.splitlines(True)[-6:])
         good = code == 1 and took < most_s and lost < EVERY and bool(re.search(told, end))
         text += f"\nafter {took:.0f} s: {message(end, told)}\n"
         return lab.resumed(f"{name}; all gone in {most_s} s", folder, lost, text, code, good, "after", 2)
     def sixth(do):
-        return at("step", do, 6, rank=1)
+        return Fault("step", do, 6, rank=1)
+    load = Fault("load", "hang", 14, rank=1)
     for name, fault, told, most_s in (
             ("a loader worker is killed", sixth("worker SIGKILL"), "killed by signal: Killed|exited unexpectedly", 30),
-            ("a loader worker hangs (timeout 5 s, not 300)", at("load", "hang", 14, rank=1), "timed out after 5 s", 60),
+            ("a loader worker hangs (timeout 5 s, not 300)", load, "timed out after 5 s", 60),
             ("a rank raises", sixth("error"), "error: injected", 20),
             ("a rank has a bug", sixth("bug"), "KeyError: 0", 20),
             ("a rank hangs (timeout 30 s, not 10 min)", sixth("SIGSTOP"), "[Tt]imed out|[Tt]imeout", 100)):
@@ -199,9 +196,9 @@ def workers(lab):
             flags, where = ("--workers", workers), f"; {ranks} ranks, {workers} workers"
             how = dict(ranks=ranks, flags=flags, told=told, **clean)
             yield partial(lab.trial, f"a loader worker is killed by its item{where}",
-                          at("load", KILL, 12 // workers, rank=ranks - 1), **how)
+                          Fault("load", KILL, 12 // workers, rank=ranks - 1), **how)
             yield partial(lab.trial, f"a loader worker is killed in mid-step{where}",
-                          at("step", "worker SIGKILL", 6, rank=ranks - 1), **how)
+                          Fault("step", "worker SIGKILL", 6, rank=ranks - 1), **how)
 
 
 def damage(lab):
@@ -217,7 +214,7 @@ def damage(lab):
         newest = folder / "last.pt"
         newest.write_bytes(ways[name](newest.read_bytes()))
         told = "warning: .*last.pt is refused.*step 4"
-        return lab.resumed(f"the newest checkpoint is {name}", folder, last_row(folder) - kept(folder), told=told)
+        return lab.resumed(f"the newest checkpoint is {name}", folder, lost_steps(folder), told=told)
 
     def all_damaged():
         folder = lab.broken()
@@ -228,7 +225,7 @@ def damage(lab):
     def older():
         folder = lab.broken()
         os.utime(folder / "last.pt", (0, 0))
-        return lab.resumed("the clock was wrong", folder, last_row(folder) - kept(folder), told="steps 8 to 13")
+        return lab.resumed("the clock was wrong", folder, lost_steps(folder), told="steps 8 to 13")
 
     def occupied(name, **how):
         return lab.refused(f"a run is there{name}", lab.broken(nth=6), told="error: .*holds a run", **how)
@@ -281,8 +278,8 @@ def together(lab):
     """Two runs, one folder."""
     def second(*flags):
         folder = lab.fresh()
-        first = lab.run(folder, ranks=2, faults=[at("step", "sleep", times=99)])
-        first.until(lambda: last_row(folder) > 1)
+        first = lab.run(folder, ranks=2, faults=[Fault("step", "sleep", times=99)])
+        first.until(lambda: last_logged_step(folder) > 1)
         begun, name = time.time(), f"a second run in the folder, {' '.join(flags) or 'plain'}"
         row = lab.refused(name, folder, *flags, told="error: .*in use by .* pid")
         took = time.time() - begun
@@ -297,14 +294,14 @@ def nans(lab):
 
     def once():
         for rank, folder in enumerate(folders := [lab.fresh(), lab.fresh()]):
-            code, _ = lab.run(folder, ranks=2, faults=[at("loss", "nan", 8 * micro, rank=rank)]).wait()
+            code, _ = lab.run(folder, ranks=2, faults=[Fault("loss", "nan", 8 * micro, rank=rank)]).wait()
         skipped = runtime.load_checkpoint(folders[0] / "last.pt")["skipped"]
         exact = fingerprint(folders[0]) == fingerprint(folders[1]) != fingerprint(lab.whole(2))
         return Row("NaN on one rank of two: alike whichever it is", 1, f"{skipped} step skipped", code, exact,
                    code == 0 and exact and skipped == 1)
 
     def always(rank):
-        fault = at("loss", "nan", 6 * micro, times=999, rank=rank)
+        fault = Fault("loss", "nan", 6 * micro, times=999, rank=rank)
         return lab.refused(f"NaN on rank {rank} from step 6 on", lab.fresh(), "--steps", 40, ranks=2, agent=[], code=1,
                            faults=[fault], told="error: step 25: 20 steps.*nan")
     return [once, partial(always, 0), partial(always, 1)]
@@ -315,23 +312,23 @@ def files(lab):
     def touched(name, **fault):
         folder = lab.fresh()
         shutil.copytree(lab.folder / "phantoms", folder)
-        fault = at("step", nth=2, path=str(folder / "imagesTr/phantom0004.nii.gz"), **fault)
+        fault = Fault("step", nth=2, path=str(folder / "imagesTr/phantom0004.nii.gz"), **fault)
         flags = ("--data", folder / "dataset.json", "--val_fraction", 0, *TWO_WORKERS)
         return lab.refused(f"a volume is {name} in mid-run", lab.fresh(), *flags, ranks=2, agent=[], faults=[fault],
                            code=1, told="error: [^\n]*phantom0004.nii.gz")
-    yield partial(touched, "removed", do="remove")
-    yield partial(touched, "replaced", do="copy", source=str(lab.folder / "phantoms/imagesTr/phantom0005.nii.gz"))
+    yield partial(touched, "removed", deed="remove")
+    yield partial(touched, "replaced", deed="copy", source=str(lab.folder / "phantoms/imagesTr/phantom0005.nii.gz"))
     few, case = lab.folder / "few.txt", "phantoms/imagesTr/phantom{0}.nii.gz\tphantoms/labelsTr/phantom{0}.nii.gz\n"
     few.write_text(case.format("0000") + case.format("0001"))
-    yield partial(lab.trial, "2 cases for 4 ranks", at("step", KILL, 10, rank=3), ranks=4,
+    yield partial(lab.trial, "2 cases for 4 ranks", Fault("step", KILL, 10, rank=3), ranks=4,
                   same=("--data", few, "--val_fraction", 0))
-    yield partial(lab.trial, "epochs of 3.75 steps", at("step", KILL, 10, rank=1), ranks=2, same=("--val_fraction", 0))
+    yield partial(lab.trial, "epochs of 3.75 steps", Fault("step", KILL, 10, rank=1), ranks=2,
+                  same=("--val_fraction", 0))
 
 
 def evaluation(lab):
     """evaluate.py killed, stopped, refused; then the same command, to the end. Lost: predictions made again."""
-    new_lab = type(lab)                                              # of the same module, be it run or imported
-    tuner, lab = new_lab(lab.folder, "finetune.py"), new_lab(lab.folder, "evaluate.py")
+    tuner, lab = Lab(lab.folder, "finetune.py"), Lab(lab.folder, "evaluate.py")
     weights, listing, case = lab.folder / "weights.pt", lab.folder / "four.txt", "phantoms/{0}Tr/phantom000{1}.nii.gz"
     shutil.copy(tuner.whole() / "best.pt", weights)
     lines = [f"{case.format('images', n)}\t{case.format('labels', n)}\n" for n in range(4)]
@@ -351,18 +348,18 @@ def evaluation(lab):
         exact = again == 0 and fingerprint(folder) == fingerprint(lab.whole()) and not [*folder.glob(".*.partial")]
         return Row(f"evaluation: {name}", len(made), message(text, told) if told else "-", found, exact,
                    found == code and whole and exact)
-    yield partial(met, "killed at byte 100 of a prediction", at("label", "limit", file=second, size=100), "SIGXFSZ")
-    yield partial(met, "killed before a prediction's rename", at("rename", KILL, file=second))
-    yield partial(met, "killed after a prediction's rename", at("renamed", KILL, file=second))
-    yield partial(met, "killed before the results' rename", at("rename", KILL, file="results.json"))
-    yield partial(met, "killed after the results' rename", at("renamed", KILL, file="results.json"), results=True)
-    yield partial(met, "SIGTERM in mid-run", at("renamed", "SIGTERM", file=second), "SIGTERM")
-    yield partial(met, "EIO on fsync of a prediction", at("fsync", "EIO", file=second), 2,
+    yield partial(met, "killed at byte 100 of a prediction", Fault("label", "limit", file=second, size=100), "SIGXFSZ")
+    yield partial(met, "killed before a prediction's rename", Fault("rename", KILL, file=second))
+    yield partial(met, "killed after a prediction's rename", Fault("renamed", KILL, file=second))
+    yield partial(met, "killed before the results' rename", Fault("rename", KILL, file="results.json"))
+    yield partial(met, "killed after the results' rename", Fault("renamed", KILL, file="results.json"), results=True)
+    yield partial(met, "SIGTERM in mid-run", Fault("renamed", "SIGTERM", file=second), "SIGTERM")
+    yield partial(met, "EIO on fsync of a prediction", Fault("fsync", "EIO", file=second), 2,
                   f"error: .*{second} could not be written: Input/output error")
 
     def together():
         folder = lab.fresh()
-        first = lab.run(folder, faults=[at("rename", "hang", file=second)])
+        first = lab.run(folder, faults=[Fault("rename", "hang", file=second)])
         first.until((folder / "phantom0000.nii.gz").exists)
         row = lab.refused("evaluation: a second one in the folder", folder, told="error: .*in use by .* pid")
         first.signal(KILL)
@@ -372,7 +369,7 @@ def evaluation(lab):
 
     def fills():
         with small() as disk:
-            fault = at("renamed", "fill", file=second, path=str(disk / "ballast"))
+            fault = Fault("renamed", "fill", file=second, path=str(disk / "ballast"))
             return met("the disk is full from the second prediction on", fault, 2, "error: .*No space left",
                        folder=disk / "run")
 
@@ -414,7 +411,7 @@ def evaluation(lab):
         paths = sorted(folder.glob("*.gz"))
         paths[0].write_bytes(paths[0].read_bytes()[:-9])
         paths[1].unlink()
-        theirs = new_lab(lab.folder, "evaluate.py")
+        theirs = Lab(lab.folder, "evaluate.py")
         theirs.common = ["--predictions", folder, "--labels", lab.data, "--key", "training"]
         out = theirs.fresh()
         row = theirs.refused("evaluation: predictions cut and missing", out, told="error: 2 of .* cases failed")
@@ -429,7 +426,7 @@ GROUPS = {group.__name__: group for group in (kills, signals, workers, saving, d
 # ---------------------------------------------------------------- a few of each, as tests
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    return faults.Lab(tmp_path_factory.mktemp("faults"))
+    return Lab(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.parametrize("group, chosen", [
