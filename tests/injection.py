@@ -7,7 +7,6 @@ in a forked rank, as JSON in the variable FAULTS in a rank of torchrun, which st
 Reading order: Fault, enter, arm, points, act.
 """
 import errno
-import functools
 import itertools
 import json
 import math
@@ -93,7 +92,12 @@ def arm(fault):
 
 def shorten_timeouts():
     """Give up on a hung rank after half a minute, not 10, and on a hung worker after 5 seconds."""
-    runtime.start = functools.partial(runtime.start, timeout_minutes=.5)
+    start = runtime.start
+
+    def start_impatiently(device, timeout_minutes=10):
+        return start(device, .5)
+
+    runtime.start = start_impatiently
     samples.WORKER_TIMEOUT_S = 5
 
 
