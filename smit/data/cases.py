@@ -137,13 +137,13 @@ def onto_grid(label, affine, shape, target_affine):
 
 
 def check_case(case, labels):
-    """Raise BadVolume unless the headers of a case are good.
+    """Read the headers of a case, [image's] or with `labels` [image's, label's].
 
-    With `labels`, those of image and label, which must be of one grid; else the image's.
+    BadVolume unless they are sound, and image and label of one grid.
     """
     image = read_header(case["image"])
     if not labels:
-        return
+        return [image]
     if not case["label"]:
         raise BadVolume(f"{image.path}: has no label; name it in the list, or leave the case out")
     label = read_header(case["label"])
@@ -151,6 +151,7 @@ def check_case(case, labels):
         raise BadVolume(f"{label.path}: is not on its image's grid: "
                         f"{describe_grid(label.shape, label.affine)}, the image "
                         f"{describe_grid(image.shape, image.affine)}; resample the label")
+    return [image, label]
 
 
 # --------------------------------------------------------------------------------------- pre-flight
@@ -240,9 +241,10 @@ def readable_cases(cases, max_bad, labels=False, problems=(), workers=0, ranks=N
 
 def check_headers(case, labels=False):
     """Check the headers of a case; return what is odd about them. BadVolume as in `check_case`."""
-    check_case(case, labels)
-    found = header_concerns(case["image"])
-    return found + header_concerns(case["label"]) if labels else found
+    found = []
+    for header in check_case(case, labels):
+        found += header.concerns
+    return found
 
 
 def check_voxels(cases, settings, labels=False, num_classes=None, problems=(), workers=0):

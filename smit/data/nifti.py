@@ -125,9 +125,13 @@ def read_header_block(path, head, body):
     BadVolume for what is not there, not readable, or no file: links to nowhere, pipes, folders.
     """
     try:
-        with open_unpacked(head) as file, open_unpacked(body) as voxels:
+        with open_unpacked(head) as file:
             block = file.read(nib.Nifti2Header.sizeof_hdr)
-            return block, os.path.getsize(body), isinstance(voxels, gzip.GzipFile)
+            packed = isinstance(file, gzip.GzipFile)
+        if body != head:
+            with open_unpacked(body) as voxels:
+                packed = isinstance(voxels, gzip.GzipFile)
+        return block, os.path.getsize(body), packed
     except (OSError, EOFError, zlib.error, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadVolume(f"{path}: {reason}; check it, its links, or its .img") from None
