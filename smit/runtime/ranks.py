@@ -359,9 +359,9 @@ def wait_for_the_first_error(code):
     """Wait where this rank may only echo another's error, until torchrun quotes that and ends all.
 
     A rank whose peer is gone fails inside torch, which looks like a bug. An error of the user's is
-    shown by rank 0 where all ranks meet it.
+    shown by rank 0 where all ranks meet it. torchrun needs seconds, on a busy machine more than 5.
     """
-    seconds = {1: 5, 2: min(1, int(os.environ.get("RANK", 0))), 130: 0}[code]
+    seconds = {1: 15, 2: min(1, int(os.environ.get("RANK", 0))), 130: 0}[code]
     if dist.is_initialized():
         time.sleep(seconds)
 
