@@ -47,8 +47,6 @@ class Preset(NamedTuple):
     finetune: str = ""                 # of finetune.py
     baseline: str = ""                 # of smit.baselines
     unet: str = ""                     # of both, where the network is the U-Net
-    finetune_unet: str = ""            # of finetune.py, there
-    rows: dict = {}                    # {row: flags of its pre-training}
 
 
 PRESETS = {
@@ -69,9 +67,7 @@ PRESETS = {
         "--preset tiny --spacing 6 6 6 --embed_dim 16 --depths 2 4 --heads 2 4 "
         "--view 32 --crop 44 --batch 8 --lr 4e-3 --steps 1200 "
         "--val_fraction .05 --val_every 300 --precision bf16 --workers 0",
-        unet="--width 8 --precision fp32",   # bf16 is slower at this width
-        # columns of 5 x 5 x 5 patches, as at the paper's size
-        rows={"cpc": "--view 48 --crop 60 --patch 16"}),
+        unet="--width 8 --precision fp32"),                # bf16 is slower at this width
 }
 
 
@@ -156,7 +152,7 @@ def pretraining(args, row, seed, ratio=None):
         flags = shlex.split(f"{own} {preset.baseline} {args.baseline_flags}")
     if network == "unet":
         flags += shlex.split(preset.unet)
-    flags += shlex.split(preset.rows.get(row, "")) + shlex.split(args.row_flags.get(row, ""))
+    flags += shlex.split(args.row_flags.get(row, ""))
     if ratio_suffix(ratio):
         flags += ["--mask_ratio", ratio]
     flags += ["--seed", seed, "--data", *map(os.path.abspath, args.pretrain_data)]
@@ -191,8 +187,7 @@ def cell(args, row, labels, seed, fold=None, ratio=None, draw=None, recipe=None)
     preset = PRESETS[args.preset]
     tune = shlex.split(f"{preset.finetune} {args.finetune_flags}")
     if network_of(row) == "unet":
-        tune += ["--net", "unet", *shlex.split(preset.unet)]
-        tune += shlex.split(f"{preset.finetune_unet} {args.unet_flags}")
+        tune += ["--net", "unet", *shlex.split(f"{preset.unet} {args.unet_flags}")]
     if init:
         tune += shlex.split(args.init_flags)
     if recipe:
