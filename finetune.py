@@ -237,8 +237,11 @@ def train(args, ranks, out):
             clock.reset()
         if leaving:
             break
-    shown = f"best mean Dice {best:.3f}" if best >= 0 else "no case held back to validate on"
-    bar.close(f"{shown}; weights in {out / 'best.pt'}")
+    outcome = "no validation yet"
+    if best >= 0 or step == total:
+        shown = f"best mean Dice {best:.3f}" if best >= 0 else "no case held back to validate on"
+        outcome = f"{shown}; weights in {out / 'best.pt'}"
+    bar.close(outcome)
     loader.raise_failure()
 
 
