@@ -237,11 +237,13 @@ def train(args, ranks, out):
             clock.reset()
         if leaving:
             break
-    outcome = "no validation yet"
-    if best >= 0 or step == total:
-        shown = f"best mean Dice {best:.3f}" if best >= 0 else "no case held back to validate on"
-        outcome = f"{shown}; weights in {out / 'best.pt'}"
-    bar.close(outcome)
+    weights_told = f"weights in {out / 'best.pt'}"
+    if best >= 0:
+        bar.close(f"best mean Dice {best:.3f}; {weights_told}")
+    elif step == total:
+        bar.close(f"no case held back to validate on; {weights_told}")
+    else:
+        bar.close("no validation yet")
     loader.raise_failure()
 
 
