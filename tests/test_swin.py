@@ -44,6 +44,22 @@ def test_windows_are_cut_in_row_major_order_and_put_back():
     assert torch.equal(swin.reverse_windows(swin.partition_windows(x, window), window, grid), x)
 
 
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 2, 0), (1, 2, 3)])
+def test_shifted_windows_equal_a_roll_and_a_partition_and_go_back(shift):
+    grid, window = (4, 8, 12), (2, 4, 6)
+    x = torch.randn(2, *grid, 3, requires_grad=True)
+    weights = torch.randn(2, *grid, 3)
+    back = [-side for side in shift]
+
+    windows = swin.shift_and_partition(x, window, shift)
+    plain = swin.partition_windows(x.roll(back, dims=(1, 2, 3)), window)
+    assert torch.equal(windows, plain)
+    assert torch.equal(swin.reverse_and_unshift(windows, window, grid, shift), x)
+
+    (gradient,) = torch.autograd.grad(windows, x, swin.partition_windows(weights, window))
+    assert torch.equal(gradient, weights.roll(shift, dims=(1, 2, 3)))
+
+
 def test_bias_index_is_one_value_per_offset():
     window = (2, 3, 4)
     index = swin.relative_position_index(window)
