@@ -32,7 +32,8 @@ def test_info_nce_is_float32_also_under_autocast():
     queries, keys, queue = torch.randn(3, 8, 16).unbind()
     plain = contrast.info_nce(queries, keys, .1), contrast.info_nce_queue(queries, keys, queue, .1)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = contrast.info_nce(queries, keys, .1), contrast.info_nce_queue(queries, keys, queue, .1)
+        mixed = (contrast.info_nce(queries, keys, .1),
+                 contrast.info_nce_queue(queries, keys, queue, .1))
     assert torch.equal(plain[0], mixed[0]) and torch.equal(plain[1], mixed[1])
 
 

@@ -466,7 +466,8 @@ def test_the_liver_survives_preparation_and_the_way_back(image, label, modality,
 
 
 def test_volumes_are_prepared_ahead_by_every_rank_its_share(phantoms, tmp_path, run_script):
-    flags = ["--data", phantoms, "--spacing", 10, 10, 10, "--workers", 0, "--device", "cpu", "--cache", "cache"]
+    flags = ["--data", phantoms, "--spacing", 10, 10, 10, "--workers", 0, "--device", "cpu",
+             "--cache", "cache"]
     told = run_script("train_ssl.py", *flags, "--prepare_only", ranks=2).stdout
     assert "prepared 2 of 2 volumes on each of 2 ranks, 0:00:00 left" in told
     assert len(list((tmp_path / "cache").glob("*/*.npy"))) == 4 and not (tmp_path / "runs").exists()
@@ -498,7 +499,7 @@ def test_what_one_process_has_verified_another_does_not_read_again(phantoms, tmp
     (entry,) = (tmp_path / "cache").glob("*/*.npy")
     damaged = bytearray(read(entry))
     damaged[-1] ^= 1
-    entry.write_bytes(damaged)                          # its state is another: read again, and made anew
+    entry.write_bytes(damaged)  # its state is another: read again, and made anew
     data.cached(case, settings, tmp_path / "cache")
     assert reads.count(".npy") == 2 and read(entry)[-1] != damaged[-1]
 

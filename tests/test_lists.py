@@ -135,9 +135,8 @@ def test_a_folder_with_a_dataset_json_is_read_through_it(tmp_path, capsys):
     )
     touch(tmp_path, "imagesTr/a.nii.gz", "imagesTr/b.nii.gz", "labelsTr/a.nii.gz")
     assert names_of(data.read_list(tmp_path), tmp_path) == ["imagesTr/a.nii.gz"]
-    assert (
-        "read through its dataset.json, its 'training' cases (it has 'test', too)" in capsys.readouterr().err
-    )
+    assert ("read through its dataset.json, its 'training' cases (it has 'test', too)"
+            in capsys.readouterr().err)
     with pytest.raises(
         ValueError, match="'validation' is no list of cases; --key can be 'training', 'test'"
     ):
@@ -378,7 +377,7 @@ def test_nnunets_channel_is_dropped_in_its_layout_alone():
     assert organs.case_name("/d/weeks/week_0000.nii.gz") == "week_0000"
 
 
-# ---------------------------------------------------------------------- lists of spreadsheets, by hand
+# ------------------------------------------------------------------- lists of spreadsheets, by hand
 @pytest.mark.parametrize("text", [
     "a.nii\tl/a.nii\r\nb.nii\tl/b.nii\r\n",                      # Windows' line ends
     "\ufeffa.nii,l/a.nii\nb.nii,l/b.nii\n",                       # its mark of UTF-8

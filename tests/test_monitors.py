@@ -34,7 +34,8 @@ class Stub(torch.nn.Module):
     encoder = type("Encoder", (), {"patch": 2})
 
     def forward(self, views, hidden):
-        return pretrain.Outputs(tokens=None, voxels=1 - masking.expand_mask(hidden, 2)[:, None].float())
+        return pretrain.Outputs(tokens=None,
+                                voxels=1 - masking.expand_mask(hidden, 2)[:, None].float())
 
 
 def test_errors_on_held_back_volumes_by_hand():
@@ -73,7 +74,7 @@ def test_collapse_reports_the_heads_that_are_there():
     row = monitors.collapse(taught, centers, .04, ALONE)
     assert row.keys() == {"effective_rank", "mpd_entropy", "mpd_mean_entropy", "mpd_center"}
     assert row["mpd_center"] == 5
-    assert row["mpd_entropy"] == pytest.approx(.5)           # the centre leaves two prototypes of four
+    assert row["mpd_entropy"] == pytest.approx(.5)  # the centre leaves two prototypes of four
 
 
 def test_entropy_of_the_mean_is_taken_over_all_ranks():

@@ -64,7 +64,7 @@ def test_cubes_stay_whole_where_the_side_is_no_multiple_of_three():
         found = 0
         for x, y, z in itertools.product(cubes, repeat=3):
             found += torch.equal(scrambled[x, y, z].flatten().sort().values, corner)
-        assert found == 1                                                   # somewhere, in one piece
+        assert found == 1  # somewhere, in one piece
 
 
 def test_sides_that_are_not_alike_are_refused():
