@@ -13,7 +13,8 @@ from smit import figures, metrics, pretrain, segment, swin
 from smit.study import probe, reconstruction
 
 FINETUNE = (
-    "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --workers 0 --log_every 1 --device cpu "
+    "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 "
+    "--workers 0 --log_every 1 --device cpu "
     "--crops_per_volume 2 --steps 2").split()
 
 
@@ -117,9 +118,12 @@ def test_panels_take_tensors_of_any_device(panel, tmp_path):
                  "overlay": (image, label, label.flip(0), (1, 1, 1), {1: "liver"}),
                  "token": (image, [torch.rand(4, 6, 7, 5)], (1, 1, 1))}[panel]
     draw = getattr(figures, f"{panel}_panel")
-    there = [[on_gpu(part) for part in a] if isinstance(a, list) else on_gpu(a)
-             if isinstance(a, torch.Tensor) else a
-             for a in arguments]
+    there = [
+        [on_gpu(part) for part in a] if isinstance(a, list)
+        else on_gpu(a) if isinstance(a, torch.Tensor)
+        else a
+        for a in arguments
+    ]
     draw(tmp_path / "cpu.svg", *arguments)
     draw(tmp_path / "gpu.svg", *there)
     assert (tmp_path / "cpu.svg").read_bytes() == (tmp_path / "gpu.svg").read_bytes()

@@ -18,7 +18,8 @@ from smit.data import organs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SMALL = (
-    "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 --workers 0 --log_every 1 "
+    "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 "
+    "--workers 0 --log_every 1 "
     "--device cpu --crops_per_volume 2 --steps 2").split()
 
 
@@ -103,7 +104,7 @@ def test_tta_averages_the_turns_of_training_and_undoes_them():
         def forward(self, x):
             return torch.cat([x, x * torch.arange(x.shape[2])[:, None, None]], 1)
     image = np.random.default_rng(0).integers(0, 255, (6, 6, 4), dtype=np.uint8)
-    x, k = torch.from_numpy(image) / 255, torch.arange(6.)
+    x = torch.from_numpy(image) / 255
     plain, turned = (segment.predict(Net(), image, (6, 6, 4), turns) for turns in ((0,), range(4)))
     torch.testing.assert_close(plain[0], x), torch.testing.assert_close(turned[0], x)
     torch.testing.assert_close(turned[1], x * 2.5)  # the mean of i, 5 - j, 5 - i and j

@@ -249,8 +249,8 @@ def damage(lab):
         folder = lab.broken()
         for path in folder.glob("last*.pt"):
             path.write_bytes(path.read_bytes()[:-100])
-        return lab.refused("all checkpoints are cut", folder,
-                           "--resume", told="error: .*no whole checkpoint is left")
+        return lab.refused("all checkpoints are cut", folder, "--resume",
+                           told="error: .*no whole checkpoint is left")
 
     def older():
         folder = lab.broken()
@@ -446,8 +446,8 @@ def evaluation(lab):
 
     def bad_cases(name, *flags):
         bad = lab.folder / "bad.txt"
-        lines = [f"{case.format('images', n)}\tabsent{n}.nii.gz\n"
-                 for n in (0, 1)] + ["absent2.nii\nabsent3.nii\n"]
+        lines = ([f"{case.format('images', n)}\tabsent{n}.nii.gz\n" for n in (0, 1)]
+                 + ["absent2.nii\nabsent3.nii\n"])
         bad.write_text("".join(lines))
         out = lab.fresh()
         row = lab.refused(f"evaluation: 4 of 4 cases are bad; {name}", out, "--data", bad, *flags,

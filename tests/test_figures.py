@@ -185,7 +185,8 @@ def test_the_reconstruction_panel_states_the_mse_of_each_plane(tmp_path):
         lines = f"MSE {s.mean():.4f}", f"MSE {(s * h).mean():.4f}", f"hidden: MSE {s[h].mean():.4f}"
         for left, line in zip(lefts, lines):
             assert where(root, line)[0] == left, line
-    line = f"Whole volume: MSE {square[hidden].mean():.4f} where hidden, MSE {square[~hidden].mean():.4f} elsewhere."
+    line = (f"Whole volume: MSE {square[hidden].mean():.4f} where hidden, "
+            f"MSE {square[~hidden].mean():.4f} elsewhere.")
     assert line + " Grey: 0 is black, 1 is white." in words_of(root)
 
 
@@ -200,8 +201,8 @@ def test_the_prediction_is_pasted_into_hidden_voxels_alone_and_the_window_is_fix
     assert pasted[0].tolist() == [[204, 204, 102, 102]] * 4
     assert masked[1].tolist() == [[[*panels.HIDDEN, 255]] * 2 + [[0] * 4] * 2] * 4
     # .4 of .5 lies a fifth of the way from the fourth colour to the fifth
-    assert error[0][0, 0].tolist() == [round(.8 * a + .2 * b) for a,
-                                       b in zip(panels.HOT[3], panels.HOT[4])]
+    assert error[0][0, 0].tolist() == [
+        round(.8 * a + .2 * b) for a, b in zip(panels.HOT[3], panels.HOT[4])]
 
 
 def cielab(rgb):
@@ -333,8 +334,8 @@ def test_a_token_stands_over_its_own_voxels_though_the_volume_is_no_multiple(
     similar = columns_of(root, "image", "3 x 2 x 2: main components", "3 x 2 x 2: similarity")[2][0]
     # 2 voxels of 10 in that third
     (row,) = {tuple(map(tuple, line)) for line in similar.tolist()}
-    unlike, like = (panels.HOT[0], panels.HOT[-1]) if pixels == "left" else (
-        panels.HOT[-1], panels.HOT[0])
+    unlike, like = (
+        (panels.HOT[0], panels.HOT[-1]) if pixels == "left" else (panels.HOT[-1], panels.HOT[0]))
     assert row == (unlike,) * 2 + (like,) * 8
     boxes = [[float(e.get(name)) for name in ("x", "y", "width", "height")]
              for e in all_of(root, "rect") if e.get("stroke") == panels.BOX]

@@ -17,7 +17,8 @@ from foreign import monai_encoder
 from smit import data, inference, runtime, segment, settings, weights
 
 SMALL = (
-    "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 --workers 0 --log_every 1 "
+    "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 "
+    "--workers 0 --log_every 1 "
     "--device cpu --crops_per_volume 2").split()
 
 
@@ -89,8 +90,8 @@ def test_the_loss_decreases_and_the_best_network_is_kept(phantoms, tmp_path):
     best = runtime.load_checkpoint(tmp_path / "run" / "best.pt")
     # 4 volumes, 2 a step, every second epoch
     assert sorted(scores) == [4, 8, 12, 16, 20, 24, 28, 32, 36, 40]
-    assert best["val_dice"] == pytest.approx(max(scores.values())) == pytest.approx(
-        scores[best["step"]])
+    assert (best["val_dice"] == pytest.approx(max(scores.values()))
+            == pytest.approx(scores[best["step"]]))
 
 
 @pytest.mark.parametrize("file, flags, part",
@@ -103,8 +104,8 @@ def test_the_encoder_starts_as_pretrained_and_says_so(file, flags, part, pretrai
     source = runtime.load_checkpoint(pretrained / "last.pt")[part]
     for name, weight in model(tmp_path / "run").items():
         assert not name.startswith("encoder.") or torch.equal(weight, source[name])
-    size = sum(w.numel() for name,
-               w in model(tmp_path / "run").items() if name.startswith("encoder."))
+    size = sum(w.numel() for name, w in model(tmp_path / "run").items()
+               if name.startswith("encoder."))
     assert f"{size:,} of {size:,} matched; missing 0; unexpected 0" in capsys.readouterr().out
 
 
@@ -288,8 +289,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(phantoms, tmp_path):
     for a, b in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert whole["best"] == resumed["best"]
-    assert (tmp_path / "whole" / "log.csv").read_bytes() == (
-        tmp_path / "resumed" / "log.csv").read_bytes()
+    assert ((tmp_path / "whole" / "log.csv").read_bytes()
+            == (tmp_path / "resumed" / "log.csv").read_bytes())
 
 
 def test_an_average_of_the_weights_is_saved_in_their_place_and_resumed(phantoms, tmp_path):

@@ -103,8 +103,8 @@ def release_network(weights, x, depths, heads, window=4):
         for number in range(depth):
             block = f"stages.{stage}.blocks.{number}"
             x = x + release_attention(
-                weights, f"{block}.attention", heads[stage], window, number % 2, F.layer_norm(
-                    x, (C,), get(f"{block}.norm1.weight"), get(f"{block}.norm1.bias")))
+                weights, f"{block}.attention", heads[stage], window, number % 2,
+                F.layer_norm(x, (C,), get(f"{block}.norm1.weight"), get(f"{block}.norm1.bias")))
             y = F.layer_norm(x, (C,), get(f"{block}.norm2.weight"), get(f"{block}.norm2.bias"))
             y = F.gelu(F.linear(y, get(f"{block}.mlp.0.weight"), get(f"{block}.mlp.0.bias")))
             x = x + F.linear(y, get(f"{block}.mlp.2.weight"), get(f"{block}.mlp.2.bias"))
@@ -129,10 +129,10 @@ def release_attention(weights, name, heads, window, shifted, x):
     x = x[:, source[:, 0], source[:, 1], source[:, 2]]         # (1, N, C)
 
     cut, cell = place // window, place % window
-    may = (cut[:, None] == cut[None]).all(-1) & (
-        (source < place)[:, None] == (source < place)[None]).all(-1)
-    q, k, v = F.linear(x, weights[f"{name}.qkv.weight"]).unflatten(
-        -1, (3, heads, C // heads)).permute(2, 0, 3, 1, 4)
+    may = ((cut[:, None] == cut[None]).all(-1)
+           & ((source < place)[:, None] == (source < place)[None]).all(-1))
+    q, k, v = (F.linear(x, weights[f"{name}.qkv.weight"])
+               .unflatten(-1, (3, heads, C // heads)).permute(2, 0, 3, 1, 4))
     offset = cell[:, None] - cell[None] + window - 1
     row = (offset * torch.tensor([(2 * window - 1) ** 2, 2 * window - 1, 1])).sum(-1)
     bias = weights[f"{name}.bias_table"][row.clamp(0, (2 * window - 1) ** 3 - 1)].permute(2, 0, 1)

@@ -13,7 +13,8 @@ from smit import data, inference, runtime, segment, transforms, weights
 from smit.swin import SwinTransformer3D
 
 SMALL = (
-    "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 --workers 0 --log_every 1 "
+    "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 "
+    "--workers 0 --log_every 1 "
     "--device cpu --crops_per_volume 2 --steps 2").split()
 
 
@@ -140,7 +141,7 @@ def test_the_lines_that_are_shown_to_readers_run(student, networks, scan, tmp_pa
                           (np.zeros((4, 4, 4)), None, "its affine"),
                           (np.full((4, 4, 4), np.nan), np.eye(4), "not finite"),
                           (np.ones((4, 4, 4)), np.zeros((4, 4)), "singular"),
-                          ("absent.nii.gz", None, "absent.nii.gz"),])
+                          ("absent.nii.gz", None, "absent.nii.gz")])
 def test_a_volume_that_cannot_be_used_is_refused_in_one_line(volume, affine, why, student):
     with pytest.raises(ValueError, match=why) as refusal:
         inference.features(inference.load_encoder(student[0]), volume, affine)

@@ -45,8 +45,8 @@ def test_mpd_by_hand():
     hidden = torch.tensor([[True, False]])
     e = math.e
     expected = -(1 / (1 + e) * math.log(e / (1 + e)) + e / (1 + e) * math.log(1 / (1 + e)))
-    assert losses.mpd_loss(student, teacher, hidden, torch.zeros(2), .1,
-                           .04).item() == pytest.approx(expected)
+    assert (losses.mpd_loss(student, teacher, hidden, torch.zeros(2), .1, .04).item()
+            == pytest.approx(expected))
 
 
 def test_mpd_ignores_visible_tokens():
@@ -64,8 +64,11 @@ def test_mpd_is_a_mean_over_tokens_then_samples():
     hidden = torch.arange(7) < torch.tensor([[2], [7], [4]])
     total = 0.
     for b in range(3):  # the equation, sample by sample, token by token
-        terms = [-(F.softmax((teacher[b, i] - center) / .05, 0) * F.log_softmax(
-            student[b, i] / .1, 0)).sum() for i in range(7) if hidden[b, i]]
+        terms = [
+            -(F.softmax((teacher[b, i] - center) / .05, 0)
+              * F.log_softmax(student[b, i] / .1, 0)).sum()
+            for i in range(7) if hidden[b, i]
+        ]
         total += sum(terms) / len(terms) / 3
     torch.testing.assert_close(losses.mpd_loss(student, teacher, hidden, center, .1, .05), total)
     with pytest.raises(ValueError, match="no hidden token"):
@@ -88,10 +91,10 @@ def test_itd_by_hand_and_without_gradient_to_the_teacher():
 def test_uniform_outputs_cost_ln_k():
     flat = torch.zeros(2, 3, 8192)
     hidden = torch.ones(2, 3, dtype=torch.bool)
-    assert losses.mpd_loss(flat, flat, hidden, torch.zeros(8192), .1,
-                           .04).item() == pytest.approx(math.log(8192))
-    assert losses.itd_loss(flat[:, 0], flat[:, 0], torch.zeros(8192), .1,
-                           .04).item() == pytest.approx(9.011, abs=1e-3)
+    assert (losses.mpd_loss(flat, flat, hidden, torch.zeros(8192), .1, .04).item()
+            == pytest.approx(math.log(8192)))
+    assert (losses.itd_loss(flat[:, 0], flat[:, 0], torch.zeros(8192), .1, .04).item()
+            == pytest.approx(9.011, abs=1e-3))
 
 
 def test_token_losses_are_float32_whatever_comes_in():
@@ -163,8 +166,8 @@ def test_dice_ce_equals_the_one_hot_formula():
     label = torch.randint(0, 4, (2, 3, 4, 6))                           # no voxel of class 4
     truth, prob = F.one_hot(label, 5).movedim(-1, 1).float(), logits.softmax(1)
     total = (prob ** 2).sum((2, 3, 4)) + truth.sum((2, 3, 4))
-    plain = (1 - 2 * (prob * truth).sum((2, 3, 4)) / (total + 1e-6)).mean() + F.cross_entropy(
-        logits, label)
+    plain = ((1 - 2 * (prob * truth).sum((2, 3, 4)) / (total + 1e-6)).mean()
+             + F.cross_entropy(logits, label))
     fast = losses.dice_ce_loss(logits, label)
     assert fast.item() == pytest.approx(plain.item(), abs=1e-5)
     torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (fast, plain)),

@@ -93,19 +93,19 @@ def test_merges_read_the_neighbours_that_their_weights_are_for(order):
 
     number = torch.arange(8.).view(1, 2, 2, 2, 1)                      # 4 d + 2 h + w
     read = torch.tensor([4. * d + 2 * h + w for d, h, w in orders.ORDERS[order]])
-    normed = (read - read.mean()) / (read.var(correction=0) + 1e-5).sqrt() * torch.arange(
-        1., 9) + torch.arange(8.)
+    normed = ((read - read.mean()) / (read.var(correction=0) + 1e-5).sqrt()
+              * torch.arange(1., 9) + torch.arange(8.))
     torch.testing.assert_close(merge(number).flatten(),
                                state["stages.0.merge.reduction.weight"] @ normed)
 
 
 def test_a_pretraining_file_of_monai_just_loads_and_every_tensor_is_accounted_for(tmp_path):
-    state = {f"module.{name}": tensor for name,
-             tensor in monai_encoder(mlp=("mlp.fc1", "mlp.fc2")).items()}
+    state = {f"module.{name}": tensor
+             for name, tensor in monai_encoder(mlp=("mlp.fc1", "mlp.fc2")).items()}
     state |= {"module.norm.weight": torch.ones(192),
               "module.rotation_head.weight": torch.ones(4, 192),
-              "module.layers1.0.blocks.0.attn.relative_position_index": torch.zeros(
-        343, 343, dtype=torch.long)}
+              "module.layers1.0.blocks.0.attn.relative_position_index":
+                  torch.zeros(343, 343, dtype=torch.long)}
     found = weights.read_encoder(
         save(tmp_path / "model_swinvit.pt", {"state_dict": state, "epoch": 3}))
     assert found.arguments == dict(in_channels=1, embed_dim=12, depths=[2, 2, 2, 2],
@@ -117,29 +117,30 @@ def test_a_pretraining_file_of_monai_just_loads_and_every_tensor_is_accounted_fo
             and "fc1 and fc2" in found.report)
     assert "new: 360 (norms.0.weight" in found.report
     size = sum(p.numel() for p in found.build().parameters())
-    assert (
-        f"{size:,} of {size:,} matched; missing 0; unexpected 0; left out {192 + 4 * 192 + 343 ** 2:,} (norm.weight, "
-        in found.report)
+    assert (f"{size:,} of {size:,} matched; missing 0; unexpected 0; "
+            f"left out {192 + 4 * 192 + 343 ** 2:,} (norm.weight, ") in found.report
 
 
 def under(prefix, tensors):
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("wrap",
-                         [lambda trunk: trunk,
-                          lambda trunk: {"state_dict": under("swinViT.", trunk) | {
-    "encoder1.layer.conv1.conv.weight": torch.ones(2), "decoder5.up.weight": torch.ones(2),
-    "out.bias": torch.ones(2)}},
-                          lambda trunk: {"net": under("module.backbone.swinViT.", trunk)
-                                         | {"module.backbone.encoder10.w": torch.ones(1)}},
-                          lambda trunk: {"model": {
-    f"encoder.{name.replace('.0.blocks', '.0.0.blocks')}": w for name, w in trunk.items()}
-                                         | {"encoder.mask_token": torch.ones(1, 12),
-                                            "encoder.norm.bias": torch.ones(3),
-                                            "out.conv.bias": torch.ones(1)}},
-                          lambda trunk: under("_orig_mod.module.swin_vit.", trunk),],
-                         ids=["bare", "SwinUNETR", "SuPreM", "DAE", "compiled"])
+@pytest.mark.parametrize("wrap", [
+    lambda trunk: trunk,
+    lambda trunk: {
+        "state_dict": under("swinViT.", trunk)
+        | {"encoder1.layer.conv1.conv.weight": torch.ones(2),
+           "decoder5.up.weight": torch.ones(2), "out.bias": torch.ones(2)}},
+    lambda trunk: {
+        "net": under("module.backbone.swinViT.", trunk)
+        | {"module.backbone.encoder10.w": torch.ones(1)}},
+    lambda trunk: {
+        "model": {f"encoder.{name.replace('.0.blocks', '.0.0.blocks')}": w
+                  for name, w in trunk.items()}
+        | {"encoder.mask_token": torch.ones(1, 12), "encoder.norm.bias": torch.ones(3),
+           "out.conv.bias": torch.ones(1)}},
+    lambda trunk: under("_orig_mod.module.swin_vit.", trunk),
+], ids=["bare", "SwinUNETR", "SuPreM", "DAE", "compiled"])
 def test_monais_encoder_is_found_within_whatever_wraps_it(wrap, tmp_path):
     plain = weights.read_encoder(save(tmp_path / "plain.pt", monai_encoder())).weights
     found = weights.read_encoder(save(tmp_path / "wrapped.pt", wrap(monai_encoder())))
@@ -152,7 +153,8 @@ def test_monais_encoder_is_found_within_whatever_wraps_it(wrap, tmp_path):
     lambda state: {
         "student": under("module.backbone.transformer.", state)
         | {"module.head.mlp.0.weight": torch.ones(2)},
-        "teacher": under("backbone.transformer.", state)},], ids=["2023", "HeartSubSeg"])
+        "teacher": under("backbone.transformer.", state)},
+], ids=["2023", "HeartSubSeg"])
 def test_the_authors_files_load_with_their_habits(wrap, tmp_path):
     state = release_encoder() | {"mask_token": torch.ones(1, 1, 8)}
     found = weights.read_encoder(save(tmp_path / "release.pt", wrap(state)))

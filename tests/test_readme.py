@@ -27,24 +27,30 @@ LEAVES = {"swin", "masking", "heads", "losses", "ema", "transforms", "metrics", 
 ANNEXES = {"study", "benchmark", "baselines"}
 ALLOWED = {"torch", "numpy", "nibabel", "tqdm", "smit"}
 MAP = README.split("## From the paper to the code")[1].split("\n## ")[0]
-SMALL_FINETUNE = "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --workers 0 --device cpu"
+SMALL_FINETUNE = ("--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 "
+                  "--workers 0 --device cpu")
 # What a command of the README contains, and the flags appended to it, for the last of two wins.
 # It may take seconds.
 REDUCED = {
-    "train_ssl.py": f"{' '.join(SMALL)} --accumulate 1 --batch 1 --steps 2 --val_every 2 --phantoms 3",
+    "train_ssl.py": f"{' '.join(SMALL)} --accumulate 1 --batch 1 --steps 2 --val_every 2 "
+                    "--phantoms 3",
     "finetune.py": f"{SMALL_FINETUNE} --batch 1 --crops_per_volume 1 --steps 2",
-    "evaluate.py": "", "smit.study": "--rows smit --labels 2 --seeds 0 --pretrain_flags "
-    f"'{' '.join(SMALL)} --batch 1 --steps 2 --val_fraction .3 --precision fp32' "
-    f"--finetune_flags '{SMALL_FINETUNE} --batch 1 --steps 2 --precision fp32'",
-    "smit.benchmark": "--quick --rounds 1 --only encoder",}
+    "evaluate.py": "",
+    "smit.study": "--rows smit --labels 2 --seeds 0 --pretrain_flags "
+                  f"'{' '.join(SMALL)} --batch 1 --steps 2 --val_fraction .3 --precision fp32' "
+                  f"--finetune_flags '{SMALL_FINETUNE} --batch 1 --steps 2 --precision fp32'",
+    "smit.benchmark": "--quick --rounds 1 --only encoder",
+}
 USES = {  # of each leaf, alone in a folder
-    "swin": """net = swin.SwinTransformer3D(embed_dim=8, depths=(1, 1), heads=(2, 2), window=(2, 4, 2))
+    "swin": """net = swin.SwinTransformer3D(
+            embed_dim=8, depths=(1, 1), heads=(2, 2), window=(2, 4, 2))
         features = net(torch.rand(1, 1, 16, 8, 16), torch.rand(1, 8, 4, 8) < .7)
         features[-1].square().mean().backward()
         assert [f.shape[1] for f in features] == [8, 16, 32] and net.mask_token.grad.any()""",
     "masking": """hidden = masking.random_block_mask(2, (6, 6, 6), .7)
         assert masking.expand_mask(hidden, 8).sum() == 2 * 152 * 8 ** 3""",
-    "heads": """assert heads.LinearVoxelHead(8, 4)(torch.rand(2, 8, 1, 2, 3)).shape == (2, 1, 4, 8, 12)
+    "heads": """assert heads.LinearVoxelHead(8, 4)(
+            torch.rand(2, 8, 1, 2, 3)).shape == (2, 1, 4, 8, 12)
         assert heads.MultiLayerVoxelHead(8, 2)(torch.rand(2, 8, 1, 2, 3)).shape == (2, 1, 4, 8, 12)
         assert heads.ProjectionHead(8, 16, 4, 32)(torch.rand(2, 5, 8)).abs().max() <= 1.001""",
     "losses": """logits, center = torch.rand(2, 5, 9, requires_grad=True), losses.Center(9)
@@ -53,21 +59,27 @@ USES = {  # of each leaf, alone in a folder
         assert logits.grad[hidden].any() and not logits.grad[~hidden].any()
         assert center.update(torch.ones(2, 5, 9)).allclose(torch.full((9,), .1))
         assert losses.itd_loss(logits[:, 0], logits[:, 1], 0, .1, .04) > 0
-        assert losses.mip_loss(torch.ones(1, 1, 2, 2, 2), torch.zeros(1, 1, 2, 2, 2), torch.ones(1, 2, 2, 2) > 0) == 1
+        assert losses.mip_loss(torch.ones(1, 1, 2, 2, 2), torch.zeros(1, 1, 2, 2, 2),
+                               torch.ones(1, 2, 2, 2) > 0) == 1
         assert losses.dice_ce_loss(torch.rand(1, 3, 2, 2, 2), torch.ones(1, 2, 2, 2).long()) > 0""",
     "ema": """teacher, student = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
         ema.update_teacher(teacher, student, ema.cosine(.5, 0., 0.))
-        assert torch.equal(teacher.weight, student.weight) and ema.warmup_cosine(5, 10, 20, 1.) == .5""",
-    "transforms": """volume, affine = transforms.to_ras(torch.rand(8, 10, 12), np.diag([-1., -1., 2., 1.]))
-        small, affine = transforms.resample(transforms.window_hu(volume, 0, .5), affine, (2., 2., 2.))
-        assert small.shape == (4, 5, 12) and np.allclose(transforms.spacing_of(affine), 2) and small.max() < 1.001""",
+        assert torch.equal(teacher.weight, student.weight)
+        assert ema.warmup_cosine(5, 10, 20, 1.) == .5""",
+    "transforms": """volume, affine = transforms.to_ras(
+            torch.rand(8, 10, 12), np.diag([-1., -1., 2., 1.]))
+        small, affine = transforms.resample(
+            transforms.window_hu(volume, 0, .5), affine, (2., 2., 2.))
+        assert small.shape == (4, 5, 12) and small.max() < 1.001
+        assert np.allclose(transforms.spacing_of(affine), 2)""",
     "metrics": """a = torch.zeros(8, 8, 8, dtype=torch.bool)
         a[2:5, 2:5, 2:5] = True
         assert metrics.hd95(a, a.roll(1, 0), (2., 1., 1.)) == 2 and metrics.dice(a, a, 2) == [1]
         assert metrics.surface_dice(a, a.roll(1, 0), (2., 1., 1.), 2.) == 1""",
     "sliding": """net = torch.nn.Conv3d(1, 3, 1)
         volume = torch.rand(1, 1, 9, 10, 11)
-        assert torch.allclose(sliding.sliding_window(net, volume, (4, 4, 8)), net(volume), atol=1e-5)""",
+        result = sliding.sliding_window(net, volume, (4, 4, 8))
+        assert torch.allclose(result, net(volume), atol=1e-5)""",
 }
 
 
@@ -121,8 +133,8 @@ def test_every_command_runs_in_the_order_of_the_page(named_data, run_script):
             asked = torch.distributed.run.parse_args(words[words.index("torchrun") + 1:])
             assert ((asked.nnodes, asked.nproc_per_node) == ("2", "4")
                     and "--rdzv_endpoint=host:29500" in words)
-            {"train_ssl.py": train_ssl, "finetune.py": finetune}[
-                asked.training_script].parse_arguments(asked.training_script_args)
+            scripts = {"train_ssl.py": train_ssl, "finetune.py": finetune}
+            scripts[asked.training_script].parse_arguments(asked.training_script_args)
         else:
             run = run_script(*reduced(words, text))
             done.append(run.stdout.splitlines()[-1])
@@ -172,8 +184,8 @@ def test_every_command_of_a_page_parses(page):
     for words, text in commands(PAGES[page]):
         if words[0] in ("pip", "srun", "git", "cd"):
             continue
-        script = next((place for place,
-                       word in enumerate(words) if word.endswith(".py") or word == "-m"), None)
+        script = next((place for place, word in enumerate(words)
+                       if word.endswith(".py") or word == "-m"), None)
         assert script is not None, text
         name = words[script + 1] if words[script] == "-m" else words[script]
         flags = words[script + 1 + (words[script] == "-m"):]
@@ -252,8 +264,8 @@ def test_each_difference_is_listed_once_and_tagged_once():
 def test_imports_run_from_scripts_to_users_to_leaves(path):
     for name in imports(path):
         root = name.split(".")[0]
-        assert (root in ALLOWED or root
-                in __import__("sys").stdlib_module_names), f"{path.name} imports {name}"
+        assert (root in ALLOWED
+                or root in __import__("sys").stdlib_module_names), f"{path.name} imports {name}"
         if path.stem in LEAVES and path.parent.name == "smit":
             assert root != "smit", f"the leaf {path.name} imports {name}"
         assert root != "nibabel" or path.parent.name in ("data", "phantom")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import evaluate
-from smit import data, metrics, phantom, scoring
+from smit import metrics, phantom, scoring
 from smit.data import concerns, organs
 
 AFFINE = np.diag([2.0, 2, 2, 1])

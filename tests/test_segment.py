@@ -25,8 +25,8 @@ def test_parameters_are_the_papers_28_19_million():
     net = SegmentationNet(14)
     assert count(net) == 28_192_614
     for up, fine in zip(net.ups, (384, 192, 96, 48)):  # up, first and second conv, shortcut
-        assert (count(up) == 2 * fine * fine * 8 + 2 * fine * fine * 27 + fine * fine * 27 + 2
-                * fine * fine)
+        assert count(up) == (2 * fine * fine * 8 + 2 * fine * fine * 27 + fine * fine * 27
+                             + 2 * fine * fine)
     assert count(net.last_up) == 48 * 24 * 8 + 2 * 24 * 24 * 27 and count(net.out) == 24 * 14 + 14
     assert count(net.encoder) == 8_763_832 - 48
 
@@ -53,8 +53,8 @@ def test_a_students_encoder_is_loaded_whole_and_the_report_says_so(prefix):
     source, net = student(), SegmentationNet(3, **TINY)
     weights = source.state_dict() if prefix else source.encoder.state_dict()
     report = load_encoder(net, weights)
-    assert all(torch.equal(w, source.encoder.state_dict()[name]) for name,
-               w in net.encoder.state_dict().items())
+    assert all(torch.equal(w, source.encoder.state_dict()[name]) 
+               for name, w in net.encoder.state_dict().items())
     size, heads = count(net.encoder), count(source) - count(source.encoder) if prefix else 0
     assert report == (f"encoder weights: {size:,} of {size:,} matched; missing 0; unexpected 0; "
                       f"heads and mask token dropped: {heads + 8:,}")

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_it_needs_the_standard_library_alone():
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'smit')!r}); import settings; print('torch' in sys.modules)"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'smit')!r}); import settings; "
+            "print('torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           cwd=ROOT / "tests")
     assert done.stdout == "False\n", done.stderr
@@ -33,8 +34,8 @@ def test_ranges_are_those_of_the_flag(kind, good, bad):
 
 def test_one_size_stands_for_three_and_two_are_refused(capsys):
     parse = settings.parse_pretraining
-    assert parse("", ["--view", "48"]).view == [48] * 3 == parse(
-        "", ["--view", "48", "48", "48"]).view
+    assert (parse("", ["--view", "48"]).view == [48] * 3
+            == parse("", ["--view", "48", "48", "48"]).view)
     with pytest.raises(SystemExit, match="2"):
         parse("", ["--view", "48", "64"])
     assert "--view takes one number or three" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def networks(*flags):
 def a_batch(volumes=3):
     return {"views": torch.randint(0, 256, (volumes, 2, 1, 16, 16, 16), dtype=torch.uint8),
             "hidden": masking.random_block_mask(2 * volumes, (4, 4, 4), .7).view(
-        volumes, 2, 4, 4, 4),
+                volumes, 2, 4, 4, 4),
             "noise": torch.rand(volumes, 2, 0)}
 
 
@@ -251,8 +251,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(phantoms, tmp_path):
         assert all(torch.equal(whole[part][name], resumed[part][name]) for name in whole[part])
     for a, b in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
         assert all(torch.equal(a[name], b[name]) for name in a)
-    assert (tmp_path / "whole" / "log.csv").read_bytes() == (
-        tmp_path / "resumed" / "log.csv").read_bytes()
+    assert ((tmp_path / "whole" / "log.csv").read_bytes()
+            == (tmp_path / "resumed" / "log.csv").read_bytes())
 
 
 def test_resume_refuses_other_settings(phantoms, tmp_path):
@@ -360,8 +360,8 @@ def test_a_student_gives_its_heads_and_a_teacher_like_it(phantoms, tmp_path, cap
     after = begin(phantoms, tmp_path / "second", tmp_path / "first" / "student.pt",
                   "--method", "ibot")
     for part in ("student", "teacher"):
-        assert all(torch.equal(after[part][name], w) for name,
-                   w in model.items() if name in after[part])
+        assert all(torch.equal(after[part][name], w)
+                   for name, w in model.items() if name in after[part])
         assert not set(model) - set(after[part])
     told = capsys.readouterr().out
     assert "new: image_head, at random" in told and "teacher: a copy of the student" in told

@@ -163,8 +163,8 @@ def test_prepare_is_the_same_for_every_storage_order():
         results.append((image, grid))
     shape = results[0][0].shape
     assert all(image.shape == shape and image.dtype == torch.uint8 for image, _ in results)
-    assert all((image.int() - results[0][0].int()).abs().max() <= 1 for image,
-               _ in results), "but for rounding"
+    assert all((image.int() - results[0][0].int()).abs().max() <= 1
+               for image, _ in results), "but for rounding"
 
 
 @pytest.mark.parametrize("blanked", [True, False])
