@@ -93,6 +93,7 @@ def test_a_patch_is_flipped_cut_and_padded_again():
         assert torch.equal(back[1:15, 1:15, 1:15], patch[x:x + 14, y:y + 14, z:z + 14])
         flips += flipped
         corners.add((x, y, z))
+
     assert flips / 200 == pytest.approx(.5, abs=.1)
     assert corners == {(x, y, z) for x in range(3) for y in range(3) for z in range(3)}
 
@@ -121,6 +122,7 @@ def test_the_loss_equals_the_sum_over_candidates_column_by_column():
             scores = everyone @ task.predictors[ahead](output[0, -1])
             terms.append(scores.logsumexp(0) - scores[column])
     expected = torch.stack(terms).mean()
+
     torch.testing.assert_close(task(batch)["info_nce"], expected, rtol=1e-5, atol=0)
 
 

@@ -76,6 +76,7 @@ def test_evaluation_writes_what_a_gpu_predicted(best, phantoms, tmp_path, monkey
     evaluate.main(evaluate.parse_arguments([*flags, "--out", str(tmp_path / "cpu")]))
     send_to_gpu(monkeypatch, segment, "predict")
     evaluate.main(evaluate.parse_arguments([*flags, "--out", str(tmp_path / "gpu")]))
+
     for path in (tmp_path / "cpu").glob("*.nii.gz"):
         assert path.read_bytes() == (tmp_path / "gpu" / path.name).read_bytes()
 
@@ -108,6 +109,7 @@ def test_figure_5_and_the_probe_take_outputs_of_a_gpu(student, phantoms, tmp_pat
     send_to_gpu(monkeypatch, swin.SwinTransformer3D, "forward")
     settings = probe.Settings(str(phantoms), "ct", [None], [None], str(tmp_path / "cache"))
     probe.probe(tmp_path / "probe", {("smit", 0): str(student)}, False, settings)
+
     assert (tmp_path / "fig5/fig5.md").is_file() and (tmp_path / "probe/probe.md").is_file()
 
 

@@ -10,6 +10,7 @@ def test_teacher_moves_by_one_minus_momentum():
     teacher, student = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     before = {name: p.detach().clone() for name, p in teacher.named_parameters()}
     ema.update_teacher(teacher, student, .996)
+
     for name, p in teacher.named_parameters():
         torch.testing.assert_close(
             p.detach(), .996 * before[name] + .004 * dict(student.named_parameters())[name])

@@ -59,6 +59,7 @@ def test_predictions_of_one_volume_are_the_same_in_space_however_it_is_stored(
         nib.save(nib.Nifti1Image(array, tilt @ affine), tmp_path / f"{axes}-oblique.nii.gz")
     run("--weights", weights, "--data", tmp_path, "--out", tmp_path / "out")
     reference = np.asarray(nib.load(tmp_path / "out" / "RAS.nii.gz").dataobj)
+
     assert len(np.unique(reference)) > 1 and reference.dtype == np.uint8
     for path in sorted(tmp_path.glob("*.nii.gz")):
         given, made = nib.load(path), nib.load(tmp_path / "out" / path.name)
@@ -107,6 +108,7 @@ def test_tta_averages_the_turns_of_training_and_undoes_them():
     x = torch.from_numpy(image) / 255
     plain, turned = (segment.predict(Net(), image, (6, 6, 4), turns) for turns in ((0,), range(4)))
     torch.testing.assert_close(plain[0], x), torch.testing.assert_close(turned[0], x)
+
     torch.testing.assert_close(turned[1], x * 2.5)  # the mean of i, 5 - j, 5 - i and j
 
 
@@ -117,11 +119,13 @@ def test_scores_are_those_of_the_metrics_on_the_original_grid(weights, phantoms,
     truth, affine = data.read_label(case["label"])
     made = data.read_label(tmp_path / "out" / Path(case["image"]).name, allow_empty=True)[0]
     found, spacing = rows(tmp_path / "out"), transforms.spacing_of(affine)
+
     assert [row["organ"] for row in found] == list(phantom.ORGANS)
     for i, row in enumerate(found, 1):
         assert float(row["dice"]) == pytest.approx(metrics.dice(made, truth, 14)[i - 1], rel=1e-5)
         assert float(row["hd95_mm"]) == pytest.approx(
             metrics.hd95(made == i, truth == i, spacing), rel=1e-5)
+
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert results["n"] == 1 and results["tta"]
@@ -143,6 +147,7 @@ def test_several_networks_vote_and_the_record_says_so(weights, phantoms, tmp_pat
     nets = [inference.load_network(path) for path in pair]
     alone = [inference.segment(net, scan).numpy() for net in nets]
     assert np.array_equal(label, inference.segment(nets, scan)) and not np.array_equal(*alone)
+
     results = json.loads((tmp_path / "both" / "results.json").read_text())
     assert results["models"] == 2 and results["weights"] == [str(path) for path in pair]
     assert results["weights_sha256"] == [hashlib.sha256(path.read_bytes()).hexdigest()
@@ -151,6 +156,7 @@ def test_several_networks_vote_and_the_record_says_so(weights, phantoms, tmp_pat
     with pytest.raises(ValueError, match="none of .* was held back"):       # no case is new to both
         run("--weights", *pair, "--data", phantoms, "--key", "training", "--held_out",
             "--out", tmp_path / "none")
+
     state["config"]["spacing"] = [9., 9., 9.]
     runtime.save_checkpoint(tmp_path / "other.pt", state)
     with pytest.raises(ValueError, match="different spacing cannot vote"):
@@ -162,6 +168,7 @@ def test_the_table_has_the_papers_columns_and_averages():
     made = [{"case": case, "organ": name, "dice": score + more}
             for case, more in (("a", 0), ("b", .1)) for name, score in scores.items()]
     summary = scoring.summary(made, "dice")
+
     assert list(summary) == "SP RK LK GB ESO LV STO AOR IVC SPV Pan RA LA AG AVG AVG12".split()
     assert (summary["AG"]["mean"] == pytest.approx(.675)
             and summary["AVG"]["mean"] == pytest.approx(.40))
@@ -216,9 +223,11 @@ def test_what_cannot_be_scored_is_told_and_the_rest_is_scored(other, phantoms, t
     second.write_bytes(second.read_bytes()[:-20])
     label = np.asarray(nib.load(third).dataobj)
     nib.save(nib.Nifti1Image(label, np.diag([10., 10., 11., 1.])), third)
+
     with pytest.raises(ValueError, match="3 of 4 cases failed"):
         run("--predictions", other, "--labels", phantoms, "--key", "training",
             "--out", tmp_path / "out")
+
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not done")]
     assert (len(told) == 3 and "no prediction" in told[0] and "damaged" in told[1]
             and "affine" in told[2])
@@ -242,9 +251,11 @@ def test_bad_cases_are_told_before_the_first_prediction_and_by_check_alone(
     with pytest.raises(ValueError, match="2 problems:\n.*absent.nii.gz.*\n.*no_label.nii.gz"):
         run("--weights", weights, "--data", listing, "--out", tmp_path / "out", "--check")
     assert not (tmp_path / "out").exists()
+
     capsys.readouterr()
     with pytest.raises(ValueError, match="2 of 3 cases failed: absent, phantom0000"):
         run("--weights", weights, "--data", listing, "--out", tmp_path / "out")
+
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(told) >= 2 and "absent.nii.gz" in told[-2] and "no_label.nii.gz" in told[-1]
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2  # an image whose label is bad, too
@@ -259,6 +270,7 @@ def test_cases_named_alike_are_told_apart_by_their_folders(weights, phantoms, tm
     state["config"] |= {"train": ["case_1/imaging.nii.gz"], "held_back": ["case_2/imaging.nii.gz"]}
     torch.save(state, path)
     run("--weights", path, "--data", tmp_path / "kits", "--out", tmp_path / "out")
+
     assert {file.name for file in (tmp_path / "out").glob("*.nii.gz")} == {
         "case_1.nii.gz", "case_2.nii.gz"}
     assert "same name as 1 of 2 cases: case_1\n" in capsys.readouterr().out
@@ -270,6 +282,7 @@ def test_a_btcv_submission_has_btcvs_names_and_numbers(weights, phantoms, tmp_pa
     run("--weights", weights, "--data", image, "--out", tmp_path / "out",
         "--export_test", tmp_path / "test")
     assert [path.name for path in (tmp_path / "test").iterdir()] == ["label0061.nii.gz"]
+
     a, b = (nib.load(path).dataobj for path in (tmp_path / "test" / "label0061.nii.gz",
                                                 tmp_path / "out" / image.name))
     assert np.array_equal(a, b)  # phantoms are numbered as BTCV
@@ -283,6 +296,7 @@ def test_two_results_are_compared_case_by_case(tmp_path, capsys):
             "\n".join([",".join(scoring.COLUMNS), *lines]) + "\n")
     run("--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
     line = capsys.readouterr().out.splitlines()[2]
+
     # 2 / 2^6
     assert "| liver | 6 | 0.630 | 0.525 | +0.105 |" in line and line.endswith("| 0.0312 |")
 
@@ -301,6 +315,7 @@ def test_wrong_weights_are_refused_in_one_line(part, why, weights, phantoms, tmp
     torch.save(state, path)
     if part == "cut":
         path.write_bytes(path.read_bytes()[:-100])
+
     with pytest.raises(ValueError, match=why) as refusal:
         run("--weights", path, "--data", phantoms, "--out", tmp_path / "out")
     assert "\n" not in str(refusal.value)

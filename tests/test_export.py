@@ -56,6 +56,7 @@ def test_an_imported_encoder_keeps_its_habits(make, merge, target, tmp_path):
     words = ["--merge", merge] if merge else []
     run(tmp_path / "foreign.pt", "--to", target, "--out", tmp_path / "here", *words)
     second = weights.read_encoder(tmp_path / "here")
+
     assert same(first.weights, second.weights)
     assert (first.habits, first.arguments) == (second.habits, second.arguments) and first.habits
 
@@ -65,6 +66,7 @@ def test_monais_own_names_come_back_to_the_bit(tmp_path):
     torch.save(state, tmp_path / "monai.pt")
     found = weights.read_encoder(tmp_path / "monai.pt", merge="row-major")
     exported = export.to_monai(found)["state_dict"]
+
     assert {name for name in exported if name not in state} == {
         name.replace("bias_table", "index") for name in state if name.endswith("bias_table")}
     assert same({name: exported[name] for name in state}, state)
@@ -78,6 +80,7 @@ def test_where_monai_is_installed_its_strict_load_takes_the_export_and_computes_
     run(tmp_path / "student.pt", "--to", "monai", "--out", tmp_path / "monai.pt")
     told = capsys.readouterr().out
     assert "lets padded cells take part in the softmax" in told
+
     call = re.search(r"SwinUNETR\(.*\)", told)[0]
     net = eval(call, {"SwinUNETR": nets.SwinUNETR})  # as a reader would paste it
     # strict
@@ -87,6 +90,7 @@ def test_where_monai_is_installed_its_strict_load_takes_the_export_and_computes_
         stage.merge.register_forward_hook(
             lambda module, given, y: outputs.append(y.permute(0, 4, 1, 2, 3)))
     encoder(x)
+
     for ours, theirs in zip([encoder.embed(x).permute(0, 4, 1, 2, 3), *outputs],
                             net.swinViT(x, normalize=False)):
         assert torch.equal(ours, theirs)
@@ -102,6 +106,7 @@ def test_what_monai_cannot_compute_is_not_exported(state, sizes, why, tmp_path):
         state = {"model": {f"encoder.{name}": w for name, w in encoder.state_dict().items()},
                  "config": {**SETTINGS, **sizes}}
     torch.save(state, tmp_path / "file.pt")
+
     with pytest.raises(ValueError, match=why):
         run(tmp_path / "file.pt", "--to", "monai")
     assert [path.name for path in tmp_path.iterdir()] == ["file.pt"]
@@ -113,6 +118,7 @@ def test_a_fine_tuned_network_is_published_whole(tmp_path):
                             {"model": net.state_dict(), "config": SETTINGS, "step": 3})
     run(tmp_path / "best.pt", "--to", "safetensors")
     state = weights.read_file(tmp_path / "best.safetensors")
+
     assert same(state["model"], net.state_dict())
     assert state["config"]["labels"] == {"1": "liver"} and state["config"]["train"] == []
     assert b"anna" not in (tmp_path / "best.safetensors").read_bytes()

@@ -180,11 +180,13 @@ def test_the_reconstruction_panel_states_the_mse_of_each_plane(tmp_path):
                                 guess, (1, 1, 1))
     root, square = parsed(tmp_path / "a.svg"), (guess - image) ** 2
     lefts = [where(root, heading)[0] for heading in RECONSTRUCTION[2:]]
+
     for plane in ((slice(None), slice(None), 8), (slice(None), 6), (4,)):
         s, h = square[plane], hidden[plane]
         lines = f"MSE {s.mean():.4f}", f"MSE {(s * h).mean():.4f}", f"hidden: MSE {s[h].mean():.4f}"
         for left, line in zip(lefts, lines):
             assert where(root, line)[0] == left, line
+
     line = (f"Whole volume: MSE {square[hidden].mean():.4f} where hidden, "
             f"MSE {square[~hidden].mean():.4f} elsewhere.")
     assert line + " Grey: 0 is black, 1 is white." in words_of(root)
@@ -196,6 +198,7 @@ def test_the_prediction_is_pasted_into_hidden_voxels_alone_and_the_window_is_fix
     panels.reconstruction_panel(tmp_path / "a.svg", image, hidden, np.full((4, 4, 4), .8),
                                 (1, 1, 1))
     original, masked, guess, pasted, error = columns_of(parsed(tmp_path / "a.svg"), *RECONSTRUCTION)
+
     assert (len(original), len(masked), len(guess), len(pasted)) == (3, 6, 3, 3)
     assert (original[0] == 102).all() and (masked[0] == 102).all() and (guess[0] == 204).all()
     assert pasted[0].tolist() == [[204, 204, 102, 102]] * 4
@@ -240,6 +243,7 @@ def test_the_legend_names_each_organ_beside_its_color_with_its_dice(tmp_path):
     pred[7, 2:6, 3:9] = 0  # half of the liver: Dice 2/3
     panels.overlay_panel(tmp_path / "a.svg", truth / 20, truth, pred, (1, 1, 2),
                          {1: "spleen", 6: "liver"}, False)
+
     # label 15 is the thirteenth of no known organ: the last colour, half as light
     assert legend_of(parsed(tmp_path / "a.svg")) == {"spleen 0.00": "rgb(240, 180, 0)",
                                                      "liver 0.67": "rgb(225, 255, 0)",
@@ -253,6 +257,7 @@ def test_an_organ_has_one_color_in_every_data_set():
                    panels.label_colors({1: "Liver", 4: "spleen"}))
     assert (tuple(btcv[6]) == tuple(other[1]) == panels.ORGAN_COLORS[5]
             and tuple(other[4]) == panels.ORGAN_COLORS[0])
+
     unnamed = panels.label_colors({})
     assert [tuple(color) for color in unnamed[1:14]] == panels.ORGAN_COLORS
     assert not (panels.label_colors({6: "bladder", 1: "liver"})[[6]] == unnamed[1:14]).all(-1).any()
@@ -265,6 +270,7 @@ def test_truth_and_prediction_stand_under_their_titles(contours, tmp_path):
     panels.overlay_panel(tmp_path / "a.svg", truth * 0, truth, pred, (1, 1, 1), {}, contours)
     image, *painted = columns_of(parsed(tmp_path / "a.svg"), "image", "truth", "prediction",
                                  "organ, Dice")[:3]
+
     # labels lie over the image
     assert [len(pictures) for pictures in (image, *painted)] == [3, 6, 6]
     for pictures, number in zip(painted, (3, 9)):
@@ -297,6 +303,7 @@ def test_main_components_find_known_factors_whatever_the_rotation():
     factors = torch.rand(400, 3, generator=rng).pow(3) * torch.tensor([9.0, 3.0, 1.0])
     turn = torch.linalg.qr(torch.randn(8, 8, generator=rng))[0]
     colors, shares = panels.token_map(factors @ turn[:3] + torch.randn(8, generator=rng))
+
     assert (np.allclose(colors, panels.token_map(factors)[0], atol=1e-4)
             and abs(sum(shares) - 1) < 1e-9)
     for axis in range(3):
@@ -337,6 +344,7 @@ def test_a_token_stands_over_its_own_voxels_though_the_volume_is_no_multiple(
     unlike, like = (
         (panels.HOT[0], panels.HOT[-1]) if pixels == "left" else (panels.HOT[-1], panels.HOT[0]))
     assert row == (unlike,) * 2 + (like,) * 8
+
     boxes = [[float(e.get(name)) for name in ("x", "y", "width", "height")]
              for e in all_of(root, "rect") if e.get("stroke") == panels.BOX]
     x, y, *_ = panels.Panel((10, 7, 7), (1, 1, 1)).box(0, 0)  # 24 pixels a voxel
@@ -362,10 +370,12 @@ def test_a_point_stands_where_the_axes_say(log, tmp_path):
     scale = np.log10 if log else np.asarray
     # 5: half a letter
     to_x, to_y = np.polyfit(x_marks, x_pixels, 1), np.polyfit(scale(y_marks), y_pixels - 5, 1)
+
     assert to_x[0] > 0 > to_y[0]  # more is right, and up
     for circle, a, b in zip(all_of(root, "circle"), x, y, strict=True):
         assert abs(np.polyval(to_x, a) - float(circle.get("cx"))) < .1
         assert abs(np.polyval(to_y, scale(b)) - float(circle.get("cy"))) < .1
+
     line = next(e for e in all_of(root, "path") if e.get("stroke-dasharray") == "4 4")
     assert abs(float(line.get("d").split()[1]) - np.polyval(to_y, scale(2.0))) < .1
     assert {"a <b> & c", "ln K", "t"} <= set(words_of(root))
@@ -387,6 +397,7 @@ def test_many_and_long_names_stand_in_rows_of_a_legend_above_the_curves(tmp_path
     root = parsed(tmp_path / "a.svg")
     ends = [(where(root, name)[0] + canvas.text_width(name), where(root, name)[1])
             for name in names]
+
     assert max(x for x, _ in ends) < 640 and len(set(ends)) == 9
     assert max(y for _, y in ends) < min(float(e.get("cy")) for e in all_of(root, "circle"))
     dashed = {e.get("stroke") for e in all_of(root, "path") if e.get("stroke-dasharray") == "9 4"}
@@ -399,12 +410,15 @@ def test_differences_stand_around_the_line_at_zero_where_the_axis_says(tmp_path)
     charts.intervals_svg(tmp_path / "a.svg", rows, "difference in Dice", "Differences")
     root = parsed(tmp_path / "a.svg")
     to_x = np.polyfit(*read_axis(root, "middle", "x"), 1)
+
     assert np.allclose([float(e.get("cx")) for e in all_of(root, "circle")],
                        np.polyval(to_x, [.02, -.04]), atol=.1)
+
     bars = [e.get("d") for e in all_of(root, "path") if e.get("stroke-width") == "2"]
     # two caps a bar
     ends = [[float(x) for x in re.findall(r"[ML]([\d.]+) ", bar)] for bar in (bars[0], bars[3])]
     assert np.allclose(ends, np.polyval(to_x, [[-.01, .05], [-.06, -.02]]), atol=.1)
+
     zero = next(e for e in all_of(root, "path") if e.get("stroke-dasharray"))
     assert abs(float(re.search(r"M([\d.]+)", zero.get("d"))[1]) - np.polyval(to_x, 0)) < .1
     assert where(root, "smit & co")[1] == where(root, "+0.020 (-0.010 to +0.050)")[1]
@@ -435,10 +449,12 @@ def test_a_log_becomes_charts_with_ln_k_among_the_token_losses_alone(tmp_path):
     assert (numbers["step"] == 21 and numbers["val_mip"] == .1 and numbers["mpd"] == 6.9
             and "itd" not in numbers)
     assert {path.stem for path in tmp_path.glob("*.svg")} == {"loss", "token_losses", "mip", "rate"}
+
     texts = {stem: words_of(parsed(tmp_path / f"{stem}.svg")) for stem in ("mip", "token_losses")}
     assert "ln K" in texts["token_losses"] and "ln K" not in texts["mip"]
     assert ({"training", "held back", "best constant"} <= set(texts["mip"])
             and "visible median" not in texts["mip"])
+
     root = ET.parse(tmp_path / "token_losses.svg")
     marks, pixels = read_axis(root, "end", "y")
     line = next(e for e in all_of(root, "path") if e.get("stroke-dasharray") == "4 4")
@@ -477,6 +493,7 @@ def test_the_page_escapes_what_it_is_told_and_cuts_long_values(tmp_path):
     root = parsed(tmp_path / "index.html")
     assert all_of(root, "h1")[0].text == "<script>alert(1)</script>"
     assert [heading.text for heading in all_of(root, "h2")] == ["a & b", "Settings"]
+
     facts = facts_of(root)
     assert (facts["lr"] == "0.0002" and facts["<i>"].startswith("['<b>', ")
             and len(facts["<i>"]) < 210)
@@ -498,6 +515,7 @@ def test_a_page_before_the_first_step_shows_dashes_and_no_number_of_an_unmeasure
     report.finetuning_report(tmp_path, config)
     facts = facts_of(parsed(tmp_path / "index.html"))
     assert [facts[name] for name in ("Steps done", "Best mean Dice so far")] == ["–", "–"]
+
     (tmp_path / "log.csv").write_text("step,lr,loss,val_dice,best_dice\n10,.1,2.5,,-1\n")
     report.finetuning_report(tmp_path, config)
     facts = facts_of(parsed(tmp_path / "index.html"))
@@ -521,12 +539,15 @@ def test_the_pretraining_report_changes_nothing_in_the_run(head, tmp_path):
     before, random = {k: v.clone() for k, v in student.state_dict().items()}, torch.get_rng_state()
     config = dict(prototypes=16, mask_cell=4, spacing=[2.0, 2.0, 3.0], method="smit")
     report.pretraining_report(tmp_path, config)  # before the first step
+
     assert (not list(tmp_path.glob("*.svg"))
             and facts_of(parsed(tmp_path / "index.html"))["Steps done"] == "–")
+
     log_file(tmp_path, ["10,.1,.2,.3,.4,,,\n"])
     report.pretraining_report(tmp_path, config, student, sample)
     assert student.training and torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
     drawn = {path.stem for path in tmp_path.glob("*.svg")} & {"tokens", "reconstruction"}
     assert drawn == ({"tokens", "reconstruction"} if head else {"tokens"})
     assert "Tokens of a whole view, step 10" in words_of(parsed(tmp_path / "index.html"))
@@ -539,6 +560,7 @@ def test_the_fine_tuning_report_shows_charts_and_the_overlay_of_a_named_case(tmp
     config = {"spacing": [10.0] * 3, "labels": {6: "liver"}, "held_back": ["p<7>.nii.gz"]}
     report.finetuning_report(tmp_path, config, np.uint8(image > 0) * 200, label,
                              torch.tensor(label), case="p<7>")
+
     assert {path.stem for path in tmp_path.iterdir()} == {"log", "loss", "dice", "rate",
                                                           "overlay", "index"}
     root = parsed(tmp_path / "index.html")
@@ -559,15 +581,18 @@ def test_evaluation_shows_scores_and_three_cases_with_organs_matched_by_name(tmp
         rows += scoring.score_case(case, theirs, 2.0)
     report.evaluation_report(tmp_path, cases, rows, theirs,
                              {"modality": "ct", "hu_window": (-175.0, 250.0)})
+
     for rank, case in (("worst", "p2"), ("median", "p1"), ("best", "p0")):
         mean = np.mean([row["dice"] for row in rows if row["case"] == case])
         assert f"{case}, {rank} of 3, mean Dice {mean:.3f}" in words_of(
             parsed(tmp_path / f"{rank}.svg"))
     assert "liver 1.00" in legend_of(parsed(tmp_path / "best.svg"))
+
     scores, ranking = all_of(parsed(tmp_path / "index.html"), "table")
     table = {line[0].text.strip(): ["".join(cell.itertext()) for cell in line]
              for line in all_of(scores, "tr")}
     liver = [row["dice"] for row in rows if row["organ"] == "liver"]
+
     assert table["liver"][0] == "liver LV" and table["liver"][1] == "3"
     assert table["liver"][2:4] == [f"{np.mean(liver):.3f}", f"{min(liver):.3f} to 1.000"]
     assert [line[0].text for line in all_of(ranking, "tr")] == ["case", "p2", "p1", "p0"]
@@ -579,6 +604,7 @@ def test_an_organ_that_no_case_has_is_a_dash_and_a_missed_one_is_counted(tmp_pat
                   "surface_dice": math.nan}]
     scores = ET.fromstring("<p>" + report.scores_html(rows) + "</p>")
     lines = [["".join(cell.itertext()) for cell in line] for line in all_of(scores, "tr")]
+
     assert ["liver", "1", "0.000", "0.000 to 0.000", "–", "–", "0.000", "0.000 to 0.000",
             "1"] in lines
     assert ["<spleen>", "0", "–", "–", "–", "–", "–", "–", "0"] in lines
@@ -599,6 +625,7 @@ def test_a_prediction_whose_axes_run_differently_lies_over_its_label_and_what_is
              "label": tmp_path / "label.nii.gz"}
     names = {2: "liver", 7: "ignore"}
     report.case_panel(tmp_path / "a.svg", {**paths, "names": names}, {2: "Liver"}, {}, "t")
+
     assert [*legend_of(parsed(tmp_path / "a.svg"))] == ["liver 1.00"]
 
 
@@ -620,6 +647,7 @@ def test_the_example_shows_a_phantom_and_its_own_student_in_a_small_file(tmp_pat
               all_of(parsed(tmp_path / "a.svg"), "image")]
     original, visible, hidden, guess = images
     clear = hidden[..., 3] == 0
+
     assert np.array_equal(visible, original) and (guess == 153).all()
     assert (.6 < 1 - clear.mean() < .8 and original.std() > 40
             and (tmp_path / "a.svg").stat().st_size < 60_000)

@@ -86,6 +86,7 @@ def test_the_loss_decreases_and_the_best_network_is_kept(phantoms, tmp_path):
     log = tune(phantoms, tmp_path / "run", "--steps", 40, "--val_every", 2, "--batch", 2)
     losses = [row["loss"] for row in log]
     assert sum(losses[-5:]) < .8 * sum(losses[:5])
+
     scores = {row["step"]: row["val_dice"] for row in log if "val_dice" in row}
     best = runtime.load_checkpoint(tmp_path / "run" / "best.pt")
     # 4 volumes, 2 a step, every second epoch
@@ -104,6 +105,7 @@ def test_the_encoder_starts_as_pretrained_and_says_so(file, flags, part, pretrai
     source = runtime.load_checkpoint(pretrained / "last.pt")[part]
     for name, weight in model(tmp_path / "run").items():
         assert not name.startswith("encoder.") or torch.equal(weight, source[name])
+
     size = sum(w.numel() for name, w in model(tmp_path / "run").items()
                if name.startswith("encoder."))
     assert f"{size:,} of {size:,} matched; missing 0; unexpected 0" in capsys.readouterr().out
@@ -115,6 +117,7 @@ def test_the_decoder_starts_alike_for_every_method(pretrained, phantoms, tmp_pat
     tune(phantoms, tmp_path / "student", *still, "--init", pretrained / "student.pt")
     tune(phantoms, tmp_path / "seed", *still, "--seed", 1)
     random, student, seed = (model(tmp_path / name) for name in ("random", "student", "seed"))
+
     for name in (name for name in random if not name.startswith("encoder.")):
         assert (torch.equal(random[name], student[name])
                 and not torch.equal(random[name], seed[name])), name
@@ -135,6 +138,7 @@ def test_another_preparation_is_warned_about(pretrained, capsys):
     finetune.read_init(parse("--init", pretrained / "student.pt", "--spacing", 10, 10, 10),
                        runtime.start("cpu"))
     assert capsys.readouterr().out == ""
+
     finetune.read_init(parse("--init", pretrained / "student.pt", "--modality", "mr"),
                        runtime.start("cpu"))
     told = capsys.readouterr().out
@@ -148,11 +152,13 @@ def test_a_wrong_init_is_refused_in_one_line(pretrained, phantoms, tmp_path):
     runtime.save_checkpoint(tmp_path / "lacking.pt", state)
     runtime.save_checkpoint(tmp_path / "foreign.pt", {"model": {"weight": torch.ones(3)}})
     (tmp_path / "cut.pt").write_bytes((pretrained / "student.pt").read_bytes()[:-50])
+
     for name, why in (("lacking.pt", "missing 64"), ("foreign.pt", "no pre-trained student"),
                       ("cut.pt", "refused"), ("gone.pt", "no regular file")):
         with pytest.raises(ValueError, match=why) as refusal:
             tune(phantoms, tmp_path / "run", "--init", tmp_path / name, "--steps", 1)
         assert "\n" not in str(refusal.value) and not (tmp_path / "run" / "log.csv").exists()
+
     whole = runtime.load_checkpoint(pretrained / "student.pt")
     for part, value in (("config", 3), ("model", [1]), ("model", {"encoder.patch_embed.weight": 3}),
                         ("model", {7: torch.ones(3)})):
@@ -161,6 +167,7 @@ def test_a_wrong_init_is_refused_in_one_line(pretrained, phantoms, tmp_path):
                            match="no pre-trained student|refused as a checkpoint") as refusal:
             tune(phantoms, tmp_path / "run", "--init", tmp_path / "odd.pt", "--steps", 1)
         assert "\n" not in str(refusal.value), (part, value)
+
     tune(phantoms, tmp_path / "run", "--init", tmp_path / "lacking.pt", "--steps", 1,
          "--partial_init")
     with pytest.raises(ValueError, match="last.pt"):
@@ -177,6 +184,7 @@ def test_a_network_learns_from_monais_encoder_of_its_own_shape(phantoms, tmp_pat
              "--steps", 8, "--batch", 1, "--crop", 32]
     finetune.main(parse(*flags))
     told = capsys.readouterr().out
+
     assert ("with MONAI's SwinViT under state_dict.module" in told
             and "habit: a merge reads neighbours 010 and 001" in told)
     assert re.search(r"encoder weights: ([\d,]+) of \1 matched; missing 0; unexpected 0", told)
@@ -195,6 +203,7 @@ def test_a_frozen_encoder_does_not_move(pretrained, phantoms, tmp_path):
     tune(phantoms, tmp_path / "run", *flags)
     source, now = model(pretrained, "student.pt"), model(tmp_path / "run")
     assert all(torch.equal(now[name], source[name]) for name in now if name.startswith("encoder."))
+
     torch.manual_seed(0)
     fresh = segment.build_network(
         runtime.load_checkpoint(tmp_path / "run" / "last.pt")["config"]).state_dict()
@@ -214,6 +223,7 @@ def test_the_learning_rate_decays_block_by_block():
                 "encoder.stages.1.merge.norm.bias": 1 / 2, "encoder.norms.1.bias": 1 / 2,
                 "ups.0.up.weight": 1, "out.bias": 1}
     named = dict(net.named_parameters())
+
     assert ({name: scales[id(named[name])] for name in expected} == expected
             and len(scales) == len(named))
 
@@ -233,6 +243,7 @@ def test_folds_are_disjoint_complete_and_nnunets(tmp_path):
     folds = [split(path, "--fold", k) for k in range(5)]
     assert sorted(name for _, held in folds for name in held) == list("abcdefghijkl")
     assert all(sorted(train + held) == list("abcdefghijkl") for train, held in folds)
+
     model_selection = pytest.importorskip("sklearn.model_selection")
     peer = model_selection.KFold(5, shuffle=True, random_state=12345)
     for (_, held), (_, theirs) in zip(folds, peer.split(range(12))):
@@ -262,14 +273,17 @@ def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script
     tune(phantoms, tmp_path / "one", *flags, "--batch", 2)
     run_script("finetune.py", *SMALL, "--data", phantoms, "--cache", "cache", *flags, "--batch", 1,
                "--out", "two", ranks=2)
+
     for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
     one, two = (torch.cat([w.flatten() for w in model(tmp_path / name).values()])
                 for name in ("one", "two"))
     torch.manual_seed(0)
     net = segment.build_network(runtime.load_checkpoint(tmp_path / "one" / "last.pt")["config"])
     start = torch.cat([w.flatten() for w in net.state_dict().values()])
+
     # AdamW's first steps enlarge the rounding of gradients near 0:
     # compare with the way that was gone
     assert (two - one).norm() < .02 * (one - start).norm()
@@ -285,6 +299,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(phantoms, tmp_path):
     tune(phantoms, tmp_path / "resumed", *flags, "--resume", "--workers", 1)
     whole, resumed = (runtime.load_checkpoint(tmp_path / name / "last.pt")
                       for name in ("whole", "resumed"))
+
     assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
     for a, b in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
         assert all(torch.equal(a[name], b[name]) for name in a)
@@ -299,14 +314,17 @@ def test_an_average_of_the_weights_is_saved_in_their_place_and_resumed(phantoms,
     state = runtime.load_checkpoint(tmp_path / "one" / "last.pt")
     torch.manual_seed(0)
     start = segment.build_network(state["config"]).state_dict()
+
     for name, value in state["average"].items():  # after the first step, a tenth of the start
         torch.testing.assert_close(value, .1 * start[name] + .9 * state["model"][name])
         assert torch.equal(value, model(tmp_path / "one", "best.pt")[name])
+
     tune(phantoms, tmp_path / "run", *flags)
     whole = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
     (tmp_path / "run" / "last.prev.pt").rename(tmp_path / "run" / "last.pt")
     tune(phantoms, tmp_path / "run", *flags, "--resume")
     again = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+
     assert all(torch.equal(whole["average"][name], again["average"][name])
                for name in whole["average"])
 
@@ -341,9 +359,11 @@ def test_every_bad_label_is_named_before_the_first_step(phantoms, tmp_path):
     for path, change in zip(labels, changes):
         label, affine = data.read_label(path)
         nib.save(nib.Nifti1Image(change(label).numpy(), affine), path)
+
     # another shape: seen by the headers alone
     with pytest.raises(ValueError, match="phantom0002"):
         tune(tmp_path / "copy" / "dataset.json", tmp_path / "run", "--steps", 1)
+
     shutil.copy(phantoms.parent / "labelsTr" / labels[2].name, labels[2])
     with pytest.raises(ValueError, match="2 problems(.|\n)*phantom0000.*55(.|\n)*phantom0001.*77"):
         tune(tmp_path / "copy" / "dataset.json", tmp_path / "run", "--steps", 1)

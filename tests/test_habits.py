@@ -62,12 +62,14 @@ def test_a_cut_bias_index_numbers_a_small_windows_cells_as_the_full_ones_first()
     window = (2, 3, 4)
     index = swin.relative_position_index(window, attention.window)
     bias = attention.position_bias(index)
+
     for i in range(24):
         for j in range(24):
             # cells of the window of 4^3
             a, b = (torch.tensor([k // 16, k // 4 % 4, k % 4]) for k in (i, j))
             row = ((a - b + 3) * torch.tensor([49, 7, 1])).sum()
             assert torch.equal(bias[:, i, j], attention.bias_table[row]), (i, j)
+
     full = swin.relative_position_index((4, 4, 4))
     assert torch.equal(attention.position_bias(full),
                        swin.WindowAttention.position_bias(attention, full))
@@ -82,6 +84,7 @@ def test_the_scattered_reverse_is_the_releases_permutation(side, order, share):
     scatter = habits.scatter_windows(swin.partition_windows(token.view(1, *grid, 1), window),
                                      window, grid).flatten()
     assert (scatter == token).float().mean().item() == pytest.approx(share)
+
     power = scatter
     for _ in range(order - 1):
         assert not torch.equal(power, token)
@@ -161,6 +164,7 @@ def test_the_authors_network_is_computed_forward_and_backward(side):
     direction = [torch.randn_like(y) for y in expected]
     gradients = [torch.autograd.grad(sum((y * d).sum() for y, d in zip(ys, direction)),
                                      [x, *weights.values()]) for ys in (outputs, expected)]
+
     for ours, theirs in zip(outputs, expected):
         assert relative_error(ours, theirs) < 1e-12
     for ours, theirs in zip(*gradients):
@@ -181,6 +185,7 @@ def test_copies_checkpointing_and_inference_keep_the_habits(names):
     again.load_state_dict(net.state_dict())
     with torch.no_grad():
         fused = net(x)
+
     for ours, copied, recomputed, inferred in zip(expected, copy.deepcopy(net)(x), again(x), fused):
         assert torch.equal(copied, ours)
         torch.testing.assert_close(recomputed, ours, rtol=1e-4, atol=1e-5)

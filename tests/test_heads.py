@@ -20,6 +20,7 @@ def test_linear_head_puts_its_channels_at_their_voxels():
     tokens = torch.randn(2, 5, 2, 3, 1)
     voxels = head(tokens)
     assert voxels.shape == (2, 1, 8, 12, 4)
+
     channels = torch.einsum("oc,bcdhw->bodhw", head.projection.weight, tokens)
     for (d, h, w), (s1, s2, s3) in [((0, 0, 0), (0, 0, 3)), ((1, 2, 0), (3, 1, 2)),
                                     ((0, 1, 0), (2, 3, 0))]:
@@ -41,6 +42,7 @@ def test_multilayer_head_is_five_doublings():
     kernels = [layer for layer in head if isinstance(layer, torch.nn.ConvTranspose3d)]
     assert [k.in_channels for k in kernels] + [kernels[-1].out_channels] == [
         768, 384, 192, 96, 48, 1]
+
     small = heads.MultiLayerVoxelHead(32)
     assert small(torch.randn(1, 32, 1, 2, 3)).shape == (1, 1, 32, 64, 96)
     assert not isinstance(head[-1], torch.nn.GELU)
@@ -52,6 +54,7 @@ def test_projection_head_gives_cosines():
         head.directions.mul_(3.7)  # weight norm: their length does not matter
     x = torch.randn(2, 7, 6)
     expected = F.cosine_similarity(head.mlp(x)[..., None, :], head.directions, dim=-1)
+
     torch.testing.assert_close(head(x), expected)
     assert (head(x).abs().max() <= 1 and torch.equal(head.gains, torch.ones(10, 1))
             and not head.gains.requires_grad)

@@ -55,6 +55,7 @@ def test_a_label_from_python_is_the_one_that_evaluate_writes(networks, scan, tmp
     net = inference.load_network(networks[0])
     label = inference.segment(net, scan)
     assert len(np.unique(written)) > 1 and np.array_equal(label.numpy(), written)
+
     image = nib.load(scan)
     assert torch.equal(inference.segment(net, image.get_fdata(), image.affine), label)
     assert (not net.training and net.config["crop"] == [24, 24, 24]
@@ -67,11 +68,14 @@ def test_several_networks_vote_with_their_mean_softmax(networks, scan):
     image = case["image"].numpy()
     softmax = [segment.predict(net, image, (24, 24, 24)).softmax(0) for net in nets]
     scores = inference.class_scores(nets, image)
+
     torch.testing.assert_close(scores, (softmax[0] + softmax[1]) / 2)
     torch.testing.assert_close(scores.sum(0), torch.ones(scores.shape[1:]))
+
     expected = transforms.to_file_grid(scores, case["affine"], case["original_shape"],
                                        case["original_affine"])
     assert torch.equal(inference.segment(nets, scan), expected)
+
     nets[1].config = {**nets[1].config, "labels": {1: "liver"}}
     with pytest.raises(ValueError, match="different labels cannot vote"):
         inference.segment(nets, scan)
@@ -89,6 +93,7 @@ def test_features_are_the_encoders_on_the_prepared_volume(student, scan):
     assert not encoder.training and "missing 0; unexpected 0" in encoder.report
     only = inference.features(encoder, scan, wanted=[1]).maps
     assert only[0] is None and only[2] is None and torch.equal(only[1], maps[1])
+
     image = nib.load(scan)
     from_array = inference.features(encoder, image.get_fdata(), image.affine).maps
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(from_array, maps))
@@ -108,6 +113,7 @@ def test_an_imported_encoder_asks_how_volumes_are_prepared(scan, tmp_path):
     encoder = inference.load_encoder(tmp_path / "monai.pt")
     with pytest.raises(ValueError, match="pass preparation="):
         inference.features(encoder, scan)
+
     maps = inference.features(encoder, scan,
                               preparation=transforms.Preparation((20., 20., 20.))).maps
     assert [len(y) for y in maps] == [12, 24, 48, 96, 192]
@@ -132,6 +138,7 @@ def test_the_lines_that_are_shown_to_readers_run(student, networks, scan, tmp_pa
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(shown, names)
+
     assert (names["label"].shape == nib.load(scan).shape
             and len(names["maps"]) == len(names["affines"]) == 3)
 

@@ -70,6 +70,7 @@ def test_mpd_is_a_mean_over_tokens_then_samples():
             for i in range(7) if hidden[b, i]
         ]
         total += sum(terms) / len(terms) / 3
+
     torch.testing.assert_close(losses.mpd_loss(student, teacher, hidden, center, .1, .05), total)
     with pytest.raises(ValueError, match="no hidden token"):
         losses.mpd_loss(student, teacher, hidden & (torch.arange(3) > 0)[:, None], center, .1, .05)
@@ -83,6 +84,7 @@ def test_itd_by_hand_and_without_gradient_to_the_teacher():
     first = -(1 / (1 + e) * math.log(e / (1 + e)) + e / (1 + e) * math.log(1 / (1 + e)))
     # teacher less centre: 0, .04
     loss = losses.itd_loss(student, teacher, torch.tensor([.3, 0.]), .1, .04)
+
     assert loss.item() == pytest.approx((first + math.log(2)) / 2)
     loss.backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
@@ -109,6 +111,7 @@ def test_hidden_tokens_found_before_a_mask_is_moved_give_the_same_loss():
     hidden = torch.arange(7) < torch.tensor([[2], [7], [4]])
     index = losses.hidden_index(hidden)
     assert index.tolist() == [0, 1, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]
+
     given, made = (losses.mpd_loss(student, teacher, hidden, center, .1, .05, i)
                    for i in (index, None))
     assert torch.equal(given, made)
@@ -147,6 +150,7 @@ def test_center_counts_micro_batches_as_one_batch():
     parts.collect(logits[:1])
     parts.collect(logits[1:])
     torch.testing.assert_close(parts.update(), whole.value)
+
     discarded.collect(logits + 100)
     discarded.discard()
     torch.testing.assert_close(discarded.update(logits), whole.value)
@@ -169,6 +173,7 @@ def test_dice_ce_equals_the_one_hot_formula():
     plain = ((1 - 2 * (prob * truth).sum((2, 3, 4)) / (total + 1e-6)).mean()
              + F.cross_entropy(logits, label))
     fast = losses.dice_ce_loss(logits, label)
+
     assert fast.item() == pytest.approx(plain.item(), abs=1e-5)
     torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (fast, plain)),
                                atol=1e-6, rtol=1e-5)

@@ -23,6 +23,7 @@ def test_masks_are_independent_uniform_and_repeatable():
     assert torch.equal(hidden, draw(0)) and not torch.equal(hidden, draw(1))
     assert len({tuple(m.flatten().tolist()) for m in hidden}) > 1900
     assert (hidden.float().mean(0) - .5).abs().max() < .06  # 5 sigma of 2,000 draws
+
     # without replacement: 1/2 * 11/23
     both = (hidden[:, 0, 0, 0] & hidden[:, 0, 0, 1]).float().mean()
     assert both.item() == pytest.approx(11 / 46, abs=.05)

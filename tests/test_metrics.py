@@ -91,6 +91,7 @@ def test_only_voxels_with_a_free_face_are_surface():
     block[2, 1, 1] = False  # (2, 2, 2) touches this hole by an edge only and stays inside
     inner = torch.zeros_like(block)
     inner[2:5, 2:6, 2:7] = True
+
     assert torch.equal(metrics.surface(inner), inner & ~torch.nn.functional.pad(
         torch.ones(1, 2, 3), (3, 3) * 3).bool())
     distances, _ = metrics.surface_distances(block, inner, (1, 1, 1))
@@ -105,6 +106,7 @@ def test_surface_distances_equal_brute_force(case):
         torch.testing.assert_close(ours.sort().values.double(), brute.sort().values, rtol=0,
                                    atol=1e-4)
     hd95 = max(np.percentile(brute, 95) for brute in expected)
+
     assert metrics.hd95(pred, label, spacing) == pytest.approx(hd95, abs=1e-4)
     share = np.mean(np.concatenate(expected) <= 2.4321)
     assert metrics.surface_dice(pred, label, spacing, 2.4321) == pytest.approx(share)
@@ -116,6 +118,7 @@ def test_surface_scores_equal_monai(case):
     pred, label, spacing = list(mask_pairs())[case]
     one_hot = [torch.stack([~mask, mask])[None] for mask in (pred, label)]
     hd95 = monai.compute_hausdorff_distance(*one_hot, percentile=95, spacing=spacing).item()
+
     assert metrics.hd95(pred, label, spacing) == pytest.approx(hd95, abs=1e-4)
     # ties with the grid's own distances included
     for tolerance in (0, spacing[0], 2 * spacing[1], 2.):
@@ -129,6 +132,7 @@ def test_hd95_does_not_depend_on_axis_order_or_empty_space():
     wide = [torch.nn.functional.pad(mask, (0, 9, 30, 0, 4, 4)) for mask in (pred, label)]
     inset = [torch.nn.functional.pad(mask, (1,) * 6) for mask in (pred, label)]
     expected = metrics.hd95(*inset, spacing)
+
     assert metrics.hd95(*wide, spacing) == expected
     for order in itertools.permutations(range(3)):
         turned = metrics.hd95(pred.permute(order), label.permute(order),
@@ -147,6 +151,7 @@ def test_bootstrap_interval_is_that_of_a_mean_and_ignores_nan():
     values = np.random.default_rng(1).normal(.8, .1, 200)
     low, high = metrics.bootstrap_interval(values)
     margin = 1.96 * values.std() / math.sqrt(200)
+
     assert [low, high] == pytest.approx([values.mean() - margin, values.mean() + margin], abs=.002)
     assert metrics.bootstrap_interval([*values, math.nan]) == (low, high)
     assert metrics.bootstrap_interval([.5]) == (.5, .5)

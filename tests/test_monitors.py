@@ -61,6 +61,7 @@ def test_guesses_without_anatomy_by_hand():
     hidden = torch.tensor([False, False, False, True, True])
     assert monitors.visible_median(view, hidden) == 2
     assert monitors.visible_median(view, torch.ones(5, dtype=torch.bool)) == 9
+
     histogram = torch.zeros(256, dtype=torch.float64)
     histogram[[10, 20, 250]] = torch.tensor([1., 3., 1.], dtype=torch.float64)
     assert monitors.best_constant(histogram) == 20
@@ -72,6 +73,7 @@ def test_collapse_reports_the_heads_that_are_there():
     centers["mpd"].value += torch.tensor([3., 0, 4, 0])
     taught = pretrain.Outputs(tokens=torch.rand(2, 9, 6), patch_logits=torch.zeros(2, 9, 4))
     row = monitors.collapse(taught, centers, .04, ALONE)
+
     assert row.keys() == {"effective_rank", "mpd_entropy", "mpd_mean_entropy", "mpd_center"}
     assert row["mpd_center"] == 5
     assert row["mpd_entropy"] == pytest.approx(.5)  # the centre leaves two prototypes of four

@@ -41,6 +41,7 @@ def test_tokens_are_numbered_as_mask_cells_are():
     x = torch.rand(1, 1, 16, 16, 24)                                    # tokens of 8^3: 2 x 2 x 3
     tokens = student(x).tokens
     assert tokens.shape == (1, 12, 32)
+
     features = student.encoder(x)[2]
     # row-major: 1 * 6 + 0 * 3 + 1
     torch.testing.assert_close(tokens[0, 7], features[0, :, 1, 0, 1])
@@ -51,10 +52,12 @@ def test_teacher_starts_as_the_student_and_drops_no_path():
     teacher = student.make_teacher()
     x = torch.rand(2, 1, 16, 16, 16)
     mine, theirs = student.eval()(x), teacher(x)
+
     assert (torch.equal(mine.patch_logits, theirs.patch_logits)
             and torch.equal(mine.image_logits, theirs.image_logits))
     assert (theirs.voxels is None and not teacher.training
             and not any(p.requires_grad for p in teacher.parameters()))
+
     student.train()
     assert not torch.equal(student(x).patch_logits, theirs.patch_logits)
     assert torch.equal(teacher(x).tokens, theirs.tokens)
@@ -64,6 +67,7 @@ def test_teacher_follows_a_shared_head():
     student = small(shared_head=True)
     teacher = student.make_teacher()
     assert student.image_head is student.patch_head and teacher.image_head is teacher.patch_head
+
     with torch.no_grad():
         student.patch_head.directions.add_(1)
     ema.update_teacher(teacher, student, 0.)

@@ -108,6 +108,7 @@ def test_a_pretraining_file_of_monai_just_loads_and_every_tensor_is_accounted_fo
                   torch.zeros(343, 343, dtype=torch.long)}
     found = weights.read_encoder(
         save(tmp_path / "model_swinvit.pt", {"state_dict": state, "epoch": 3}))
+
     assert found.arguments == dict(in_channels=1, embed_dim=12, depths=[2, 2, 2, 2],
                                    heads=[3, 6, 12, 24], window=[7, 7, 7], patch=2,
                                    mlp_ratio=4, qkv_bias=True)
@@ -116,6 +117,7 @@ def test_a_pretraining_file_of_monai_just_loads_and_every_tensor_is_accounted_fo
     assert ("with MONAI's SwinViT under state_dict.module" in found.report
             and "fc1 and fc2" in found.report)
     assert "new: 360 (norms.0.weight" in found.report
+
     size = sum(p.numel() for p in found.build().parameters())
     assert (f"{size:,} of {size:,} matched; missing 0; unexpected 0; "
             f"left out {192 + 4 * 192 + 343 ** 2:,} (norm.weight, ") in found.report
@@ -160,9 +162,11 @@ def test_the_authors_files_load_with_their_habits(wrap, tmp_path):
     found = weights.read_encoder(save(tmp_path / "release.pt", wrap(state)))
     assert found.habits == ["attended_padding", "scattered_reverse"]
     assert found.arguments["depths"] == [1, 2] and found.arguments["qkv_bias"] is False
+
     encoder = found.build()
     assert torch.equal(encoder.mask_token, torch.ones(8))
     assert torch.equal(encoder.norms[1].bias, state["norm1.bias"])
+
     blocks = state["layers.0.downsample.norm.bias"].view(8, 8)  # 000 100 010 001 110 011 101 111
     assert torch.equal(encoder.stages[0].merge.norm.bias,
                        blocks[[0, 3, 2, 5, 1, 6, 4, 7]].flatten())
@@ -207,6 +211,7 @@ def test_student_and_teacher_of_a_last_pt_are_told_apart(tmp_path):
         "student": state["model"], "teacher": teacher, "config": state["config"]})
     of = {part: weights.read_encoder(tmp_path / "last.pt", part).weights["norms.0.bias"]
           for part in ("student", "teacher")}
+
     assert torch.equal(of["teacher"], 2 * of["student"])
     with pytest.raises(ValueError, match="no teacher in it; last.pt"):
         weights.read_encoder(tmp_path / "student.pt", "teacher")
@@ -270,6 +275,7 @@ def test_code_lies_and_nothing_at_all_are_refused_in_one_line(tmp_path, capsys):
     student(tmp_path / "whole.pt")
     bare = runtime.load_checkpoint(tmp_path / "whole.pt")["model"]
     save(tmp_path / "bare.pt", bare)
+
     for name, why in (("code.pt", "asks to run"), ("text.pt", "refused"),
                       ("cut.safetensors", "bytes where"), ("absent.pt", "no regular file"),
                       ("bare.pt", "no settings beside the weights")):

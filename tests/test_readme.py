@@ -159,6 +159,7 @@ def test_help_has_groups_and_defaults_and_a_wrong_value_is_told_the_allowed_ones
         script.parse_arguments([*tiny, "--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert script.__doc__.split("\n")[0] in told and len(re.findall(r" \w+: --", told)) > 1
+
     default = ("share of a window that the next one covers too [SMIT 3] (default: 0.5)"
                if script is evaluate else f"(default: {script.PRESETS['tiny']['steps']})")
     assert default in told and "[flags]" in told

@@ -48,6 +48,7 @@ def test_the_formats_own_package_reads_and_writes_the_same(tmp_path):
     path = tmp_path / "ours.safetensors"
     path.write_bytes(safetensors_file.encode(given, {"format": "pt"}))
     assert same(package.load_file(path), given)
+
     package.save_file(given, tmp_path / "package.safetensors", {"format": "pt"})
     tensors, metadata = safetensors_file.read(tmp_path / "package.safetensors")
     assert same(tensors, given) and metadata == {"format": "pt"}

@@ -55,6 +55,7 @@ def test_a_students_encoder_is_loaded_whole_and_the_report_says_so(prefix):
     report = load_encoder(net, weights)
     assert all(torch.equal(w, source.encoder.state_dict()[name]) 
                for name, w in net.encoder.state_dict().items())
+
     size, heads = count(net.encoder), count(source) - count(source.encoder) if prefix else 0
     assert report == (f"encoder weights: {size:,} of {size:,} matched; missing 0; unexpected 0; "
                       f"heads and mask token dropped: {heads + 8:,}")
@@ -75,6 +76,7 @@ def test_a_foreign_file_is_refused_and_partial_loads_say_what_they_lack():
     net = SegmentationNet(3, **TINY)
     with pytest.raises(ValueError, match="0 of .* matched; missing"):
         load_encoder(net, torch.nn.Linear(3, 4).state_dict())
+
     weights = student().state_dict()
     del weights["encoder.patch_embed.weight"]
     assert "missing 64 (patch_embed.weight)" in load_encoder(net, weights, partial=True)

@@ -41,6 +41,7 @@ def test_output_is_the_weighted_mean_of_the_windows():
         place = (..., slice(d, d + 8), slice(0, 10), slice(w, w + 12))
         total[place] += net(volume[place]).detach() * weights
         weight[place] += weights
+
     torch.testing.assert_close(sliding_window(net, volume, WINDOW), total / weight)
 
 
@@ -91,6 +92,7 @@ def test_windows_move_to_the_networks_device_and_output_is_float32():
     net.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     logits = sliding_window(net, torch.randn(1, 2, 19, 10, 12, dtype=torch.bfloat16), WINDOW,
                             batch=2)
+
     assert logits.dtype == torch.float32 and logits.shape == (1, 3, 19, 10, 12)
     assert seen == [(2, 2, *WINDOW), (2, 2, *WINDOW)]
     if torch.cuda.is_available():

@@ -39,6 +39,7 @@ def test_windows_are_cut_in_row_major_order_and_put_back():
     grid, window = (4, 6, 10), (2, 3, 5)
     x = torch.arange(240.).view(1, *grid, 1)
     windows = swin.partition_windows(x, window)
+
     assert windows.shape == (8, 30, 1)
     # next window along W, then its next row
     assert windows[1, :6, 0].tolist() == [5, 6, 7, 8, 9, 15]
@@ -101,6 +102,7 @@ def test_window_attention_equals_brute_force(grid, shifted):
     window = tuple(min(w, g) for w, g in zip((2, 4, 3), grid))
     shift = tuple(w // 2 if shifted and w < g else 0 for w, g in zip(window, grid))
     expected = brute_force_attention(block.attention, x, window, shift)
+
     torch.testing.assert_close(block.attend(x), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -110,6 +112,7 @@ def test_padded_keys_count_only_when_asked_for():
                      for mask in (True, False))
     usual.load_state_dict(masked.state_dict())
     even, odd = torch.randn(1, 4, 8, 4, 8), torch.randn(1, 4, 6, 4, 8)
+
     assert torch.equal(masked.attend(even), usual.attend(even))
     assert not torch.allclose(masked.attend(odd), usual.attend(odd), atol=1e-4)
 
@@ -148,8 +151,10 @@ def test_hidden_tokens_are_replaced_after_the_embedding_and_its_norm():
     x, hidden = torch.rand(1, 1, 8, 12, 10), torch.zeros(1, 4, 6, 5, dtype=torch.bool)
     hidden[0, 1, 2:4, 3] = True
     tokens = encoder.embed(x, hidden)
+
     assert torch.equal(tokens[hidden], encoder.mask_token.expand(2, -1))
     assert torch.equal(tokens[~hidden], encoder.embed(x)[~hidden])
+
     y = x.clone()
     y[0, 0, 2:4, 4:8, 6:8] = 0  # the voxels under the hidden tokens
     assert all(torch.equal(a, b) for a, b in zip(encoder(x, hidden), encoder(y, hidden)))
@@ -179,6 +184,7 @@ def test_checkpointing_recomputes_in_pieces_and_changes_no_gradient(piece, monke
         assert calls[before:].count(7) == (24 if checkpointing and piece < 2 ** 18 else 0)
         with torch.no_grad():
             torch.testing.assert_close(encoder(x, noise=noise)[-1], outputs[-1])
+
     for kept, made_again in zip(*found, strict=True):
         torch.testing.assert_close(made_again, kept, rtol=1e-5, atol=1e-5 * kept.abs().max().item())
 
@@ -204,6 +210,7 @@ def test_making_gelu_again_in_backward_changes_nothing():
         y = mlp(x)
         y.square().sum().backward()
         results.append([y, *(p.grad.clone() for p in block.mlp.parameters())])
+
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
@@ -219,6 +226,7 @@ def test_fused_attention_equals_the_plain_form(masked, multiple):
         scores = scores + mask[:, None]
     expected = scores.softmax(-1) @ v
     found = swin.fused_attention(q, k, v, bias, mask, multiple)
+
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -244,6 +252,7 @@ def test_compiled_blocks_answer_alike_and_keep_their_names():
     plain, compiled = (tiny(depths=(2,), heads=(2,)) for _ in range(2))
     compiled.compile_blocks(fullgraph=True, backend="aot_eager")
     assert list(plain.state_dict()) == list(compiled.state_dict())
+
     x = torch.rand(1, 1, 8, 16, 12)                    # one block with a shift mask, one without
     for with_gradient in (True, False):                # attention without gradient is another code
         with torch.set_grad_enabled(with_gradient):
@@ -258,6 +267,7 @@ def test_layers_hold_each_parameter_once_from_the_bottom_up():
               "stages.1.blocks.0": 2,
               "stages.1.blocks.1": 3, "norms.1": 3, "stages.1.merge": 3}
     names = {parameter: name for name, parameter in encoder.named_parameters()}
+
     for depth, layer in enumerate(encoder.layers()):
         for parameter in layer.parameters():
             name = names.pop(parameter)
@@ -286,6 +296,7 @@ def test_unwanted_outputs_are_left_out():
     encoder, x = tiny(), torch.rand(1, 1, 8, 12, 10)
     everything, top = encoder(x), encoder(x, wanted=(1,))
     assert top[0] is None and top[2] is None and torch.equal(top[1], everything[1])
+
     deep = tiny(depths=(1, 1, 1, 1), heads=(1, 1, 1, 1))
     assert [y is None for y in deep(x, wanted=(2,))] == [True, True, False, True, True]
     assert [y is None for y in deep(x, wanted=(0, 4))] == [False, True, True, True, False]

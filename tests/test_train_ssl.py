@@ -77,6 +77,7 @@ def test_each_loss_pairs_the_views_networks_and_masks_of_the_paper():
                                                center["itd"], .1, .05) / 6
             taught["mpd"].append(same.patch_logits[0])
             taught["itd"].append(same.image_logits)
+
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-5, atol=1e-6)
     for name, logits in (("mpd", teachers.patch_logits), ("itd", teachers.image_logits)):
@@ -98,6 +99,7 @@ def test_one_step_moves_the_student_then_the_teacher(phantoms, tmp_path):
     start = train_ssl.build_networks(args)[0].state_dict()
     train(phantoms, tmp_path / "run", *flags, "--steps", 1)
     state = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+
     for name, teacher in state["teacher"].items():
         torch.testing.assert_close(teacher, .5 * start[name] + .5 * state["student"][name])
     assert any(not torch.equal(start[name], tensor) for name, tensor in state["student"].items())
@@ -111,6 +113,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(phantoms, tmp_path, mo
     log = train(phantoms, tmp_path / "run", *flags, "--steps", 2)
     state = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
     start = train_ssl.build_networks(train_ssl.parse_arguments([*SMALL]))[0].state_dict()
+
     assert [row["skipped"] for row in log] == [1, 2] and state["skipped"] == 2
     assert all(torch.equal(start[name], tensor) for name, tensor in state["student"].items())
     assert all(torch.equal(start[name], tensor) for name, tensor in state["teacher"].items())
@@ -127,6 +130,7 @@ def test_low_precision_trains_and_resumes_its_scale(precision, phantoms, tmp_pat
     (tmp_path / "run" / "last.prev.pt").rename(tmp_path / "run" / "last.pt")
     train(phantoms, tmp_path / "run", *flags, "--resume")
     resumed = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+
     assert resumed["scaler"] == whole["scaler"] and bool(whole["scaler"]) == (precision == "fp16")
     with pytest.raises(ValueError, match="precision"):
         train(phantoms, tmp_path / "run", *flags, "--resume", "--precision", "fp32")
@@ -139,6 +143,7 @@ def test_compiled_blocks_train_alike(phantoms, tmp_path, monkeypatch):
     flags = ["--steps", 2, "--val_fraction", 0, "--drop_path", 0]
     plain, compiled = (train(phantoms, tmp_path / "a", *flags),
                        train(phantoms, tmp_path / "b", *flags, "--compile"))
+
     for one, other in zip(plain, compiled, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
@@ -149,6 +154,7 @@ def test_matrices_decay_and_nothing_else():
     names = {id(p): name for name, p in student.named_parameters()}
     groups = train_ssl.build_optimizer(student, args).param_groups
     decayed, plain = ([names[id(p)] for p in group["params"]] for group in groups)
+
     assert (len(decayed) + len(plain) == len(names)
             and "encoder.stages.0.blocks.0.mlp.0.weight" in decayed)
     assert not any(name.endswith(("bias", "bias_table", "mask_token")) or "norm" in name
@@ -172,6 +178,7 @@ def test_the_loss_of_each_method_decreases(method, phantoms, tmp_path):
                 "--val_fraction", 0, "--momentum", 1, "--center_momentum", 1, "--lr", "1e-2",
                 "--drop_path", 0)
     losses = [row["loss"] for row in log]
+
     assert all(map(math.isfinite, losses)) and sum(losses[-6:]) < .97 * sum(losses[:6])
 
 
@@ -183,6 +190,7 @@ def test_a_weight_of_zero_skips_the_computation(phantoms, tmp_path, monkeypatch)
     train(phantoms, tmp_path / "run", "--method", "simmim", "--steps", 2, "--val_fraction", 0)
     # the student, in two steps and two panels
     assert len(calls) == 4 and len(set(map(id, calls))) == 1
+
     state = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
     assert state["teacher"] is None and not state["centers"]
     assert not any("head.mlp" in name for name in state["student"])
@@ -199,9 +207,11 @@ def test_schedules_run_from_end_to_end(phantoms, tmp_path):
     assert log[0]["momentum"] == .996 and log[-1]["momentum"] == 1
     assert (log[0]["teacher_temp"] == pytest.approx(.04)
             and log[-1]["teacher_temp"] == pytest.approx(.07))
+
     rates = [row["lr"] for row in log]  # warm-up takes a tenth: .6 of the 6 steps
     assert (rates[0] == pytest.approx(3e-3 * .5 / .6) and 3e-3 > rates[1] == max(rates)
             and 0 < rates[-1] < 1e-4)
+
     slow = train(phantoms, tmp_path / "slow", "--steps", 6, "--val_fraction", 0,
                  "--warmup_epochs", 200)
     assert [round(row["lr"] / 3e-3 * 6) for row in slow[:3]] == [1, 3, 5]
@@ -246,6 +256,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(phantoms, tmp_path):
     whole, resumed = (runtime.load_checkpoint(tmp_path / name / "last.pt")
                       for name in ("whole", "resumed"))
     whole.pop("config"), resumed.pop("config")
+
     assert repr(whole) == repr(resumed)
     for part in ("student", "teacher", "centers"):
         assert all(torch.equal(whole[part][name], resumed[part][name]) for name in whole[part])
@@ -288,10 +299,12 @@ def test_bad_volumes_stop_the_run_unless_allowed(phantoms, tmp_path, capsys):
     air = nibabel.Nifti1Image(np.full((30, 30, 30), -1000, np.int16), np.diag([10, 10, 10, 1]))
     nibabel.save(air, folder / "air.nii.gz")
     flags = ["--steps", 6, "--batch", 2, "--val_fraction", 0]
+
     with pytest.raises(ValueError, match="--max_bad 0.*air.nii.gz"):
         train(folder, tmp_path / "strict", *flags)
     # told once, not once an epoch
     assert capsys.readouterr().err.count("warning: skipped: ") == 1
+
     train(folder, tmp_path / "lenient", *flags, "--max_bad", 1)
     assert "air.nii.gz" in capsys.readouterr().err
     # of the held-back volumes, too
@@ -308,6 +321,7 @@ def test_bad_headers_and_bad_voxels_count_together_and_the_message_has_the_users
     nibabel.save(air, folder / "air.nii.gz")
     (folder / "broken.nii.gz").write_bytes(b"no NIfTI")
     flags = ["--steps", 6, "--batch", 2, "--val_fraction", 0]
+
     with pytest.raises(
             ValueError,
             match="bad volumes, 2, are more than --max_bad 1.*air.nii.gz and 1 with bad"):
@@ -346,9 +360,11 @@ def test_a_new_run_begins_with_another_runs_student_teacher_heads_and_centres(
     before = runtime.load_checkpoint(tmp_path / "first" / "last.pt")
     after = begin(phantoms, tmp_path / "second", tmp_path / "first" / "last.pt",
                   "--center_momentum", 1)
+
     assert after["step"] == 1 and after["config"]["init"].endswith("last.pt")
     for part in ("student", "teacher", "centers"):
         assert all(torch.equal(after[part][name], w) for name, w in before[part].items()), part
+
     told = capsys.readouterr().out
     assert all(text in told for text in ("missing 0; unexpected 0", "teacher: as in the file",
                                          "patch_head: ", "centre of itd: as in the file"))
@@ -359,6 +375,7 @@ def test_a_student_gives_its_heads_and_a_teacher_like_it(phantoms, tmp_path, cap
     model = runtime.load_checkpoint(tmp_path / "first" / "student.pt")["model"]
     after = begin(phantoms, tmp_path / "second", tmp_path / "first" / "student.pt",
                   "--method", "ibot")
+
     for part in ("student", "teacher"):
         assert all(torch.equal(after[part][name], w)
                    for name, w in model.items() if name in after[part])
@@ -374,18 +391,23 @@ def test_pretraining_goes_on_from_monais_encoder_with_its_habits_and_resumes(
     sizeless = " ".join(SMALL).replace("--embed_dim 8 --depths 1 1 --heads 2 2 ", "").split()
     monkeypatch.setattr(sys.modules[__name__], "SMALL", sizeless)
     after = begin(phantoms, tmp_path / "run", tmp_path / "monai.pt", *flags)
+
     assert (after["config"]["depths"] == [2, 2, 2, 2]
             and after["config"]["imported"]["qkv_bias"] is True)
+
     name = "layers3.0.blocks.1.attn.qkv.bias"
     assert torch.equal(after["student"]["encoder.stages.2.blocks.1.attention.qkv.bias"],
                        monai_encoder()[name])
     assert not any("patch_norm" in name for name in after["student"])
+
     told = capsys.readouterr().out
     assert ("new: the mask token, at random" in told
             and "does not say how its volumes were prepared" in told)
+
     log = train(phantoms, tmp_path / "run", "--init", tmp_path / "monai.pt", "--steps", 1,
                 "--lr", 0, "--weight_decay", 0, "--momentum", 1, *flags, "--resume")
     assert len(log) == 1
+
     found = weights.read_encoder(tmp_path / "run" / "student.pt")
     assert found.habits == ["no_patch_norm", "attended_padding", "cut_bias_index",
                             "duplicated_merge"]
@@ -395,6 +417,7 @@ def test_what_a_run_cannot_begin_with_is_refused_in_one_line(phantoms, tmp_path)
     train(phantoms, tmp_path / "first", "--steps", 1)
     torch.save(release_encoder(), tmp_path / "release.pt")
     student = tmp_path / "first" / "student.pt"
+
     for path, flags, why in ((tmp_path / "release.pt", [], "wrong order"),
                              (student, ["--prototypes", 8], "patch_head: .*missing"),
                              (student, ["--depths", 1, 2], "drop the flag"),

@@ -64,6 +64,7 @@ def test_coarser_grids_are_averaged_by_a_triangle_and_do_not_alias():
     stripes = torch.tensor([0., 1.] * 8).reshape(1, 16, 1).expand(2, 16, 3)
     coarse, _ = T.resample(stripes, np.eye(4), (1, 2, 1))
     assert torch.allclose(coarse[:, 1:-1], torch.tensor(.5)), "the finest stripes average out"
+
     # voxels 1..4 around 2.5, weights 1 - |distance| / 2
     by_hand = (.25 * 0 + .75 * 0 + .75 * 1 + .25 * 0) / 2
     one = torch.zeros(2, 8, 3)
@@ -139,6 +140,7 @@ def test_box_crop_and_affine_agree():
     volume[1, 2, 3] = volume[4, 5, 3] = 2
     assert T.foreground_box(volume, 1) == ((1, 5), (2, 6), (3, 4))
     assert T.foreground_box(volume, 9) == ((0, 6), (0, 7), (0, 8))
+
     part = T.crop(volume, (-2, 1, 3), (4, 9, 2), fill=-1)
     assert (part.shape == (4, 9, 2) and part[3, 1, 0] == 2 and part[:2].eq(-1).all()
             and part[:, 6:].eq(-1).all())
@@ -162,6 +164,7 @@ def test_prepare_is_the_same_for_every_storage_order():
         image, grid = T.prepare(stored, affine, settings)
         results.append((image, grid))
     shape = results[0][0].shape
+
     assert all(image.shape == shape and image.dtype == torch.uint8 for image, _ in results)
     assert all((image.int() - results[0][0].int()).abs().max() <= 1
                for image, _ in results), "but for rounding"
