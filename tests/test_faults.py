@@ -78,8 +78,8 @@ def agents(lab):
         lost = lost_steps(folder)
         text += f"\ngone in {gone:.0f} s\n"
         return lab.resumed(f"{name} to torchrun; its ranks must leave in 30 s", folder, lost,
-                           text, code, gone < 30 and lost == 0 and code == expected, "gone in",
-                           2)
+                           text, code, gone < 30 and lost == 0 and code == expected,
+                           "gone in", 2)
     return [partial(stopped, *signal) for signal in ((KILL, -9), ("SIGUSR1", -10), ("SIGTERM", 1))]
 
 

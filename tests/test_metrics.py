@@ -92,8 +92,9 @@ def test_only_voxels_with_a_free_face_are_surface():
     inner = torch.zeros_like(block)
     inner[2:5, 2:6, 2:7] = True
 
-    assert torch.equal(metrics.surface(inner), inner & ~torch.nn.functional.pad(
-        torch.ones(1, 2, 3), (3, 3) * 3).bool())
+    assert torch.equal(
+        metrics.surface(inner),
+        inner & ~torch.nn.functional.pad(torch.ones(1, 2, 3), (3, 3) * 3).bool())
     distances, _ = metrics.surface_distances(block, inner, (1, 1, 1))
     assert len(distances) == 5 * 6 * 7 - 3 * 4 * 5 - 1
 
