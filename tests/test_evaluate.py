@@ -174,8 +174,8 @@ def test_the_table_has_the_papers_columns_and_averages():
             and summary["AVG"]["mean"] == pytest.approx(.40))
     assert summary["AVG12"]["mean"] == pytest.approx(
         (sum(range(1, 12)) / 20 + 11 * .05 + .675) / 12)
-    assert list(scoring.columns(made[:3], "dice")) == ["spleen", "right kidney", "left kidney",
-                                                       "AVG"]
+    assert (list(scoring.columns(made[:3], "dice"))
+            == ["spleen", "right kidney", "left kidney", "AVG"])
 
 
 def test_misses_are_counted_and_left_out_of_the_mean_distance():
