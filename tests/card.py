@@ -1,9 +1,12 @@
 """A stand-in for a GPU that counts how often the host waits for it; no GPU needed.
 
-    python tests/card.py train_ssl.py --steps 9 ...     # the last line is a JSON list: the waits of each step
+    python tests/card.py train_ssl.py --steps 9 ...
 
-torch's spare device becomes a card. Its tensors keep their values on the CPU, but may not meet tensors of the CPU. The
-host waits for a card where it reads a value, where a result's size depends on values, and in a copy that blocks.
+The last line it prints is a JSON list: the waits of each step.
+
+torch's spare device becomes a card. Its tensors keep their values on the CPU, but may not
+meet tensors of the CPU. The host waits for a card where it reads a value, where a result's
+size depends on values, and in a copy that blocks.
 """
 import importlib
 import json
@@ -27,9 +30,9 @@ class OnCard(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        tensor = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            device=CARD)
+        tensor = torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(),
+                                                     storage_offset=inner.storage_offset(),
+                                                     dtype=inner.dtype, device=CARD)
         tensor.inner = inner
         return tensor
 
@@ -58,7 +61,8 @@ def compute(operator, args, kwargs):
     if not cards and not is_card(kwargs.get("device")):
         return operator(*args, **kwargs)
     if any(type(tensor) is torch.Tensor and tensor.dim() for tensor in tensors):
-        raise RuntimeError(f"{name}: expected all tensors on one device, found the card and the CPU")
+        raise RuntimeError(
+            f"{name}: expected all tensors on one device, found the card and the CPU")
     if name in READS or indexes_by_mask(name, args):
         waits.append(name)
     return compute_there(operator, args, kwargs)
@@ -80,7 +84,8 @@ def compute_there(operator, args, kwargs):
 
 
 def copy(operator, args, kwargs):
-    """Copy from the card, to it or within it; the host waits for what it reads, and for what blocks."""
+    """Copy from the card, to it or within it; the host waits for what it reads,
+    and for what blocks."""
     into = None if operator is torch.ops.aten._to_copy.default else args[0]
     source = args[0] if into is None else args[1]
     comes_from_card = isinstance(source, OnCard)
@@ -110,7 +115,7 @@ def inner_of(value):
     return value.inner if isinstance(value, OnCard) else value
 
 
-# ---------------------------------------------------------------- below all modes: tensors made of lists
+# ----------------------------------------------------------- below all modes: tensors made of lists
 def empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
     return OnCard(torch.empty(size, dtype=dtype))
 
@@ -132,17 +137,21 @@ class Backend(backend_registration._DummyBackendModule):
 
 def plug_in():
     """Make torch know the card; a process can do this once. Return what must be kept alive."""
-    backend_registration._setup_privateuseone_for_python_backend(rename="card", backend_module=Backend())
+    backend_registration._setup_privateuseone_for_python_backend(
+        rename="card", backend_module=Backend())
     library, everything = (torch.library.Library(name, "IMPL") for name in ("aten", "_"))
-    everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")      # networks run in float32
-    for name, kernel in (("empty.memory_format", empty), ("empty_strided", empty_strided), ("_copy_from", copy_from)):
+    # Networks run in float32.
+    everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for name, kernel in (("empty.memory_format", empty), ("empty_strided", empty_strided),
+                         ("_copy_from", copy_from)):
         library.impl(name, kernel, "PrivateUse1")
     return library, everything
 
 
 # ---------------------------------------------------------------- the scripts
 def run(script, flags):
-    """Run a training script on the card, without pictures and checkpoints: the waits of each of its steps."""
+    """Run a training script on the card, without pictures and checkpoints:
+    the waits of each of its steps."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     script = importlib.import_module(Path(script).stem)
     figures, runtime = (importlib.import_module(f"smit.{name}") for name in ("figures", "runtime"))
@@ -154,8 +163,8 @@ def run(script, flags):
         zero_grad(self)
     torch.optim.Optimizer.zero_grad = begin_step
     runtime.start = lambda device, timeout_minutes: start("cpu")._replace(device=CARD)
-    for owner, name in ((figures, "pretraining_report"), (figures, "finetuning_report"), (runtime, "save_checkpoint"),
-                        (runtime, "save_state")):
+    for owner, name in ((figures, "pretraining_report"), (figures, "finetuning_report"),
+                        (runtime, "save_checkpoint"), (runtime, "save_state")):
         setattr(owner, name, lambda *arguments, **settings: None)
 
     with UseCard():

@@ -17,4 +17,5 @@ def page_faults(device):
 
 def test_freed_tensors_are_handed_to_the_next_ones_on_the_cpu():
     kept, returned = page_faults("cpu"), page_faults("cuda")
-    assert kept < returned / 2 or abs(kept / returned - 1) < .05     # about equal: no glibc, or its pages are huge
+    # about equal: no glibc, or its pages are huge
+    assert kept < returned / 2 or abs(kept / returned - 1) < .05

@@ -48,6 +48,7 @@ def test_each_task_trains_and_leaves_what_fine_tuning_needs(task, phantoms, tmp_
     for row in log:
         assert row["loss"] == pytest.approx(sum(row[name] for name in terms), rel=1e-6)
         assert math.isfinite(row["loss"])
+
     student = runtime.load_checkpoint(tmp_path / "run" / "student.pt")
     swin = task in ("moco", "rotation")
     assert student["config"]["network"] == ("swin" if swin else "unet")
@@ -68,6 +69,7 @@ def test_the_views_are_those_that_smit_sees(phantoms, tmp_path):
     theirs, *_ = train_ssl.load_cases(smit, alone)
     ours = baselines.TaskSamples(args, baselines.build_task(args), cases)
     pairs = train_ssl.view_pairs(smit, theirs)
+
     for sample in (0, 7):
         assert torch.equal(ours[sample]["views"], pairs[sample]["views"] / 255)
         assert ours[sample]["volume"] == pairs[sample]["volume"]
@@ -78,6 +80,7 @@ def test_a_sample_s_disturbance_depends_on_its_number_and_the_seed_alone(phantom
         args = baselines.parse_arguments(arguments("genesis", phantoms, tmp_path / "run", *flags))
         cases, *_ = baselines.load_cases(args, runtime.start("cpu"))
         return baselines.TaskSamples(args, baselines.build_task(args), cases)[number]["input"]
+
     assert torch.equal(sample(3), sample(3))
     assert not torch.equal(sample(3), sample(8))
     assert not torch.equal(sample(3), sample(3, "--seed", 1))
@@ -109,6 +112,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(task, phantoms, tmp_p
     go_back(tmp_path / "whole", tmp_path / "resumed")
     train(task, phantoms, tmp_path / "resumed", *flags, "--resume", "--workers", 1)
     same_state(tmp_path / "whole" / "last.pt", tmp_path / "resumed" / "last.pt")
+
     assert (tmp_path / "whole" / "log.csv").read_bytes() == (
         tmp_path / "resumed" / "log.csv").read_bytes()
 
@@ -145,6 +149,7 @@ def test_a_run_of_two_ranks_resumes_to_the_bit(phantoms, tmp_path, run_script):
     run("resumed", "--resume")
     same_state(tmp_path / "whole" / "last.pt", tmp_path / "resumed" / "last.pt")
     state = runtime.load_checkpoint(tmp_path / "whole" / "last.pt")["task"]
+
     assert state["oldest"] == 2 * 2 % 3                            # both ranks' keys, in every step
 
 
@@ -155,6 +160,7 @@ def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script
     words = arguments("genesis", phantoms, tmp_path / "two", *flags, "--batch", 1)
     run_script("-m", "smit.baselines", *words, ranks=2)
     one = runtime.load_checkpoint(tmp_path / "one" / "last.pt")["task"]
+
     for other in ("two", "accumulated"):
         same = runtime.load_checkpoint(tmp_path / other / "last.pt")["task"]
         for name, tensor in one.items():
@@ -205,6 +211,7 @@ def test_a_task_on_another_device_leaves_nothing_on_the_cpu(name, monkeypatch):
     terms = task(baselines.on_device(batch, "meta"))
     sum(terms.values()).backward()
     task.after_step(.5)
+
     for tensor in [*terms.values(), *task.state_dict().values()]:
         assert tensor.device.type == "meta"
 
@@ -283,6 +290,7 @@ def test_a_fine_tuned_u_net_is_evaluated_as_the_swin_network_is(phantoms, tmp_pa
          "--out", str(tmp_path / "scores")]))
     assert (tmp_path / "scores" / "cases.csv").exists()
     assert list((tmp_path / "scores").glob("*.nii.gz"))
+
     resumed = tune(phantoms, tmp_path / "run", "--width", 4, "--steps", 2, "--layer_decay", .5,
                    "--resume")
     for name, weight in state["model"].items():
@@ -307,10 +315,12 @@ def test_weights_of_another_network_or_width_are_refused(phantoms, tmp_path):
         tune(phantoms, tmp_path / "run", "--init", tmp_path / "cpc" / "student.pt", "--width", 8)
     with pytest.raises(ValueError, match="--crop .* multiples of 8"):
         tune(phantoms, tmp_path / "run", "--crop", 20)
+
     decoder = segment.build_network({"network": "unet", "width": 4, "num_classes": 3})
     weights = {name: weight[..., :1] for name, weight in decoder.state_dict().items()}
     with pytest.raises(ValueError, match="decoder weights do not fit"):
         segment.load_decoder(decoder, weights)
+
     weights = {name: weight * math.nan for name, weight in decoder.state_dict().items()}
     with pytest.raises(ValueError, match="not finite"):
         segment.load_decoder(decoder, weights)

@@ -26,6 +26,7 @@ def test_it_runs_and_writes_what_it_prints(tmp_path):
     flags = "--quick --ours --rounds 1 --threads 1 --only prepare inference --json".split()
     done = benchmark(*flags, tmp_path / "all.json")
     assert done.returncode == 0, done.stderr
+
     found = json.loads((tmp_path / "all.json").read_text())["rows"]
     assert list(found) == ["inference", "prepare"] and "failed" not in done.stdout
     for row in found.values():
@@ -111,6 +112,7 @@ def test_traffic_knows_the_most_that_operators_held_at_a_time():
         assert (traffic.held, traffic.most) == (1600, 1600)
         del y, z
         x.repeat(2)
+
     assert (traffic.held, traffic.most) == (0, 1600)
 
 
@@ -161,6 +163,7 @@ def test_on_a_gpu_the_mark_is_the_share_of_a_copys_rate():
     found = {"step": {"ours fp16, batch 4": ours, "MONAI fp16, batch 4": dict(wall=1.)}}
     reached = {mark.what.split(": ")[1]: (mark.value, mark.is_reached)
                for mark in rows.marks(found, 2, "cuda")}
+
     assert reached == {"our time / MONAI's student alone": (1, True), "GB a pair": (20, True),
                        "share of a copy's rate": (.7, True),
                        "share of time without a kernel": (.1, False)}

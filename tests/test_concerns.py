@@ -83,6 +83,7 @@ def test_the_offset_makes_of_stored_values_the_hu_that_they_mean(tmp_path):
         )
         for path, offset in ((plain, 0.0), (shifted, -1024.0))
     ]
+
     assert torch.equal(made[0]["image"], made[1]["image"]) and made[1]["concerns"] == []
 
 
@@ -109,6 +110,7 @@ def test_one_line_is_printed_for_many_files_workers_and_epochs(tmp_path, capsys)
         0.5,
     )
     ranks = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+
     assert len(list(samples.Batches(pairs, samples.micro_batches(0, 12, 2), ranks, workers=2))) == 6
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and "1024 added" in told[0]
@@ -118,6 +120,7 @@ def test_a_check_names_all_files_of_one_oddity_in_one_line_and_counts_lines(tmp_
     for n in range(5):
         (tmp_path / f"{n}.nii").write_bytes(hostile.plain(body() + 1024 + n))
     assert data.verdict() == "all good"
+
     data.check_voxels(data.read_list(tmp_path), data.Preparation(**COARSE))
     (line,) = capsys.readouterr().err.splitlines()
     assert (
@@ -138,6 +141,7 @@ def test_a_slab_whose_views_are_mostly_padding_is_told(tmp_path):
         4,
         0.5,
     )
+
     assert [found.what for found in pairs[0]["concerns"]] == [
         "is so thin that its views are mostly padding"
     ]
@@ -160,6 +164,7 @@ def test_forms_that_differ_are_told_and_a_mirrored_one_by_name(tmp_path):
         tmp_path, (hostile.QCODE, "<h", 1), (hostile.QUATERN, "<6f", 0, 1, 0, 9, -8, 40)
     ).concerns
     assert "the sform is used" in moved.what and "left and right" not in moved.what
+
     (mirrored,) = header_of(
         tmp_path, (hostile.QCODE, "<h", 1), (hostile.QUATERN, "<6f", 0, 0, 0, -9, -8, 4)
     ).concerns
@@ -203,6 +208,7 @@ def test_a_quaternion_longer_by_rounding_is_read_and_written_so_that_others_can(
     unit = np.array(quaternion) / np.linalg.norm(quaternion)
     expected = (2 * np.outer(unit, unit) - np.eye(3)) * [1.5, 2, 2.5]  # half a turn about `unit`
     np.testing.assert_allclose(header.affine[:3, :3], expected, atol=1e-5)
+
     data.write_label(tmp_path / "label.nii.gz", hostile.LABEL, tmp_path / "x.nii")
     np.testing.assert_allclose(nib.load(tmp_path / "label.nii.gz").affine, header.affine, atol=1e-5)
     with pytest.raises(data.BadVolume, match="orientation"):
@@ -232,6 +238,7 @@ def test_a_label_of_another_orientation_comes_to_its_images_grid(tmp_path):
     for name in ("same", "turned"):
         case = {"image": str(tmp_path / "image.nii"), "label": str(tmp_path / f"{name}.nii")}
         labels[name] = data.load_case(case, data.Preparation(**COARSE), with_label=True)["label"]
+
     assert torch.equal(labels["same"], labels["turned"]) and labels["same"].any()
     with pytest.raises(
         data.BadVolume, match=r"8 x 12 x 10 voxels SRA .*, the image 12 x 10 x 8 voxels LAS"
@@ -270,6 +277,7 @@ def test_bad_headers_count_against_max_bad(tmp_path, capsys):
     (tmp_path / "cut.nii").write_bytes(hostile.plain()[:900])
     cases = data.read_list(tmp_path)
     good, bad = data.readable_cases(cases, 2)
+
     assert [os.path.basename(case["image"]) for case in good] == [
         "a.nii",
         "b.nii",
@@ -292,6 +300,7 @@ def test_a_label_corrected_with_its_size_and_time_is_not_taken_from_the_cache(tm
         seen.append(
             int(data.cached(case, data.Preparation(**COARSE), tmp_path / "cache", True)[1].max())
         )
+
     assert seen == [3, 1]
 
 
@@ -300,6 +309,7 @@ def test_an_empty_label_is_prepared_and_told(tmp_path):
     (tmp_path / "label.nii").write_bytes(hostile.plain(hostile.LABEL * np.uint8(0)))
     case = {"image": str(tmp_path / "image.nii"), "label": str(tmp_path / "label.nii")}
     made = data.load_case(case, data.Preparation(**COARSE), with_label=True)
+
     assert (
         not made["label"].any()
         and [found.what for found in made["concerns"]][-1] == "the label is empty"

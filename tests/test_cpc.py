@@ -32,7 +32,8 @@ def test_info_nce_is_float32_also_under_autocast():
     queries, keys, queue = torch.randn(3, 8, 16).unbind()
     plain = contrast.info_nce(queries, keys, .1), contrast.info_nce_queue(queries, keys, queue, .1)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = contrast.info_nce(queries, keys, .1), contrast.info_nce_queue(queries, keys, queue, .1)
+        mixed = (contrast.info_nce(queries, keys, .1),
+                 contrast.info_nce_queue(queries, keys, queue, .1))
     assert torch.equal(plain[0], mixed[0]) and torch.equal(plain[1], mixed[1])
 
 
@@ -92,6 +93,7 @@ def test_a_patch_is_flipped_cut_and_padded_again():
         assert torch.equal(back[1:15, 1:15, 1:15], patch[x:x + 14, y:y + 14, z:z + 14])
         flips += flipped
         corners.add((x, y, z))
+
     assert flips / 200 == pytest.approx(.5, abs=.1)
     assert corners == {(x, y, z) for x in range(3) for y in range(3) for z in range(3)}
 
@@ -120,6 +122,7 @@ def test_the_loss_equals_the_sum_over_candidates_column_by_column():
             scores = everyone @ task.predictors[ahead](output[0, -1])
             terms.append(scores.logsumexp(0) - scores[column])
     expected = torch.stack(terms).mean()
+
     torch.testing.assert_close(task(batch)["info_nce"], expected, rtol=1e-5, atol=0)
 
 

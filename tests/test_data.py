@@ -80,6 +80,7 @@ def test_a_refusal_takes_little_time_and_memory(items):
     paths = [item.path for item in items if "bomb" in item.path]
     out = forked.run("-c", code, *paths, folder=forked.ROOT).stdout
     cost = np.array([line.split() for line in out.splitlines()], float)
+
     assert len(cost) == len(paths) >= 5 and cost[:, 0].max() < 300 and cost[:, 1].max() < 2, out
 
 
@@ -88,6 +89,7 @@ def test_no_flipped_bit_of_a_gz_file_changes_a_voxel(tmp_path):
     nib.save(nib.Nifti1Image(hostile.VOXELS, hostile.AFFINE), path)
     whole = path.read_bytes()
     refused = 0
+
     for _ in range(300):
         bit = coin.randrange(len(whole) * 8)
         path.write_bytes(
@@ -151,12 +153,14 @@ def test_folders_are_read_recursively_in_natural_order(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "loop").symlink_to(tmp_path)
     found = data.read_list(tmp_path)
+
     assert [os.path.relpath(case["image"], tmp_path) for case in found] == [
         "a/x.hdr",
         "b/case2.nii",
         "b/case10.nii.gz",
     ]
     assert all(case["label"] is None for case in found)
+
     (tmp_path / "b/case2.nii.gz").touch()
     with pytest.raises(ValueError, match="case2.nii.gz is listed twice"):
         data.read_list(tmp_path)
@@ -189,6 +193,7 @@ def test_msd_and_nnunet_lists_give_images_labels_and_names(tmp_path):
         "label": str(tmp_path / "labelsTr/p1.nii.gz"),
     }
     test = [{"image": str(tmp_path / "imagesTs/q_0000.nii.gz"), "label": None}]
+
     assert data.read_list(nnunet)[0] == first and len(data.read_list(nnunet)) == 2
     assert data.read_list(nnunet, "test") == test
     assert data.read_list(msd, "val") == [first] and data.read_list(msd, "test") == test
@@ -230,6 +235,7 @@ def test_several_lists_are_read_as_one_and_all_that_is_wrong_is_kept(items, tmp_
         [paths[name] for name in ("list.txt", "brace.json", "tab.txt", "leaves.json")]
     )
     assert [os.path.basename(case["image"]) for case in cases] == ["plain.nii"]
+
     bad = [paths[name] for name in ("brace.json", "tab.txt", "leaves.json")]
     assert [text.split(": ")[0] for text in problems] == bad
     assert "two sources" in problems[1]
@@ -294,6 +300,7 @@ def test_pre_flight_lists_every_problem_once(items):
     good = [item.path for item in items if item.kind == "image" and item.good]
     data.check_cases([{"image": path, "label": good[0]} for path in good], labels=True)
     cases = [{"image": path, "label": None} for path in [*good, *bad[:5]]]
+
     with pytest.raises(ValueError) as error:
         data.check_cases(cases)
     assert str(error.value).splitlines()[0] == "5 problems:"
@@ -307,11 +314,13 @@ def test_labels_on_another_grid_are_refused_and_the_full_pass_sees_values(items)
     for label in ("oblique.nii", "one_slice.nii"):
         with pytest.raises(ValueError, match=label):
             data.check_cases([{"image": paths["plain.nii"], "label": paths[label]}], labels=True)
+
     cases = [
         {"image": paths["plain.nii"], "label": paths[f"label_{kind}.nii"]}
         for kind in ("float", "half", "empty")
     ]
     data.check_cases(cases, labels=True)
+
     with pytest.raises(ValueError, match="1 problem:\n.*half.*1.5"):
         data.check_voxels(cases, T.Preparation(), labels=True, num_classes=14)
 
@@ -324,6 +333,7 @@ def test_a_label_is_prepared_onto_its_images_grid(items):
         made["original_shape"] == hostile.SHAPE
         and made["image"].dtype == made["label"].dtype == torch.uint8
     )
+
     bright = made["image"] > round(255 * 175 / 425)  # 0 HU: the label is VOXELS > 0
     assert torch.equal(made["label"] > 0, bright), (
         "same spacing, so only orientation and crop were done"
@@ -351,6 +361,7 @@ def test_a_written_label_has_its_images_shape_affine_and_codes(items, tmp_path, 
     image = nib.load(next(item.path for item in items if item.path.endswith("/" + name)))
     data.write_label(tmp_path / "made.nii.gz", hostile.LABEL, image.get_filename())
     made = nib.load(tmp_path / "made.nii.gz")
+
     assert (
         made.shape == image.shape
         and np.array_equal(made.affine, image.affine)
@@ -374,6 +385,7 @@ def test_the_cache_returns_what_load_case_makes_as_memory_maps(items, tmp_path):
         assert isinstance(image, np.memmap) and isinstance(label, np.memmap)
     assert len(list(tmp_path.rglob("*.npy"))) == 1
     image, none = data.cached(case, T.Preparation((3.0, 3.0, 3.0)), tmp_path)
+
     assert none is None and image.shape != made["image"].shape
 
 
@@ -385,6 +397,7 @@ def test_a_damaged_cache_entry_is_made_again(items, tmp_path):
     image = np.array(data.cached(case, T.Preparation(), tmp_path)[0])
     (entry,) = tmp_path.rglob("*.npy")
     whole = entry.read_bytes()
+
     for damaged in (
         b"",
         whole[:40],
@@ -405,6 +418,7 @@ def test_a_changed_source_makes_a_new_entry_and_a_removed_one_is_named(tmp_path)
     before = np.array(data.cached(case, T.Preparation(), tmp_path / "cache")[0])
     path.write_bytes(hostile.plain(hostile.VOXELS[::-1].copy()))
     assert not np.array_equal(data.cached(case, T.Preparation(), tmp_path / "cache")[0], before)
+
     path.unlink()
     with pytest.raises(data.BadVolume, match="case.nii: No such file"):
         data.cached(case, T.Preparation(), tmp_path / "cache")
@@ -455,6 +469,7 @@ def test_the_liver_survives_preparation_and_the_way_back(image, label, modality,
     made = data.load_case(case, T.Preparation(modality=modality), with_label=True)
     right = made["label"].eq(organ).nonzero()[:, 0].float().mean() / made["label"].shape[0]
     assert right > 0.5, "the first axis runs to the patient's right, where the liver is"
+
     shape, affine = T.ras_grid(made["original_shape"], made["original_affine"])
     back = T.regrid(made["label"].eq(organ).float(), made["affine"], affine, shape) > 0.5
     back, truth = (
@@ -466,7 +481,8 @@ def test_the_liver_survives_preparation_and_the_way_back(image, label, modality,
 
 
 def test_volumes_are_prepared_ahead_by_every_rank_its_share(phantoms, tmp_path, run_script):
-    flags = ["--data", phantoms, "--spacing", 10, 10, 10, "--workers", 0, "--device", "cpu", "--cache", "cache"]
+    flags = ["--data", phantoms, "--spacing", 10, 10, 10, "--workers", 0, "--device", "cpu",
+             "--cache", "cache"]
     told = run_script("train_ssl.py", *flags, "--prepare_only", ranks=2).stdout
     assert "prepared 2 of 2 volumes on each of 2 ranks, 0:00:00 left" in told
     assert len(list((tmp_path / "cache").glob("*/*.npy"))) == 4 and not (tmp_path / "runs").exists()
@@ -479,6 +495,7 @@ def test_bad_volumes_are_all_named_after_the_others_were_prepared(phantoms, tmp_
         path.write_bytes(path.read_bytes()[:-9])
     cases_found = data.read_list(tmp_path / "images")
     alone = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+
     with pytest.raises(ValueError, match="2 problems(.|\n)*phantom0000(.|\n)*phantom0003"):
         data.prepare_ahead(cases_found, data.Preparation((10, 10, 10)), tmp_path / "cache", alone)
     assert len(list((tmp_path / "cache").glob("*/*.npy"))) == 3
@@ -495,10 +512,11 @@ def test_what_one_process_has_verified_another_does_not_read_again(phantoms, tmp
             memory.cache_clear()                        # as in a process of its own
         data.cached(case, settings, tmp_path / "cache")
     assert reads.count(".npy") == 1                     # made, then verified once, then trusted
+
     (entry,) = (tmp_path / "cache").glob("*/*.npy")
     damaged = bytearray(read(entry))
     damaged[-1] ^= 1
-    entry.write_bytes(damaged)                          # its state is another: read again, and made anew
+    entry.write_bytes(damaged)  # its state is another: read again, and made anew
     data.cached(case, settings, tmp_path / "cache")
     assert reads.count(".npy") == 2 and read(entry)[-1] != damaged[-1]
 

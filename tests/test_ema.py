@@ -10,8 +10,10 @@ def test_teacher_moves_by_one_minus_momentum():
     teacher, student = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     before = {name: p.detach().clone() for name, p in teacher.named_parameters()}
     ema.update_teacher(teacher, student, .996)
+
     for name, p in teacher.named_parameters():
-        torch.testing.assert_close(p.detach(), .996 * before[name] + .004 * dict(student.named_parameters())[name])
+        torch.testing.assert_close(
+            p.detach(), .996 * before[name] + .004 * dict(student.named_parameters())[name])
     ema.update_teacher(teacher, student, 0.)
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters()))
     ema.update_teacher(teacher, torch.nn.Linear(3, 2), 1.)
@@ -22,7 +24,8 @@ def test_a_teacher_may_lack_heads_and_names_decide():
     student = torch.nn.ModuleDict({name: torch.nn.Linear(2, 3) for name in ("unused", "b", "a")})
     teacher = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3), "b": torch.nn.Linear(2, 3)})
     ema.update_teacher(teacher, student, 0.)
-    assert torch.equal(teacher["a"].weight, student["a"].weight) and torch.equal(teacher["b"].bias, student["b"].bias)
+    assert (torch.equal(teacher["a"].weight, student["a"].weight)
+            and torch.equal(teacher["b"].bias, student["b"].bias))
 
 
 def test_cosine_reaches_both_ends():

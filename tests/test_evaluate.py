@@ -1,4 +1,5 @@
-"""evaluate.py: predictions on the scanner's grid, scores anyone can check, and failures that are told."""
+"""evaluate.py: predictions on the scanner's grid, scores anyone can check,
+and failures that are told."""
 import csv
 import hashlib
 import json
@@ -16,8 +17,10 @@ from smit import data, inference, metrics, phantom, runtime, scoring, segment, t
 from smit.data import organs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-SMALL = ("--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 --workers 0 --log_every 1 "
-         "--device cpu --crops_per_volume 2 --steps 2").split()
+SMALL = (
+    "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 "
+    "--workers 0 --log_every 1 "
+    "--device cpu --crops_per_volume 2 --steps 2").split()
 
 
 @pytest.fixture(scope="module")
@@ -40,27 +43,31 @@ def rows(folder):
 
 def turn(array, affine, axes):
     """The volume (X, Y, Z) stored with other axes, e.g. "LPS": (array, affine)."""
-    change = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axes))
+    change = nib.orientations.ornt_transform(nib.io_orientation(affine),
+                                             nib.orientations.axcodes2ornt(axes))
     there = affine @ nib.orientations.inv_ornt_aff(change, array.shape)
     return nib.orientations.apply_orientation(array, change), there
 
 
-def test_predictions_of_one_volume_are_the_same_in_space_however_it_is_stored(weights, phantoms, tmp_path):
+def test_predictions_of_one_volume_are_the_same_in_space_however_it_is_stored(
+        weights, phantoms, tmp_path):
     source = nib.load(phantoms.parent / "imagesTr" / "phantom0004.nii.gz")
     tilt = nib.affines.from_matvec(nib.eulerangles.euler2mat(.1, .05, -.08))
-    for axes in ("RAS", "LPS", "PIR", "LAS"):                          # the last one is mirrored: determinant < 0
+    for axes in ("RAS", "LPS", "PIR", "LAS"):  # the last one is mirrored: determinant < 0
         array, affine = turn(np.asarray(source.dataobj), source.affine, axes)
         nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{axes}.nii.gz")
         nib.save(nib.Nifti1Image(array, tilt @ affine), tmp_path / f"{axes}-oblique.nii.gz")
     run("--weights", weights, "--data", tmp_path, "--out", tmp_path / "out")
     reference = np.asarray(nib.load(tmp_path / "out" / "RAS.nii.gz").dataobj)
+
     assert len(np.unique(reference)) > 1 and reference.dtype == np.uint8
     for path in sorted(tmp_path.glob("*.nii.gz")):
         given, made = nib.load(path), nib.load(tmp_path / "out" / path.name)
         assert made.shape == given.shape and np.array_equal(made.affine, given.affine)
         assert all(made.header[code] == given.header[code] for code in ("qform_code", "sform_code"))
         plain = nib.load(tmp_path / f"{path.name[:3]}.nii.gz")
-        assert np.array_equal(turn(np.asarray(made.dataobj), plain.affine, "RAS")[0], reference), path.name
+        assert np.array_equal(turn(np.asarray(made.dataobj), plain.affine, "RAS")[0],
+                              reference), path.name
 
 
 def round_trip(case, spacing):
@@ -68,72 +75,88 @@ def round_trip(case, spacing):
     settings = data.Preparation(spacing)
     made = data.load_case(case, settings, with_label=True)
     logits = made["label"] == torch.arange(14).view(-1, 1, 1, 1)
-    back = transforms.to_file_grid(logits, made["affine"], made["original_shape"], made["original_affine"])
+    back = transforms.to_file_grid(logits, made["affine"], made["original_shape"],
+                                   made["original_affine"])
     return metrics.dice(back, data.read_label(case["label"])[0], 14)
 
 
 def test_a_label_survives_preparation_and_the_way_back(tmp_path):
     path = phantom.write_dataset(tmp_path, 1, spacing_mm=(3., 2.5, 4.))
     dice = round_trip(data.read_list(path)[0], (1.5, 1.5, 2.))
-    assert dice[5] > .97 and np.nanmin(dice) > .85                     # the liver; the smallest organ
+    assert dice[5] > .97 and np.nanmin(dice) > .85  # the liver; the smallest organ
 
 
 @pytest.mark.skipif(not (SHARED / "btcv").is_dir(), reason="no BTCV here")
 def test_a_real_liver_survives_preparation_and_the_way_back():
-    assert round_trip(data.read_list(SHARED / "btcv" / "dataset.json", "validation")[0], (1.5, 1.5, 2.))[5] > .95
+    assert round_trip(data.read_list(SHARED / "btcv" / "dataset.json", "validation")[0],
+                      (1.5, 1.5, 2.))[5] > .95
 
 
 def test_the_arg_max_comes_after_resampling():
-    logits = torch.tensor([[0., 0.], [-1., 4.]])[:, :, None, None].expand(2, 2, 3, 2)     # class 1 wins on the right
+    # class 1 wins on the right
+    logits = torch.tensor([[0., 0.], [-1., 4.]])[:, :, None, None].expand(2, 2, 3, 2)
     label = transforms.to_file_grid(logits, np.eye(4), (11, 3, 2), np.diag([.25, 1., 1., 1.]))
-    assert label[:, 0, 0].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]  # from .2 on; nothing from 2 on
+    # from .2 on; nothing from 2 on
+    assert label[:, 0, 0].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
 
 
 def test_tta_averages_the_turns_of_training_and_undoes_them():
-    class Net(torch.nn.Module):                                        # equivariant but for a term that marks its axis
+    class Net(torch.nn.Module):  # equivariant but for a term that marks its axis
         def forward(self, x):
             return torch.cat([x, x * torch.arange(x.shape[2])[:, None, None]], 1)
     image = np.random.default_rng(0).integers(0, 255, (6, 6, 4), dtype=np.uint8)
-    x, k = torch.from_numpy(image) / 255, torch.arange(6.)
+    x = torch.from_numpy(image) / 255
     plain, turned = (segment.predict(Net(), image, (6, 6, 4), turns) for turns in ((0,), range(4)))
     torch.testing.assert_close(plain[0], x), torch.testing.assert_close(turned[0], x)
-    torch.testing.assert_close(turned[1], x * 2.5)                     # the mean of i, 5 - j, 5 - i and j
+
+    torch.testing.assert_close(turned[1], x * 2.5)  # the mean of i, 5 - j, 5 - i and j
 
 
 def test_scores_are_those_of_the_metrics_on_the_original_grid(weights, phantoms, tmp_path):
-    run("--weights", weights, "--data", phantoms, "--out", tmp_path / "out", "--tta", "--blend", "constant")
+    run("--weights", weights, "--data", phantoms, "--out", tmp_path / "out", "--tta",
+        "--blend", "constant")
     case = data.read_list(phantoms, "validation")[0]
     truth, affine = data.read_label(case["label"])
     made = data.read_label(tmp_path / "out" / Path(case["image"]).name, allow_empty=True)[0]
     found, spacing = rows(tmp_path / "out"), transforms.spacing_of(affine)
+
     assert [row["organ"] for row in found] == list(phantom.ORGANS)
     for i, row in enumerate(found, 1):
         assert float(row["dice"]) == pytest.approx(metrics.dice(made, truth, 14)[i - 1], rel=1e-5)
-        assert float(row["hd95_mm"]) == pytest.approx(metrics.hd95(made == i, truth == i, spacing), rel=1e-5)
+        assert float(row["hd95_mm"]) == pytest.approx(
+            metrics.hd95(made == i, truth == i, spacing), rel=1e-5)
+
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert results["n"] == 1 and results["tta"]
-    assert results["overlap"] == .5 and results["blend"] == "constant" and results["spacing"] == [10, 10, 10]
+    assert (results["overlap"] == .5 and results["blend"] == "constant"
+            and results["spacing"] == [10, 10, 10])
 
 
 def test_several_networks_vote_and_the_record_says_so(weights, phantoms, tmp_path):
     state = runtime.load_checkpoint(weights)
     torch.manual_seed(1)
     state["model"] = {name: w + .3 * torch.randn_like(w) for name, w in state["model"].items()}
-    state["config"] = {**state["config"], "train": ["phantom0004.nii.gz"], "held_back": ["phantom0001.nii.gz"]}
+    state["config"] = {**state["config"], "train": ["phantom0004.nii.gz"],
+                       "held_back": ["phantom0001.nii.gz"]}
     runtime.save_checkpoint(tmp_path / "other.pt", state)
-    scan, pair = phantoms.parent / "imagesTr" / "phantom0004.nii.gz", [weights, tmp_path / "other.pt"]
+    scan, pair = (phantoms.parent / "imagesTr" / "phantom0004.nii.gz",
+                  [weights, tmp_path / "other.pt"])
     run("--weights", *pair, "--data", scan, "--out", tmp_path / "both")
     label = np.asarray(nib.load(tmp_path / "both" / scan.name).dataobj)
     nets = [inference.load_network(path) for path in pair]
     alone = [inference.segment(net, scan).numpy() for net in nets]
     assert np.array_equal(label, inference.segment(nets, scan)) and not np.array_equal(*alone)
+
     results = json.loads((tmp_path / "both" / "results.json").read_text())
     assert results["models"] == 2 and results["weights"] == [str(path) for path in pair]
-    assert results["weights_sha256"] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in pair]
+    assert results["weights_sha256"] == [hashlib.sha256(path.read_bytes()).hexdigest()
+                                         for path in pair]
     assert results["seen_in_training"] == ["phantom0004"]                   # by one of them
     with pytest.raises(ValueError, match="none of .* was held back"):       # no case is new to both
-        run("--weights", *pair, "--data", phantoms, "--key", "training", "--held_out", "--out", tmp_path / "none")
+        run("--weights", *pair, "--data", phantoms, "--key", "training", "--held_out",
+            "--out", tmp_path / "none")
+
     state["config"]["spacing"] = [9., 9., 9.]
     runtime.save_checkpoint(tmp_path / "other.pt", state)
     with pytest.raises(ValueError, match="different spacing cannot vote"):
@@ -145,10 +168,14 @@ def test_the_table_has_the_papers_columns_and_averages():
     made = [{"case": case, "organ": name, "dice": score + more}
             for case, more in (("a", 0), ("b", .1)) for name, score in scores.items()]
     summary = scoring.summary(made, "dice")
+
     assert list(summary) == "SP RK LK GB ESO LV STO AOR IVC SPV Pan RA LA AG AVG AVG12".split()
-    assert summary["AG"]["mean"] == pytest.approx(.675) and summary["AVG"]["mean"] == pytest.approx(.40)
-    assert summary["AVG12"]["mean"] == pytest.approx((sum(range(1, 12)) / 20 + 11 * .05 + .675) / 12)
-    assert list(scoring.columns(made[:3], "dice")) == ["spleen", "right kidney", "left kidney", "AVG"]
+    assert (summary["AG"]["mean"] == pytest.approx(.675)
+            and summary["AVG"]["mean"] == pytest.approx(.40))
+    assert summary["AVG12"]["mean"] == pytest.approx(
+        (sum(range(1, 12)) / 20 + 11 * .05 + .675) / 12)
+    assert (list(scoring.columns(made[:3], "dice"))
+            == ["spleen", "right kidney", "left kidney", "AVG"])
 
 
 def test_misses_are_counted_and_left_out_of_the_mean_distance():
@@ -159,8 +186,9 @@ def test_misses_are_counted_and_left_out_of_the_mean_distance():
 
 
 @pytest.mark.parametrize("name, known", [
-    ("Right_Kidney", "right kidney"), ("kidney_right", "right kidney"), ("arota", "aorta"), ("Bladder", "bladder"),
-    ("postcava", "inferior vena cava"), ("gall bladder", "gallbladder"), ("lad", "left adrenal gland"),
+    ("Right_Kidney", "right kidney"), ("kidney_right", "right kidney"), ("arota", "aorta"),
+    ("Bladder", "bladder"), ("postcava", "inferior vena cava"),
+    ("gall bladder", "gallbladder"), ("lad", "left adrenal gland"),
     ("portal_vein_and_splenic_vein", "portal and splenic veins")])
 def test_organs_are_known_by_their_other_names(name, known):
     assert organs.organ(name) == known
@@ -168,7 +196,8 @@ def test_organs_are_known_by_their_other_names(name, known):
 
 @pytest.fixture
 def other(phantoms, tmp_path):
-    """Another system's folder: the labels, but for two organs' numbers exchanged, and a dataset.json that says so."""
+    """Another system's folder: the labels, but for two organs' numbers exchanged,
+    and a dataset.json that says so."""
     folder = tmp_path / "other"
     folder.mkdir()
     for case in data.read_list(phantoms):
@@ -177,12 +206,14 @@ def other(phantoms, tmp_path):
         data.write_label(folder / Path(case["image"]).name, swapped, case["image"])
     names = dict(enumerate(("background", *phantom.ORGANS)))
     names[1], names[6] = names[6], names[1]
-    (folder / "dataset.json").write_text(json.dumps({"labels": {name: i for i, name in names.items()}}))
+    (folder / "dataset.json").write_text(
+        json.dumps({"labels": {name: i for i, name in names.items()}}))
     return folder
 
 
 def test_organs_are_matched_by_name_not_by_number(other, phantoms, tmp_path):
-    run("--predictions", other, "--labels", phantoms, "--key", "training", "--out", tmp_path / "out")
+    run("--predictions", other, "--labels", phantoms, "--key", "training",
+        "--out", tmp_path / "out")
     assert all(float(row["dice"]) == 1 for row in rows(tmp_path / "out"))
 
 
@@ -192,10 +223,14 @@ def test_what_cannot_be_scored_is_told_and_the_rest_is_scored(other, phantoms, t
     second.write_bytes(second.read_bytes()[:-20])
     label = np.asarray(nib.load(third).dataobj)
     nib.save(nib.Nifti1Image(label, np.diag([10., 10., 11., 1.])), third)
+
     with pytest.raises(ValueError, match="3 of 4 cases failed"):
-        run("--predictions", other, "--labels", phantoms, "--key", "training", "--out", tmp_path / "out")
+        run("--predictions", other, "--labels", phantoms, "--key", "training",
+            "--out", tmp_path / "out")
+
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not done")]
-    assert len(told) == 3 and "no prediction" in told[0] and "damaged" in told[1] and "affine" in told[2]
+    assert (len(told) == 3 and "no prediction" in told[0] and "damaged" in told[1]
+            and "affine" in told[2])
     assert {row["case"] for row in rows(tmp_path / "out")} == {"phantom0003"}
 
 
@@ -208,19 +243,22 @@ def test_volumes_without_labels_are_predicted_and_bad_ones_told(weights, phantom
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 5 and rows(tmp_path / "out") == []
 
 
-def test_bad_cases_are_told_before_the_first_prediction_and_by_check_alone(weights, phantoms, tmp_path, capsys):
+def test_bad_cases_are_told_before_the_first_prediction_and_by_check_alone(
+        weights, phantoms, tmp_path, capsys):
     first, second = (phantoms.parent / "imagesTr" / f"phantom000{n}.nii.gz" for n in (0, 1))
     listing = tmp_path / "list.txt"
     listing.write_text(f"absent.nii.gz\n{first}\tno_label.nii.gz\n{second}\n")
     with pytest.raises(ValueError, match="2 problems:\n.*absent.nii.gz.*\n.*no_label.nii.gz"):
         run("--weights", weights, "--data", listing, "--out", tmp_path / "out", "--check")
     assert not (tmp_path / "out").exists()
+
     capsys.readouterr()
     with pytest.raises(ValueError, match="2 of 3 cases failed: absent, phantom0000"):
         run("--weights", weights, "--data", listing, "--out", tmp_path / "out")
+
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(told) >= 2 and "absent.nii.gz" in told[-2] and "no_label.nii.gz" in told[-1]
-    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2       # an image whose label is bad, too
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2  # an image whose label is bad, too
 
 
 def test_cases_named_alike_are_told_apart_by_their_folders(weights, phantoms, tmp_path, capsys):
@@ -232,31 +270,40 @@ def test_cases_named_alike_are_told_apart_by_their_folders(weights, phantoms, tm
     state["config"] |= {"train": ["case_1/imaging.nii.gz"], "held_back": ["case_2/imaging.nii.gz"]}
     torch.save(state, path)
     run("--weights", path, "--data", tmp_path / "kits", "--out", tmp_path / "out")
-    assert {file.name for file in (tmp_path / "out").glob("*.nii.gz")} == {"case_1.nii.gz", "case_2.nii.gz"}
+
+    assert {file.name for file in (tmp_path / "out").glob("*.nii.gz")} == {
+        "case_1.nii.gz", "case_2.nii.gz"}
     assert "same name as 1 of 2 cases: case_1\n" in capsys.readouterr().out
 
 
 def test_a_btcv_submission_has_btcvs_names_and_numbers(weights, phantoms, tmp_path):
     image = tmp_path / "img0061.nii.gz"
     shutil.copy(phantoms.parent / "imagesTr" / "phantom0000.nii.gz", image)
-    run("--weights", weights, "--data", image, "--out", tmp_path / "out", "--export_test", tmp_path / "test")
+    run("--weights", weights, "--data", image, "--out", tmp_path / "out",
+        "--export_test", tmp_path / "test")
     assert [path.name for path in (tmp_path / "test").iterdir()] == ["label0061.nii.gz"]
-    a, b = (nib.load(path).dataobj for path in (tmp_path / "test" / "label0061.nii.gz", tmp_path / "out" / image.name))
-    assert np.array_equal(a, b)                                        # phantoms are numbered as BTCV
+
+    a, b = (nib.load(path).dataobj for path in (tmp_path / "test" / "label0061.nii.gz",
+                                                tmp_path / "out" / image.name))
+    assert np.array_equal(a, b)  # phantoms are numbered as BTCV
 
 
 def test_two_results_are_compared_case_by_case(tmp_path, capsys):
     for name, add in (("a", .1), ("b", .0)):
         (tmp_path / name).mkdir()
         lines = [f"case{i},liver,{.5 + i / 100 + add * (1 + i / 50)},1,1,1,1" for i in range(6)]
-        (tmp_path / name / "cases.csv").write_text("\n".join([",".join(scoring.COLUMNS), *lines]) + "\n")
+        (tmp_path / name / "cases.csv").write_text(
+            "\n".join([",".join(scoring.COLUMNS), *lines]) + "\n")
     run("--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
     line = capsys.readouterr().out.splitlines()[2]
-    assert "| liver | 6 | 0.630 | 0.525 | +0.105 |" in line and line.endswith("| 0.0312 |")       # 2 / 2^6
+
+    # 2 / 2^6
+    assert "| liver | 6 | 0.630 | 0.525 | +0.105 |" in line and line.endswith("| 0.0312 |")
 
 
-@pytest.mark.parametrize("part, why", [("student", "no fine-tuned network"), ("cut", "refused"), ("nan", "NaN"),
-                                       ("wide", "do not fit")])
+@pytest.mark.parametrize("part, why",
+                         [("student", "no fine-tuned network"), ("cut", "refused"),
+                          ("nan", "NaN"), ("wide", "do not fit")])
 def test_wrong_weights_are_refused_in_one_line(part, why, weights, phantoms, tmp_path):
     state, path = runtime.load_checkpoint(weights), tmp_path / "weights.pt"
     if part == "student":
@@ -268,6 +315,7 @@ def test_wrong_weights_are_refused_in_one_line(part, why, weights, phantoms, tmp
     torch.save(state, path)
     if part == "cut":
         path.write_bytes(path.read_bytes()[:-100])
+
     with pytest.raises(ValueError, match=why) as refusal:
         run("--weights", path, "--data", phantoms, "--out", tmp_path / "out")
     assert "\n" not in str(refusal.value)

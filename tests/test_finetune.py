@@ -1,4 +1,5 @@
-"""finetune.py: what it loads, what it trains on, and that a run is repeatable whatever interrupts or divides it."""
+"""finetune.py: what it loads, what it trains on, and that a run is repeatable whatever
+interrupts or divides it."""
 import csv
 import json
 import re
@@ -15,8 +16,10 @@ from conftest import SMALL as SMALL_SSL
 from foreign import monai_encoder
 from smit import data, inference, runtime, segment, settings, weights
 
-SMALL = ("--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 --workers 0 --log_every 1 "
-         "--device cpu --crops_per_volume 2").split()
+SMALL = (
+    "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 "
+    "--workers 0 --log_every 1 "
+    "--device cpu --crops_per_volume 2").split()
 
 
 def parse(*flags):
@@ -25,20 +28,23 @@ def parse(*flags):
 
 def tune(source, out, *flags):
     """A small run in this process; its log as a list of dicts."""
-    finetune.main(parse(*SMALL, "--data", source, "--out", out, "--cache", out.parent / "cache", *flags))
+    finetune.main(
+        parse(*SMALL, "--data", source, "--out", out, "--cache", out.parent / "cache", *flags))
     return read_log(out)
 
 
 def read_log(out):
     with open(out / "log.csv") as file:
-        return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+        return [{name: float(cell) for name, cell in row.items() if cell}
+                for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
 def pretrained(phantoms, tmp_path_factory):
     """The folder of a two-step pre-training run, with student.pt and last.pt."""
     out = tmp_path_factory.mktemp("pretrained")
-    flags = [*SMALL_SSL, "--data", phantoms, "--out", out / "run", "--cache", out / "cache", "--steps", 2]
+    flags = [*SMALL_SSL, "--data", phantoms, "--out", out / "run", "--cache", out / "cache",
+             "--steps", 2]
     train_ssl.main(train_ssl.parse_arguments([str(flag) for flag in flags]))
     return out / "run"
 
@@ -50,7 +56,8 @@ def model(out, name="last.pt"):
 def listing(tmp_path, names, key="training", **others):
     """A dataset.json of cases that need not exist."""
     path = tmp_path / "list.json"
-    path.write_text(json.dumps({key: [{"image": f"{n}.nii.gz", "label": f"l{n}.nii.gz"} for n in names], **others}))
+    path.write_text(json.dumps(
+        {key: [{"image": f"{n}.nii.gz", "label": f"l{n}.nii.gz"} for n in names], **others}))
     return path
 
 
@@ -61,14 +68,16 @@ def split(path, *flags):
 
 def test_defaults_are_the_papers_and_the_releases():
     args = parse()
-    assert (args.crop, args.crops_per_volume, args.lr, args.weight_decay) == ([96] * 3, 4, 1e-4, 1e-5)
+    assert (args.crop, args.crops_per_volume, args.lr, args.weight_decay) == (
+        [96] * 3, 4, 1e-4, 1e-5)
     assert (args.warmup_epochs, args.val_every, args.layer_decay, args.init) == (50, 30, 1, None)
-    assert sum(p.numel() for p in segment.build_network({**vars(args), "num_classes": 14}).parameters()) == 28_192_614
+    assert sum(p.numel() for p in segment.build_network(
+        {**vars(args), "num_classes": 14}).parameters()) == 28_192_614
 
 
 def test_the_tiny_presets_fit_each_other():
     here, there = parse("--preset", "tiny"), train_ssl.parse_arguments(["--preset", "tiny"])
-    for name in ("modality", "hu_window", *settings.SIZES):              # voxels are coarser here: a warning
+    for name in ("modality", "hu_window", *settings.SIZES):  # voxels are coarser here: a warning
         assert getattr(here, name) == getattr(there, name)
     assert here.crop == there.view
 
@@ -77,20 +86,28 @@ def test_the_loss_decreases_and_the_best_network_is_kept(phantoms, tmp_path):
     log = tune(phantoms, tmp_path / "run", "--steps", 40, "--val_every", 2, "--batch", 2)
     losses = [row["loss"] for row in log]
     assert sum(losses[-5:]) < .8 * sum(losses[:5])
+
     scores = {row["step"]: row["val_dice"] for row in log if "val_dice" in row}
     best = runtime.load_checkpoint(tmp_path / "run" / "best.pt")
-    assert sorted(scores) == [4, 8, 12, 16, 20, 24, 28, 32, 36, 40]      # 4 volumes, 2 a step, every second epoch
-    assert best["val_dice"] == pytest.approx(max(scores.values())) == pytest.approx(scores[best["step"]])
+    # 4 volumes, 2 a step, every second epoch
+    assert sorted(scores) == [4, 8, 12, 16, 20, 24, 28, 32, 36, 40]
+    assert (best["val_dice"] == pytest.approx(max(scores.values()))
+            == pytest.approx(scores[best["step"]]))
 
 
-@pytest.mark.parametrize("file, flags, part", [("student.pt", [], "student"), ("last.pt", [], "student"),
-                                               ("last.pt", ["--weights", "teacher"], "teacher")])
-def test_the_encoder_starts_as_pretrained_and_says_so(file, flags, part, pretrained, phantoms, tmp_path, capsys):
-    tune(phantoms, tmp_path / "run", "--init", pretrained / file, *flags, "--steps", 1, "--lr", 0, "--weight_decay", 0)
+@pytest.mark.parametrize("file, flags, part",
+                         [("student.pt", [], "student"), ("last.pt", [], "student"),
+                          ("last.pt", ["--weights", "teacher"], "teacher")])
+def test_the_encoder_starts_as_pretrained_and_says_so(file, flags, part, pretrained, phantoms,
+                                                      tmp_path, capsys):
+    tune(phantoms, tmp_path / "run", "--init", pretrained / file, *flags, "--steps", 1,
+         "--lr", 0, "--weight_decay", 0)
     source = runtime.load_checkpoint(pretrained / "last.pt")[part]
     for name, weight in model(tmp_path / "run").items():
         assert not name.startswith("encoder.") or torch.equal(weight, source[name])
-    size = sum(w.numel() for name, w in model(tmp_path / "run").items() if name.startswith("encoder."))
+
+    size = sum(w.numel() for name, w in model(tmp_path / "run").items()
+               if name.startswith("encoder."))
     assert f"{size:,} of {size:,} matched; missing 0; unexpected 0" in capsys.readouterr().out
 
 
@@ -100,9 +117,12 @@ def test_the_decoder_starts_alike_for_every_method(pretrained, phantoms, tmp_pat
     tune(phantoms, tmp_path / "student", *still, "--init", pretrained / "student.pt")
     tune(phantoms, tmp_path / "seed", *still, "--seed", 1)
     random, student, seed = (model(tmp_path / name) for name in ("random", "student", "seed"))
+
     for name in (name for name in random if not name.startswith("encoder.")):
-        assert torch.equal(random[name], student[name]) and not torch.equal(random[name], seed[name]), name
-    assert not torch.equal(random["encoder.patch_embed.weight"], student["encoder.patch_embed.weight"])
+        assert (torch.equal(random[name], student[name])
+                and not torch.equal(random[name], seed[name])), name
+    assert not torch.equal(random["encoder.patch_embed.weight"],
+                           student["encoder.patch_embed.weight"])
 
 
 def test_the_encoders_sizes_come_from_the_student(pretrained, phantoms, tmp_path):
@@ -110,15 +130,20 @@ def test_the_encoders_sizes_come_from_the_student(pretrained, phantoms, tmp_path
     weights, sizes, _ = finetune.read_init(args, runtime.start("cpu"))
     assert weights and (sizes["embed_dim"], sizes["depths"], sizes["heads"]) == (8, [1, 1], [2, 2])
     with pytest.raises(ValueError, match="--embed_dim 24: the encoder of .*student.pt has 8"):
-        finetune.read_init(parse("--init", pretrained / "student.pt", "--embed_dim", 24), runtime.start("cpu"))
+        finetune.read_init(parse("--init", pretrained / "student.pt", "--embed_dim", 24),
+                           runtime.start("cpu"))
 
 
 def test_another_preparation_is_warned_about(pretrained, capsys):
-    finetune.read_init(parse("--init", pretrained / "student.pt", "--spacing", 10, 10, 10), runtime.start("cpu"))
+    finetune.read_init(parse("--init", pretrained / "student.pt", "--spacing", 10, 10, 10),
+                       runtime.start("cpu"))
     assert capsys.readouterr().out == ""
-    finetune.read_init(parse("--init", pretrained / "student.pt", "--modality", "mr"), runtime.start("cpu"))
+
+    finetune.read_init(parse("--init", pretrained / "student.pt", "--modality", "mr"),
+                       runtime.start("cpu"))
     told = capsys.readouterr().out
-    assert told.count("\n") == 1 and "modality mr here, ct there" in told and "spacing [1.5, 1.5, 2.0] here" in told
+    assert (told.count("\n") == 1 and "modality mr here, ct there" in told
+            and "spacing [1.5, 1.5, 2.0] here" in told)
 
 
 def test_a_wrong_init_is_refused_in_one_line(pretrained, phantoms, tmp_path):
@@ -127,32 +152,41 @@ def test_a_wrong_init_is_refused_in_one_line(pretrained, phantoms, tmp_path):
     runtime.save_checkpoint(tmp_path / "lacking.pt", state)
     runtime.save_checkpoint(tmp_path / "foreign.pt", {"model": {"weight": torch.ones(3)}})
     (tmp_path / "cut.pt").write_bytes((pretrained / "student.pt").read_bytes()[:-50])
-    for name, why in (("lacking.pt", "missing 64"), ("foreign.pt", "no pre-trained student"), ("cut.pt", "refused"),
-                      ("gone.pt", "no regular file")):
+
+    for name, why in (("lacking.pt", "missing 64"), ("foreign.pt", "no pre-trained student"),
+                      ("cut.pt", "refused"), ("gone.pt", "no regular file")):
         with pytest.raises(ValueError, match=why) as refusal:
             tune(phantoms, tmp_path / "run", "--init", tmp_path / name, "--steps", 1)
         assert "\n" not in str(refusal.value) and not (tmp_path / "run" / "log.csv").exists()
+
     whole = runtime.load_checkpoint(pretrained / "student.pt")
     for part, value in (("config", 3), ("model", [1]), ("model", {"encoder.patch_embed.weight": 3}),
                         ("model", {7: torch.ones(3)})):
         runtime.save_checkpoint(tmp_path / "odd.pt", {**whole, part: value})
-        with pytest.raises(ValueError, match="no pre-trained student|refused as a checkpoint") as refusal:
+        with pytest.raises(ValueError,
+                           match="no pre-trained student|refused as a checkpoint") as refusal:
             tune(phantoms, tmp_path / "run", "--init", tmp_path / "odd.pt", "--steps", 1)
         assert "\n" not in str(refusal.value), (part, value)
-    tune(phantoms, tmp_path / "run", "--init", tmp_path / "lacking.pt", "--steps", 1, "--partial_init")
+
+    tune(phantoms, tmp_path / "run", "--init", tmp_path / "lacking.pt", "--steps", 1,
+         "--partial_init")
     with pytest.raises(ValueError, match="last.pt"):
-        finetune.read_init(parse("--init", pretrained / "student.pt", "--weights", "teacher"), runtime.start("cpu"))
+        finetune.read_init(parse("--init", pretrained / "student.pt", "--weights", "teacher"),
+                           runtime.start("cpu"))
 
 
 def test_a_network_learns_from_monais_encoder_of_its_own_shape(phantoms, tmp_path, capsys):
     state = {f"module.{name}": w for name, w in monai_encoder(mlp=("mlp.fc1", "mlp.fc2")).items()}
     torch.save({"state_dict": state}, tmp_path / "model_swinvit.pt")
     sizeless = " ".join(SMALL).replace("--embed_dim 8 --depths 1 1 --heads 2 2 ", "").split()
-    flags = [*sizeless, "--data", phantoms, "--out", tmp_path / "run", "--cache", tmp_path / "cache",
-             "--init", tmp_path / "model_swinvit.pt", "--steps", 8, "--batch", 1, "--crop", 32]
+    flags = [*sizeless, "--data", phantoms, "--out", tmp_path / "run",
+             "--cache", tmp_path / "cache", "--init", tmp_path / "model_swinvit.pt",
+             "--steps", 8, "--batch", 1, "--crop", 32]
     finetune.main(parse(*flags))
     told = capsys.readouterr().out
-    assert "with MONAI's SwinViT under state_dict.module" in told and "habit: a merge reads neighbours 010 and 001" in told
+
+    assert ("with MONAI's SwinViT under state_dict.module" in told
+            and "habit: a merge reads neighbours 010 and 001" in told)
     assert re.search(r"encoder weights: ([\d,]+) of \1 matched; missing 0; unexpected 0", told)
     losses = [row["loss"] for row in read_log(tmp_path / "run")]
     assert sum(losses[-3:]) < .9 * sum(losses[:3])
@@ -164,32 +198,41 @@ def test_a_network_learns_from_monais_encoder_of_its_own_shape(phantoms, tmp_pat
 
 
 def test_a_frozen_encoder_does_not_move(pretrained, phantoms, tmp_path):
-    flags = ["--init", pretrained / "student.pt", "--steps", 3, "--freeze_encoder", "--drop_path", ".5"]
+    flags = ["--init", pretrained / "student.pt", "--steps", 3, "--freeze_encoder",
+             "--drop_path", ".5"]
     tune(phantoms, tmp_path / "run", *flags)
     source, now = model(pretrained, "student.pt"), model(tmp_path / "run")
     assert all(torch.equal(now[name], source[name]) for name in now if name.startswith("encoder."))
+
     torch.manual_seed(0)
-    fresh = segment.build_network(runtime.load_checkpoint(tmp_path / "run" / "last.pt")["config"]).state_dict()
-    assert not any(torch.equal(now[name], fresh[name]) for name in now if not name.startswith("encoder."))
+    fresh = segment.build_network(
+        runtime.load_checkpoint(tmp_path / "run" / "last.pt")["config"]).state_dict()
+    assert not any(torch.equal(now[name], fresh[name]) for name in now
+                   if not name.startswith("encoder."))
 
 
 def test_the_learning_rate_decays_block_by_block():
     net = segment.SegmentationNet(3, embed_dim=8, depths=(1, 2), heads=(2, 2))
     optimizer = finetune.build_optimizer(net, parse("--depths", 1, 2, "--layer_decay", ".5"))
     scales = {id(p): group["scale"] for group in optimizer.param_groups for p in group["params"]}
-    expected = {"encoder.patch_embed.bias": 1 / 16, "encoder.stages.0.blocks.0.norm1.bias": 1 / 8,
+    expected = {"encoder.patch_embed.bias": 1 / 16,
+                "encoder.stages.0.blocks.0.norm1.bias": 1 / 8,
                 "encoder.stages.0.merge.norm.bias": 1 / 8, "encoder.norms.0.bias": 1 / 8,
-                "encoder.stages.1.blocks.0.norm1.bias": 1 / 4, "encoder.stages.1.blocks.1.norm1.bias": 1 / 2,
-                "encoder.stages.1.merge.norm.bias": 1 / 2, "encoder.norms.1.bias": 1 / 2, "ups.0.up.weight": 1,
-                "out.bias": 1}
+                "encoder.stages.1.blocks.0.norm1.bias": 1 / 4,
+                "encoder.stages.1.blocks.1.norm1.bias": 1 / 2,
+                "encoder.stages.1.merge.norm.bias": 1 / 2, "encoder.norms.1.bias": 1 / 2,
+                "ups.0.up.weight": 1, "out.bias": 1}
     named = dict(net.named_parameters())
-    assert {name: scales[id(named[name])] for name in expected} == expected and len(scales) == len(named)
+
+    assert ({name: scales[id(named[name])] for name in expected} == expected
+            and len(scales) == len(named))
 
 
 def test_published_splits_choose_cases_by_their_numbers(tmp_path):
     path = listing(tmp_path, [f"img{n:04d}" for n in (*range(1, 11), *range(21, 41))])
     train, held_back = split(path, "--split", "smit21_9")
-    assert held_back == [f"img{n:04d}" for n in (29, 30, 31, 32, 34, 36, 37, 39, 40)] and len(train) == 21
+    assert (held_back == [f"img{n:04d}" for n in (29, 30, 31, 32, 34, 36, 37, 39, 40)]
+            and len(train) == 21)
     assert split(path, "--split", "monai24_6")[1] == [f"img{n:04d}" for n in range(35, 41)]
     with pytest.raises(ValueError, match="smit21_9"):
         split(listing(tmp_path, ["img0001", "img0029"]), "--split", "smit21_9")
@@ -200,6 +243,7 @@ def test_folds_are_disjoint_complete_and_nnunets(tmp_path):
     folds = [split(path, "--fold", k) for k in range(5)]
     assert sorted(name for _, held in folds for name in held) == list("abcdefghijkl")
     assert all(sorted(train + held) == list("abcdefghijkl") for train, held in folds)
+
     model_selection = pytest.importorskip("sklearn.model_selection")
     peer = model_selection.KFold(5, shuffle=True, random_state=12345)
     for (_, held), (_, theirs) in zip(folds, peer.split(range(12))):
@@ -229,30 +273,39 @@ def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script
     tune(phantoms, tmp_path / "one", *flags, "--batch", 2)
     run_script("finetune.py", *SMALL, "--data", phantoms, "--cache", "cache", *flags, "--batch", 1,
                "--out", "two", ranks=2)
+
     for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
-    one, two = (torch.cat([w.flatten() for w in model(tmp_path / name).values()]) for name in ("one", "two"))
+
+    one, two = (torch.cat([w.flatten() for w in model(tmp_path / name).values()])
+                for name in ("one", "two"))
     torch.manual_seed(0)
     net = segment.build_network(runtime.load_checkpoint(tmp_path / "one" / "last.pt")["config"])
     start = torch.cat([w.flatten() for w in net.state_dict().values()])
-    # AdamW's first steps enlarge the rounding of gradients near 0: compare with the way that was gone
+
+    # AdamW's first steps enlarge the rounding of gradients near 0:
+    # compare with the way that was gone
     assert (two - one).norm() < .02 * (one - start).norm()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(phantoms, tmp_path):
-    flags = ["--steps", 6, "--save_steps", 3, "--drop_path", ".3", "--val_every", .5, "--layer_decay", .8]
+    flags = ["--steps", 6, "--save_steps", 3, "--drop_path", ".3", "--val_every", .5,
+             "--layer_decay", .8]
     tune(phantoms, tmp_path / "whole", *flags)
     (tmp_path / "resumed").mkdir()
-    shutil.copy(tmp_path / "whole" / "last.prev.pt", tmp_path / "resumed" / "last.pt")          # step 3
+    shutil.copy(tmp_path / "whole" / "last.prev.pt", tmp_path / "resumed" / "last.pt")  # step 3
     shutil.copy(tmp_path / "whole" / "log.csv", tmp_path / "resumed" / "log.csv")
     tune(phantoms, tmp_path / "resumed", *flags, "--resume", "--workers", 1)
-    whole, resumed = (runtime.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "resumed"))
+    whole, resumed = (runtime.load_checkpoint(tmp_path / name / "last.pt")
+                      for name in ("whole", "resumed"))
+
     assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
     for a, b in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values()):
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert whole["best"] == resumed["best"]
-    assert (tmp_path / "whole" / "log.csv").read_bytes() == (tmp_path / "resumed" / "log.csv").read_bytes()
+    assert ((tmp_path / "whole" / "log.csv").read_bytes()
+            == (tmp_path / "resumed" / "log.csv").read_bytes())
 
 
 def test_an_average_of_the_weights_is_saved_in_their_place_and_resumed(phantoms, tmp_path):
@@ -261,15 +314,19 @@ def test_an_average_of_the_weights_is_saved_in_their_place_and_resumed(phantoms,
     state = runtime.load_checkpoint(tmp_path / "one" / "last.pt")
     torch.manual_seed(0)
     start = segment.build_network(state["config"]).state_dict()
-    for name, value in state["average"].items():                        # after the first step, a tenth of the start
+
+    for name, value in state["average"].items():  # after the first step, a tenth of the start
         torch.testing.assert_close(value, .1 * start[name] + .9 * state["model"][name])
         assert torch.equal(value, model(tmp_path / "one", "best.pt")[name])
+
     tune(phantoms, tmp_path / "run", *flags)
     whole = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
     (tmp_path / "run" / "last.prev.pt").rename(tmp_path / "run" / "last.pt")
     tune(phantoms, tmp_path / "run", *flags, "--resume")
     again = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
-    assert all(torch.equal(whole["average"][name], again["average"][name]) for name in whole["average"])
+
+    assert all(torch.equal(whole["average"][name], again["average"][name])
+               for name in whole["average"])
 
 
 def test_resume_refuses_other_settings(phantoms, tmp_path):
@@ -278,14 +335,18 @@ def test_resume_refuses_other_settings(phantoms, tmp_path):
         tune(phantoms, tmp_path / "run", "--steps", 1, "--resume", "--num_train", 2)
 
 
-@pytest.mark.parametrize("flags, why", [
-    ("--crop 24 24", "--crop"), ("--fold 5", "--fold 5"), ("--num_train 0", "--num_train"), ("--key test", "'test'"),
-    ("--layer_decay 0", "--layer_decay"), ("--freeze_encoder", "--init"), ("--batch 0", "--batch"),
-    ("--fold 0 --split smit21_9", "--split"), ("--num_classes 5", "label value"),
-    ("--num_classes 300", "2..256"), ("--spacing 1 1 -1", "spacing"), ("--hu_window 0 0", "HU window"),
-    ("--clip nan", "--clip"), ("--log_every 0", "--log_every")])
-def test_settings_that_do_not_fit_are_refused_before_any_work(flags, why, phantoms, tmp_path, capsys):
-    with pytest.raises((ValueError, SystemExit)) as refusal:             # SystemExit: argparse, with its message printed
+@pytest.mark.parametrize("flags, why",
+                         [("--crop 24 24", "--crop"), ("--fold 5", "--fold 5"),
+                          ("--num_train 0", "--num_train"), ("--key test", "'test'"),
+                          ("--layer_decay 0", "--layer_decay"), ("--freeze_encoder", "--init"),
+                          ("--batch 0", "--batch"), ("--fold 0 --split smit21_9", "--split"),
+                          ("--num_classes 5", "label value"), ("--num_classes 300", "2..256"),
+                          ("--spacing 1 1 -1", "spacing"), ("--hu_window 0 0", "HU window"),
+                          ("--clip nan", "--clip"), ("--log_every 0", "--log_every")])
+def test_settings_that_do_not_fit_are_refused_before_any_work(
+        flags, why, phantoms, tmp_path, capsys):
+    # SystemExit: argparse, with its message printed
+    with pytest.raises((ValueError, SystemExit)) as refusal:
         tune(phantoms, tmp_path / "run", *flags.split(), "--steps", 1)
     assert re.search(why, str(refusal.value) + capsys.readouterr().err)
     assert not (tmp_path / "run" / "log.csv").exists()
@@ -298,8 +359,11 @@ def test_every_bad_label_is_named_before_the_first_step(phantoms, tmp_path):
     for path, change in zip(labels, changes):
         label, affine = data.read_label(path)
         nib.save(nib.Nifti1Image(change(label).numpy(), affine), path)
-    with pytest.raises(ValueError, match="phantom0002"):                # another shape: seen by the headers alone
+
+    # another shape: seen by the headers alone
+    with pytest.raises(ValueError, match="phantom0002"):
         tune(tmp_path / "copy" / "dataset.json", tmp_path / "run", "--steps", 1)
+
     shutil.copy(phantoms.parent / "labelsTr" / labels[2].name, labels[2])
     with pytest.raises(ValueError, match="2 problems(.|\n)*phantom0000.*55(.|\n)*phantom0001.*77"):
         tune(tmp_path / "copy" / "dataset.json", tmp_path / "run", "--steps", 1)

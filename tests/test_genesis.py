@@ -21,6 +21,7 @@ def test_a_flip_reverses_any_of_the_three_axes_and_half_of_all_crops_stay():
         flips[tuple(image.flip(axes).flatten().tolist())] = 0
     for seed in range(600):
         flips[tuple(genesis.random_flip(image, rng(seed)).flatten().tolist())] += 1
+
     assert all(count > 0 for count in flips.values())
     # none is drawn with .6; of two, drawn with .4 * .4 * .6, a third undo each other
     assert flips[tuple(image.flatten().tolist())] / 600 == pytest.approx(.632, abs=.05)
@@ -58,6 +59,7 @@ def test_windows_have_up_to_a_tenth_of_a_side_and_cover_what_the_release_covers(
     assert sides.amin(0).tolist() == [1, 1, 1] and sides.amax(0).tolist() == [9, 6, 3]
     ends = starts + sides
     assert starts.amin(0).tolist() == [0, 0, 0] and ends.amax(0).tolist() == [96, 64, 32]
+
     covered = torch.zeros(64, 64, 32, dtype=torch.bool)
     starts, sides = genesis.random_windows(covered.shape, rng())
     for (x, y, z), (a, b, c) in zip(starts.tolist(), sides.tolist()):
@@ -72,6 +74,7 @@ def test_the_intensity_curve_by_hand():
     torch.testing.assert_close(genesis.map_intensities(greys, straight), greys, atol=1e-6, rtol=0)
     falling = genesis.map_intensities(greys, straight, decreasing=True)
     torch.testing.assert_close(falling, 1 - greys, atol=1e-6, rtol=0)
+
     steep = torch.tensor([[0., 1.], [0., 1.]])                       # at t = .5: x = .125, y = .875
     found = genesis.map_intensities(torch.tensor([.125]), steep)
     assert found.item() == pytest.approx(.875, abs=1e-5)
@@ -100,6 +103,7 @@ def test_boxes_have_the_release_s_sides_and_stay_off_the_border(boxes, shortest,
         sides += [part.stop - part.start for part in box]
         starts += [part.start for part in box]
         ends += [part.stop for part in box]
+
     assert (min(sides), max(sides)) == (shortest, longest)
     assert (min(starts), max(ends)) == (3, 93)
 
@@ -120,6 +124,7 @@ def test_painting_replaces_the_union_of_the_boxes_or_all_but_it():
         union[box] = True
     inside, outside = (paint(image, boxes, rng())
                        for paint in (genesis.paint_inside, genesis.paint_outside))
+
     assert torch.equal(inside != image, union) and torch.equal(outside == image, union)
     for noise in (inside[union], outside[~union]):
         assert noise.mean().item() == pytest.approx(.5, abs=.05)
@@ -182,6 +187,7 @@ def test_disturbances_come_with_the_release_s_probabilities(monkeypatch):
         if not shuffled[-1]:
             falling.append(bool(sinking))
         inner.append(bool((result[3:-3, 3:-3, 3:-3].diff(dim=2).abs() > .2).any()))
+
     assert mean(outer) == pytest.approx(.9 * .8, abs=.06)
     assert mean(shuffled) == pytest.approx(.5, abs=.12)
     assert mean(falling) == pytest.approx(.9 * .5, abs=.15)
@@ -194,6 +200,7 @@ def test_a_sample_depends_on_its_generator_alone_and_its_views_are_disturbed_apa
     first, again, other = (task.samples(views, rng(seed)) for seed in (0, 0, 1))
     assert torch.equal(first["input"], again["input"])
     assert not torch.equal(first["input"], other["input"])
+
     same = task.samples(views[:1].expand(2, -1, -1, -1, -1), rng())
     assert not torch.equal(same["input"][0], same["input"][1])
     assert first["input"].shape == first["target"].shape == (2, 1, 24, 24, 24)

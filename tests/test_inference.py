@@ -12,8 +12,10 @@ from foreign import monai_encoder
 from smit import data, inference, runtime, segment, transforms, weights
 from smit.swin import SwinTransformer3D
 
-SMALL = ("--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 --workers 0 --log_every 1 "
-         "--device cpu --crops_per_volume 2 --steps 2").split()
+SMALL = (
+    "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 "
+    "--workers 0 --log_every 1 "
+    "--device cpu --crops_per_volume 2 --steps 2").split()
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,8 @@ def networks(phantoms, tmp_path_factory):
     """The best.pt of two short runs on the phantoms, with other seeds."""
     out, paths = tmp_path_factory.mktemp("networks"), []
     for seed in range(2):
-        flags = [*SMALL, "--data", phantoms, "--out", out / str(seed), "--cache", out / "cache", "--seed", seed]
+        flags = [*SMALL, "--data", phantoms, "--out", out / str(seed),
+                 "--cache", out / "cache", "--seed", seed]
         finetune.main(finetune.parse_arguments([str(flag) for flag in flags]))
         paths.append(out / str(seed) / "best.pt")
     return paths
@@ -38,22 +41,25 @@ def student(tmp_path):
     torch.manual_seed(0)
     sizes = dict(embed_dim=8, depths=[1, 1], heads=[2, 2], window=[4, 4, 4])
     encoder = SwinTransformer3D(**sizes)
-    config = {**sizes, "format": 2, "spacing": [9.0, 9.0, 12.0], "modality": "ct", "hu_window": [-175.0, 250.0]}
+    config = {**sizes, "format": 2, "spacing": [9.0, 9.0, 12.0], "modality": "ct",
+              "hu_window": [-175.0, 250.0]}
     model = {f"encoder.{name}": w for name, w in encoder.state_dict().items()}
     runtime.save_checkpoint(tmp_path / "student.pt", {"model": model, "config": config})
     return tmp_path / "student.pt", encoder
 
 
 def test_a_label_from_python_is_the_one_that_evaluate_writes(networks, scan, tmp_path):
-    evaluate.main(evaluate.parse_arguments(["--weights", str(networks[0]), "--data", str(scan), "--out", str(tmp_path),
-                                            "--device", "cpu"]))
+    evaluate.main(evaluate.parse_arguments(["--weights", str(networks[0]), "--data", str(scan),
+                                            "--out", str(tmp_path), "--device", "cpu"]))
     written = np.asarray(nib.load(tmp_path / scan.name).dataobj)
     net = inference.load_network(networks[0])
     label = inference.segment(net, scan)
     assert len(np.unique(written)) > 1 and np.array_equal(label.numpy(), written)
+
     image = nib.load(scan)
     assert torch.equal(inference.segment(net, image.get_fdata(), image.affine), label)
-    assert not net.training and net.config["crop"] == [24, 24, 24] and net.preparation.spacing_mm == (10, 10, 10)
+    assert (not net.training and net.config["crop"] == [24, 24, 24]
+            and net.preparation.spacing_mm == (10, 10, 10))
 
 
 def test_several_networks_vote_with_their_mean_softmax(networks, scan):
@@ -62,10 +68,14 @@ def test_several_networks_vote_with_their_mean_softmax(networks, scan):
     image = case["image"].numpy()
     softmax = [segment.predict(net, image, (24, 24, 24)).softmax(0) for net in nets]
     scores = inference.class_scores(nets, image)
+
     torch.testing.assert_close(scores, (softmax[0] + softmax[1]) / 2)
     torch.testing.assert_close(scores.sum(0), torch.ones(scores.shape[1:]))
-    expected = transforms.to_file_grid(scores, case["affine"], case["original_shape"], case["original_affine"])
+
+    expected = transforms.to_file_grid(scores, case["affine"], case["original_shape"],
+                                       case["original_affine"])
     assert torch.equal(inference.segment(nets, scan), expected)
+
     nets[1].config = {**nets[1].config, "labels": {1: "liver"}}
     with pytest.raises(ValueError, match="different labels cannot vote"):
         inference.segment(nets, scan)
@@ -75,13 +85,15 @@ def test_features_are_the_encoders_on_the_prepared_volume(student, scan):
     path, source = student
     encoder = inference.load_encoder(path)
     maps, affines = inference.features(encoder, scan)
-    case = data.load_case({"image": str(scan), "label": None}, transforms.Preparation((9., 9., 12.)))
+    case = data.load_case({"image": str(scan), "label": None},
+                          transforms.Preparation((9., 9., 12.)))
     with torch.no_grad():
         outputs = source.eval()(case["image"][None, None] / 255)
     assert all(torch.equal(mine, theirs[0]) for mine, theirs in zip(maps, outputs, strict=True))
     assert not encoder.training and "missing 0; unexpected 0" in encoder.report
     only = inference.features(encoder, scan, wanted=[1]).maps
     assert only[0] is None and only[2] is None and torch.equal(only[1], maps[1])
+
     image = nib.load(scan)
     from_array = inference.features(encoder, image.get_fdata(), image.affine).maps
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(from_array, maps))
@@ -90,7 +102,7 @@ def test_features_are_the_encoders_on_the_prepared_volume(student, scan):
 def test_a_token_lies_at_the_mean_of_its_voxels(student, scan):
     encoder = inference.load_encoder(student[0])
     grid = data.load_case({"image": str(scan), "label": None}, encoder.preparation)["affine"]
-    affine = inference.features(encoder, scan, wanted=[1]).affines[1]                  # tokens of 4^3 voxels
+    affine = inference.features(encoder, scan, wanted=[1]).affines[1]  # tokens of 4^3 voxels
     voxels = torch.cartesian_prod(*[torch.arange(4.)] * 3).numpy() + [4, 0, 8]
     centre = np.mean([grid @ [*voxel, 1] for voxel in voxels], axis=0)
     np.testing.assert_allclose(affine @ [1, 0, 2, 1], centre)
@@ -101,34 +113,42 @@ def test_an_imported_encoder_asks_how_volumes_are_prepared(scan, tmp_path):
     encoder = inference.load_encoder(tmp_path / "monai.pt")
     with pytest.raises(ValueError, match="pass preparation="):
         inference.features(encoder, scan)
-    maps = inference.features(encoder, scan, preparation=transforms.Preparation((20., 20., 20.))).maps
+
+    maps = inference.features(encoder, scan,
+                              preparation=transforms.Preparation((20., 20., 20.))).maps
     assert [len(y) for y in maps] == [12, 24, 48, 96, 192]
 
 
 def test_published_weights_segment_as_the_checkpoint_does(networks, scan, tmp_path):
     from smit.weights import export
-    (tmp_path / "net.safetensors").write_bytes(export.to_safetensors(weights.read_encoder(networks[0])))
-    there, here = (inference.segment(inference.load_network(path), scan) for path in (tmp_path / "net.safetensors", networks[0]))
+    (tmp_path / "net.safetensors").write_bytes(
+        export.to_safetensors(weights.read_encoder(networks[0])))
+    there, here = (inference.segment(inference.load_network(path), scan)
+                   for path in (tmp_path / "net.safetensors", networks[0]))
     assert torch.equal(there, here)
 
 
 def test_the_lines_that_are_shown_to_readers_run(student, networks, scan, tmp_path, monkeypatch):
-    shown = "\n".join(line[4:] for line in inference.__doc__.splitlines() if line.startswith("    "))
-    for path, source in (("runs/ssl/student.pt", student[0]), ("runs/finetune/best.pt", networks[0]),
-                         ("scan.nii.gz", scan)):
+    shown = "\n".join(line[4:] for line in inference.__doc__.splitlines()
+                      if line.startswith("    "))
+    for path, source in (("runs/ssl/student.pt", student[0]),
+                         ("runs/finetune/best.pt", networks[0]), ("scan.nii.gz", scan)):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, tmp_path / path)
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(shown, names)
-    assert names["label"].shape == nib.load(scan).shape and len(names["maps"]) == len(names["affines"]) == 3
+
+    assert (names["label"].shape == nib.load(scan).shape
+            and len(names["maps"]) == len(names["affines"]) == 3)
 
 
-@pytest.mark.parametrize("volume, affine, why", [
-    (np.zeros((4, 4)), np.eye(4), "give .X, Y, Z. and its affine"), (np.zeros((4, 4, 4)), None, "its affine"),
-    (np.full((4, 4, 4), np.nan), np.eye(4), "not finite"), (np.ones((4, 4, 4)), np.zeros((4, 4)), "singular"),
-    ("absent.nii.gz", None, "absent.nii.gz"),
-])
+@pytest.mark.parametrize("volume, affine, why",
+                         [(np.zeros((4, 4)), np.eye(4), "give .X, Y, Z. and its affine"),
+                          (np.zeros((4, 4, 4)), None, "its affine"),
+                          (np.full((4, 4, 4), np.nan), np.eye(4), "not finite"),
+                          (np.ones((4, 4, 4)), np.zeros((4, 4)), "singular"),
+                          ("absent.nii.gz", None, "absent.nii.gz")])
 def test_a_volume_that_cannot_be_used_is_refused_in_one_line(volume, affine, why, student):
     with pytest.raises(ValueError, match=why) as refusal:
         inference.features(inference.load_encoder(student[0]), volume, affine)

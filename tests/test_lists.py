@@ -50,6 +50,7 @@ def test_hidden_names_and_label_folders_are_left_out_with_one_line(tmp_path, cap
         "s3/scan.mha",
     )
     assert names_of(data.read_list(tmp_path), tmp_path) == ["s1/ct.nii.gz", "s2/ct.nii.gz"]
+
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and told[0].startswith(f"note: {tmp_path}: left out ")
     for part in (
@@ -66,6 +67,7 @@ def test_lists_below_a_folder_and_all_folders_of_labels_are_told(tmp_path, capsy
           "c/labels/3.nii")
     write_list(tmp_path / "a", training=["imagesTr/1.nii"])
     assert names_of(data.read_list(tmp_path), tmp_path) == ["a/imagesTr/1.nii", "b/2.nii"]
+
     told = capsys.readouterr().err
     assert "lists in its subfolders, which are read if they are named: 1" in told
     assert "folders of labels (labels, labelsTr): 3" in told
@@ -117,6 +119,7 @@ def test_linked_folders_are_entered_once_and_loops_end(tmp_path, capsys):
     ):
         (tmp_path / "data" / link).symlink_to(target)
     found = names_of(data.read_list(tmp_path / "data"), tmp_path / "data")
+
     assert found == ["again/2.nii.gz", "siteA/1.nii.gz"]
     assert "links to folders that were read already: 4" in capsys.readouterr().err
 
@@ -134,10 +137,10 @@ def test_a_folder_with_a_dataset_json_is_read_through_it(tmp_path, capsys):
         test=["b.nii.gz"],
     )
     touch(tmp_path, "imagesTr/a.nii.gz", "imagesTr/b.nii.gz", "labelsTr/a.nii.gz")
+
     assert names_of(data.read_list(tmp_path), tmp_path) == ["imagesTr/a.nii.gz"]
-    assert (
-        "read through its dataset.json, its 'training' cases (it has 'test', too)" in capsys.readouterr().err
-    )
+    assert ("read through its dataset.json, its 'training' cases (it has 'test', too)"
+            in capsys.readouterr().err)
     with pytest.raises(
         ValueError, match="'validation' is no list of cases; --key can be 'training', 'test'"
     ):
@@ -190,6 +193,7 @@ def test_nnunets_dataset_key_names_files_one_by_one(tmp_path):
             "label": str(tmp_path / "files/p1_seg.nii.gz"),
         }
     ]
+
     write_list(tmp_path, **NNUNET, dataset={"p1": {"images": ["a.nii", "b.nii"], "label": "c.nii"}})
     with pytest.raises(ValueError, match="'p1' under 'dataset' has not one image"):
         data.read_list(path)
@@ -200,8 +204,10 @@ def test_a_listed_name_without_nnunets_channel_is_found_with_it(tmp_path, capsys
         tmp_path, training=[{"image": "./imagesTr/p.nii.gz", "label": "./labelsTr/p.nii.gz"}]
     )
     touch(tmp_path, "imagesTr/p_0000.nii.gz", "labelsTr/p.nii.gz")
+
     assert names_of(data.read_list(path), tmp_path) == ["imagesTr/p_0000.nii.gz"]
     assert "found with nnU-Net's channel" in capsys.readouterr().err
+
     touch(tmp_path, "imagesTr/p_0001.nii.gz")
     with pytest.raises(ValueError, match="several channels"):
         data.read_list(path)
@@ -217,11 +223,13 @@ def test_what_an_nnunet_folder_holds_and_does_not_use_is_told(tmp_path, capsys):
         "labelsTr/c.nii.gz",
     )
     assert names_of(data.read_list(path), tmp_path) == ["imagesTr/a_0000.nii.gz"]
+
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3 and all(line.startswith("warning: ") for line in told)
     assert (
         "3 expected, 1 found" in told[0] and "1: b.nii.gz" in told[1] and "1: c.nii.gz" in told[2]
     )
+
     (tmp_path / "imagesTr/a_0000.nii.gz").unlink()
     with pytest.raises(ValueError, match="none of its 1 files is named CASE_0000.nii.gz"):
         data.read_list(path)
@@ -232,6 +240,7 @@ def test_an_empty_split_is_none_and_the_keys_that_hold_cases_are_named(tmp_path)
     assert not data.has_split(path, "validation") and data.has_split(path, "training")
     with pytest.raises(ValueError, match="'validation' is empty; --key can be 'training'$"):
         data.read_list(path, "validation")
+
     nnunet = write_list(tmp_path, "nnunet.json", **NNUNET)
     with pytest.raises(ValueError, match="--key can be 'training', 'test'$"):
         data.read_list(nnunet, "validation")
@@ -245,6 +254,7 @@ def test_a_list_may_lie_apart_from_its_data(tmp_path, capsys):
         len(problems) == 1 and "../b.nii.gz leaves" in problems[0] and "--data_root" in problems[0]
     )
     assert "none of its images is there" in capsys.readouterr().err
+
     touch(tmp_path, "data/imagesTr/p_0000.nii.gz")
     nnunet = write_list(tmp_path / "jsons", "nnunet.json", **NNUNET)
     assert names_of(data.read_list(nnunet, data_root=tmp_path / "data"), tmp_path) == [
@@ -286,6 +296,7 @@ def test_region_labels_and_ignore_are_refused_in_plain_words(tmp_path):
     path = write_list(tmp_path, labels={"background": 0, "whole": [1, 2], "core": 2})
     with pytest.raises(ValueError, match="'whole' is a region of several numbers"):
         data.label_names(path)
+
     write_list(tmp_path, labels={"background": 0, "liver": 1, "ignore": 2})
     with pytest.raises(ValueError, match="'ignore' marks voxels that nobody annotated"):
         data.label_names(path)
@@ -306,6 +317,7 @@ def test_other_formats_are_known_by_content_and_their_converter_is_named(head, n
         path.write_bytes(head + bytes(600))
         with pytest.raises(ValueError, match=f"{path.name}: is .*{name}"):
             data.check_cases(data.read_list(path))
+
     (tmp_path / "volume.nii").unlink()
     with pytest.raises(ValueError, match=f"holds no NIfTI image .*, but volume.dat is .*{name}"):
         data.read_list(tmp_path)
@@ -326,10 +338,12 @@ def test_the_folds_of_a_list_are_taken(tmp_path, capsys):
         tmp_path, training=[{"image": f"{n}.nii.gz", "fold": n % 3} for n in range(7)]
     )
     train, held_back = samples.fold_split(data.read_list(path), 1, 5)
+
     assert names_of(held_back, tmp_path) == ["1.nii.gz", "4.nii.gz"] and len(train) == 5
     assert "fold 1 is the list's own: 2 of 7" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"--fold 4: the list has the folds \[0, 1, 2\]"):
         samples.fold_split(data.read_list(path), 4, 5)
+
     write_list(tmp_path, training=[{"image": "0.nii.gz", "fold": 0}, {"image": "1.nii.gz"}])
     with pytest.raises(ValueError, match="1.nii.gz has no whole number as its fold"):
         samples.fold_split(data.read_list(path), 0, 5)
@@ -341,10 +355,12 @@ def test_splits_final_json_gives_the_folds(tmp_path):
     splits = [{"train": ["c", "d"], "val": ["a", "b"]}, {"train": ["a", "b"], "val": ["c", "d"]}]
     (tmp_path / "splits_final.json").write_text(json.dumps(splits))
     train, held_back = samples.fold_split(data.read_list(path), 1, 5)
+
     assert (
         names_of(held_back, tmp_path) == ["imagesTr/c_0000.nii.gz", "imagesTr/d_0000.nii.gz"]
         and len(train) == 2
     )
+
     (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))
     with pytest.raises(ValueError, match="splits_final.json: fold 0 leaves cases of the list out"):
         data.read_list(path)
@@ -378,7 +394,7 @@ def test_nnunets_channel_is_dropped_in_its_layout_alone():
     assert organs.case_name("/d/weeks/week_0000.nii.gz") == "week_0000"
 
 
-# ---------------------------------------------------------------------- lists of spreadsheets, by hand
+# ------------------------------------------------------------------- lists of spreadsheets, by hand
 @pytest.mark.parametrize("text", [
     "a.nii\tl/a.nii\r\nb.nii\tl/b.nii\r\n",                      # Windows' line ends
     "\ufeffa.nii,l/a.nii\nb.nii,l/b.nii\n",                       # its mark of UTF-8
@@ -410,6 +426,7 @@ def test_a_case_without_an_image_is_told_by_the_keys_that_it_has(tmp_path):
     path = write_list(tmp_path, training=[{"img": "a.nii", "seg": "l.nii"}])
     with pytest.raises(ValueError, match="has the keys .'img', 'seg'.; name its file 'image'"):
         data.read_list(path)
+
     path = write_list(tmp_path, training=[{"image": ["a.nii"], "label": ["l.nii"]}])
     assert names_of(data.read_list(path), tmp_path) == ["a.nii"]       # MONAI's list of one channel
     with pytest.raises(ValueError, match="no path of one image"):
@@ -434,6 +451,7 @@ def test_a_case_in_training_and_validation_is_refused_whatever_its_label_is_call
                                           {"image": "b.nii", "label": "l.nii"}],
                       validation=[{"image": "link.nii", "label": "m.nii"}])
     args = finetune.parse_arguments(["--data", str(path)])
+
     with pytest.raises(ValueError, match="link.nii: to train on, and held back as well, 1 of 1"):
         labelled.find_cases(args, args.data)
 

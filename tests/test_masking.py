@@ -10,18 +10,22 @@ def test_the_papers_ratio_hides_152_of_216_cells():
     assert hidden.flatten(1).sum(1).tolist() == [152] * 5
 
 
-@pytest.mark.parametrize("ratio, count", [(0, 0), (.07, 7), (.071, 8), (.29, 29), (.5, 50), (1, 100)])
+@pytest.mark.parametrize("ratio, count",
+                         [(0, 0), (.07, 7), (.071, 8), (.29, 29), (.5, 50), (1, 100)])
 def test_the_count_is_rounded_up_and_not_by_float_noise(ratio, count):
     assert masking.random_block_mask(1, (4, 5, 5), ratio).sum() == count
 
 
 def test_masks_are_independent_uniform_and_repeatable():
-    draw = lambda seed: masking.random_block_mask(2000, (2, 3, 4), .5, torch.Generator().manual_seed(seed))
+    draw = lambda seed: masking.random_block_mask(2000, (2, 3, 4), .5,
+                                                  torch.Generator().manual_seed(seed))
     hidden = draw(0)
     assert torch.equal(hidden, draw(0)) and not torch.equal(hidden, draw(1))
     assert len({tuple(m.flatten().tolist()) for m in hidden}) > 1900
-    assert (hidden.float().mean(0) - .5).abs().max() < .06             # 5 sigma of 2,000 draws
-    both = (hidden[:, 0, 0, 0] & hidden[:, 0, 0, 1]).float().mean()    # without replacement: 1/2 * 11/23
+    assert (hidden.float().mean(0) - .5).abs().max() < .06  # 5 sigma of 2,000 draws
+
+    # without replacement: 1/2 * 11/23
+    both = (hidden[:, 0, 0, 0] & hidden[:, 0, 0, 1]).float().mean()
     assert both.item() == pytest.approx(11 / 46, abs=.05)
 
 

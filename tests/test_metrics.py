@@ -12,12 +12,14 @@ from smit import metrics
 
 def blobs(shape, seed):
     """A smooth random mask that touches the border."""
-    coarse = torch.rand(1, 1, *[max(2, n // 4) for n in shape], generator=torch.Generator().manual_seed(seed))
+    coarse = torch.rand(1, 1, *[max(2, n // 4) for n in shape],
+                        generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(coarse, shape, mode="trilinear")[0, 0] > .55
 
 
 def mask_pairs():
-    """(pred, label, spacing): dense and sparse noise, blobs, one voxel against all, a thin volume; all anisotropic."""
+    """(pred, label, spacing): dense and sparse noise, blobs, one voxel against all,
+    a thin volume; all anisotropic."""
     noise = torch.Generator().manual_seed(0)
     dense, sparse = (torch.rand(2, 9, 14, 11, generator=noise) > share for share in (.5, .98))
     corner = torch.zeros(7, 12, 9, dtype=torch.bool)
@@ -33,8 +35,10 @@ def brute_surface_distances(pred, label, spacing):
     """The definition, voxel by voxel."""
     def points(mask):
         padded = torch.nn.functional.pad(mask, (1,) * 6)
-        steps = [s for s in itertools.product((-1, 0, 1), repeat=3) if abs(s[0]) + abs(s[1]) + abs(s[2]) == 1]
-        edge = [v for v in padded.nonzero() if not all(padded[tuple(v + torch.tensor(s))] for s in steps)]
+        steps = [s for s in itertools.product((-1, 0, 1), repeat=3)
+                 if abs(s[0]) + abs(s[1]) + abs(s[2]) == 1]
+        edge = [v for v in padded.nonzero()
+                if not all(padded[tuple(v + torch.tensor(s))] for s in steps)]
         return torch.stack(edge) * torch.tensor(spacing, dtype=torch.float64)
     between = (points(pred)[:, None] - points(label)[None]).square().sum(2).sqrt()
     return between.amin(1), between.amin(0)
@@ -49,7 +53,8 @@ def test_dice_of_a_map_counted_by_hand():
 def test_absent_organs_follow_one_policy():
     empty, organ = torch.zeros(4, 5, 6, dtype=torch.bool), torch.zeros(4, 5, 6, dtype=torch.bool)
     organ[1:3, 2, 3] = True
-    for pred, label, dsc, distance in [(empty, empty, math.nan, math.nan), (organ, empty, 0, math.inf),
+    for pred, label, dsc, distance in [(empty, empty, math.nan, math.nan),
+                                       (organ, empty, 0, math.inf),
                                        (empty, organ, 0, math.inf), (organ, organ, 1, 0)]:
         np.testing.assert_equal(metrics.dice(pred.int(), label.int(), 2), [dsc])
         np.testing.assert_equal(metrics.surface_dice(pred, label, (1, 2, 3), 1), dsc)
@@ -83,10 +88,13 @@ def test_distances_of_two_voxels_follow_the_spacing():
 def test_only_voxels_with_a_free_face_are_surface():
     block = torch.zeros(7, 8, 9, dtype=torch.bool)
     block[1:6, 1:7, 1:8] = True
-    block[2, 1, 1] = False                        # (2, 2, 2) touches this hole by an edge only and stays inside
+    block[2, 1, 1] = False  # (2, 2, 2) touches this hole by an edge only and stays inside
     inner = torch.zeros_like(block)
     inner[2:5, 2:6, 2:7] = True
-    assert torch.equal(metrics.surface(inner), inner & ~torch.nn.functional.pad(torch.ones(1, 2, 3), (3, 3) * 3).bool())
+
+    assert torch.equal(
+        metrics.surface(inner),
+        inner & ~torch.nn.functional.pad(torch.ones(1, 2, 3), (3, 3) * 3).bool())
     distances, _ = metrics.surface_distances(block, inner, (1, 1, 1))
     assert len(distances) == 5 * 6 * 7 - 3 * 4 * 5 - 1
 
@@ -96,8 +104,10 @@ def test_surface_distances_equal_brute_force(case):
     pred, label, spacing = list(mask_pairs())[case]
     expected = brute_surface_distances(pred, label, spacing)
     for ours, brute in zip(metrics.surface_distances(pred, label, spacing), expected):
-        torch.testing.assert_close(ours.sort().values.double(), brute.sort().values, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.sort().values.double(), brute.sort().values, rtol=0,
+                                   atol=1e-4)
     hd95 = max(np.percentile(brute, 95) for brute in expected)
+
     assert metrics.hd95(pred, label, spacing) == pytest.approx(hd95, abs=1e-4)
     share = np.mean(np.concatenate(expected) <= 2.4321)
     assert metrics.surface_dice(pred, label, spacing, 2.4321) == pytest.approx(share)
@@ -109,10 +119,13 @@ def test_surface_scores_equal_monai(case):
     pred, label, spacing = list(mask_pairs())[case]
     one_hot = [torch.stack([~mask, mask])[None] for mask in (pred, label)]
     hd95 = monai.compute_hausdorff_distance(*one_hot, percentile=95, spacing=spacing).item()
+
     assert metrics.hd95(pred, label, spacing) == pytest.approx(hd95, abs=1e-4)
-    for tolerance in (0, spacing[0], 2 * spacing[1], 2.):             # ties with the grid's own distances included
+    # ties with the grid's own distances included
+    for tolerance in (0, spacing[0], 2 * spacing[1], 2.):
         share = monai.compute_surface_dice(*one_hot, [tolerance], spacing=spacing).item()
-        assert metrics.surface_dice(pred, label, spacing, tolerance) == pytest.approx(share, abs=1e-4)
+        assert metrics.surface_dice(pred, label, spacing, tolerance) == pytest.approx(
+            share, abs=1e-4)
 
 
 def test_hd95_does_not_depend_on_axis_order_or_empty_space():
@@ -120,9 +133,11 @@ def test_hd95_does_not_depend_on_axis_order_or_empty_space():
     wide = [torch.nn.functional.pad(mask, (0, 9, 30, 0, 4, 4)) for mask in (pred, label)]
     inset = [torch.nn.functional.pad(mask, (1,) * 6) for mask in (pred, label)]
     expected = metrics.hd95(*inset, spacing)
+
     assert metrics.hd95(*wide, spacing) == expected
     for order in itertools.permutations(range(3)):
-        turned = metrics.hd95(pred.permute(order), label.permute(order), [spacing[axis] for axis in order])
+        turned = metrics.hd95(pred.permute(order), label.permute(order),
+                              [spacing[axis] for axis in order])
         assert turned == pytest.approx(expected, abs=1e-4)
 
 
@@ -137,6 +152,7 @@ def test_bootstrap_interval_is_that_of_a_mean_and_ignores_nan():
     values = np.random.default_rng(1).normal(.8, .1, 200)
     low, high = metrics.bootstrap_interval(values)
     margin = 1.96 * values.std() / math.sqrt(200)
+
     assert [low, high] == pytest.approx([values.mean() - margin, values.mean() + margin], abs=.002)
     assert metrics.bootstrap_interval([*values, math.nan]) == (low, high)
     assert metrics.bootstrap_interval([.5]) == (.5, .5)
@@ -160,7 +176,8 @@ def test_wilcoxon_p_equals_the_share_of_sign_patterns():
 def test_wilcoxon_p_equals_scipy(n):
     stats = pytest.importorskip("scipy.stats")
     difference = np.random.default_rng(n).normal(.3, 1, n)
-    assert metrics.wilcoxon_p(difference) == pytest.approx(stats.wilcoxon(difference, method="exact").pvalue)
+    assert metrics.wilcoxon_p(difference) == pytest.approx(
+        stats.wilcoxon(difference, method="exact").pvalue)
 
 
 def test_wilcoxon_p_with_ties_nears_the_normal_approximation():
@@ -174,7 +191,8 @@ def test_wilcoxon_p_with_ties_nears_the_normal_approximation():
 def test_paired_test_leaves_out_cases_that_lack_a_score():
     a, b = [.9, .8, math.nan, .7, .6], [.8, .6, .5, .4, math.nan]
     result = metrics.paired_test(a, b)
-    assert result["n"] == 3 and result["mean_difference"] == pytest.approx(.2) and result["p"] == .25
+    assert (result["n"] == 3 and result["mean_difference"] == pytest.approx(.2)
+            and result["p"] == .25)
     assert [result["low"], result["high"]] == pytest.approx([.1, .3])
     assert metrics.paired_test(b, a)["mean_difference"] == pytest.approx(-.2)
     with pytest.raises(ValueError, match="same cases"):

@@ -34,7 +34,8 @@ class Stub(torch.nn.Module):
     encoder = type("Encoder", (), {"patch": 2})
 
     def forward(self, views, hidden):
-        return pretrain.Outputs(tokens=None, voxels=1 - masking.expand_mask(hidden, 2)[:, None].float())
+        return pretrain.Outputs(tokens=None,
+                                voxels=1 - masking.expand_mask(hidden, 2)[:, None].float())
 
 
 def test_errors_on_held_back_volumes_by_hand():
@@ -60,6 +61,7 @@ def test_guesses_without_anatomy_by_hand():
     hidden = torch.tensor([False, False, False, True, True])
     assert monitors.visible_median(view, hidden) == 2
     assert monitors.visible_median(view, torch.ones(5, dtype=torch.bool)) == 9
+
     histogram = torch.zeros(256, dtype=torch.float64)
     histogram[[10, 20, 250]] = torch.tensor([1., 3., 1.], dtype=torch.float64)
     assert monitors.best_constant(histogram) == 20
@@ -71,9 +73,10 @@ def test_collapse_reports_the_heads_that_are_there():
     centers["mpd"].value += torch.tensor([3., 0, 4, 0])
     taught = pretrain.Outputs(tokens=torch.rand(2, 9, 6), patch_logits=torch.zeros(2, 9, 4))
     row = monitors.collapse(taught, centers, .04, ALONE)
+
     assert row.keys() == {"effective_rank", "mpd_entropy", "mpd_mean_entropy", "mpd_center"}
     assert row["mpd_center"] == 5
-    assert row["mpd_entropy"] == pytest.approx(.5)           # the centre leaves two prototypes of four
+    assert row["mpd_entropy"] == pytest.approx(.5)  # the centre leaves two prototypes of four
 
 
 def test_entropy_of_the_mean_is_taken_over_all_ranks():

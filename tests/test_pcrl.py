@@ -47,6 +47,7 @@ def test_turns_flip_first_and_then_rotate_as_numpy_does_and_all_are_drawn():
         expected = np.rot90(np.flip(image.numpy(), axes), turns, (0, 1))
         assert np.array_equal(pcrl.turn(image, flips, turns), expected)
         drawn.add((*flips, turns))
+
     assert len(drawn) == 8 * 4
     with pytest.raises(ValueError, match="first two"):
         pcrl.turn(torch.rand(4, 5, 4), [False] * 3, 1)
@@ -71,6 +72,7 @@ def test_an_affine_rotates_in_voxels_about_each_axis(axis):
     centre = [0.0, 0.0, 0.0]
     centre[first] = 12.0
     found = centre_of(pcrl.affine(ball(40, 44, 48, centre=centre), torch.ones(3), degrees))
+
     assert abs(found[second]) == pytest.approx(12 * math.sin(math.radians(10)), abs=.1)
     assert found[first] == pytest.approx(12 * math.cos(math.radians(10)), abs=.1)
 
@@ -80,6 +82,7 @@ def test_a_blur_is_a_gaussian_along_each_axis():
     point = torch.zeros(21, 23, 25)
     point[10, 11, 12] = 1
     blurred = pcrl.blur(point, torch.tensor([1.0, 2.0, 0.0]))
+
     assert blurred.sum().item() == pytest.approx(1, abs=1e-5)
     for neighbour in (blurred[11, 11, 12], blurred[10, 13, 12]):            # one sigma away
         assert (blurred[10, 11, 12] / neighbour).item() == pytest.approx(math.exp(.5), rel=1e-4)
@@ -101,6 +104,7 @@ def test_a_student_share_of_one_is_the_plain_decoder():
     _, learned = task.student(torch.rand(2, 1, 16, 16, 16), torch.rand(2, 7))
     _, taught = task.student(torch.rand(2, 1, 16, 16, 16), torch.rand(2, 7))
     one, zero = torch.ones(2), torch.zeros(2)
+
     assert torch.equal(task.student.decode(pcrl.blend(learned, taught, one)),
                        task.student.decode(learned))
     assert torch.equal(task.student.decode(pcrl.blend(learned, taught, zero)),
@@ -118,6 +122,7 @@ def test_the_attention_scales_the_bottleneck_and_no_other_feature():
         torch.nn.init.zeros_(parameter)                                     # sigmoid(0) = .5
     embedding, told = task.student(x, torch.zeros(2, 7))
     same, plain = task.student(x)
+
     assert torch.equal(told[-1], plain[-1] / 2) and torch.equal(embedding, same)
     assert all(torch.equal(a, b) for a, b in zip(told[:3], plain[:3]))
 
@@ -127,10 +132,12 @@ def test_the_teacher_starts_as_the_student_and_follows_it_at_a_thousandth():
     task = small()
     before = task.teacher.unet.out.weight.clone()
     assert torch.equal(before, task.student.unet.out.weight)
+
     with torch.no_grad():
         task.student.unet.out.weight += 1
     task.fresh_keys.append(torch.eye(8)[:2])
     task.after_step(.5)
+
     torch.testing.assert_close(task.teacher.unet.out.weight, before + .001)
     assert not any(weight.requires_grad for weight in task.teacher.parameters())
 
@@ -141,8 +148,10 @@ def test_the_queue_forgets_its_oldest_keys_first():
     for count in (2, 2, 2):
         task.fresh_keys += [torch.full((1, 8), float(count + number)) for number in range(count)]
         task.after_step(0)
+
     assert task.oldest == 1 and not torch.equal(task.queue, start)
     assert task.queue[:, 0].tolist() == [3, 3, 2, 3, 2]               # the sixth key over the first
+
     task.fresh_keys.append(torch.rand(1, 8))
     task.discard()
     assert task.fresh_keys == []
@@ -154,6 +163,7 @@ def test_a_key_like_its_query_and_an_orthogonal_queue_by_hand():
     task.queue[::2], task.queue[1::2] = torch.eye(8)[1], -torch.eye(8)[1]   # their mean is 0
     own = 3 * torch.eye(8)[:1]
     assert task.contrast(own, own).item() == pytest.approx(4.713078, abs=2e-5)
+
     shift = torch.rand(8)                                      # common to all: told apart as before
     task.queue += shift
     assert task.contrast(own + shift, own + shift).item() == pytest.approx(4.713078, abs=1e-3)
@@ -214,6 +224,7 @@ def test_samples_come_disturbed_clean_and_turned():
         assert (sample["shares"] >= .5).all() and not torch.equal(sample["input"], sample["clean"])
         noisy = [(x[0, :3].diff(dim=0).abs().mean() > .2).item() for x in sample["input"]]
         outer += any(noisy)
+
     assert outer / 40 == pytest.approx(.8, abs=.2)
 
 
@@ -243,6 +254,7 @@ def test_pcrl_learns_on_phantoms():
         optimizer.step()
         task.after_step(step / 32)
     contrasts, restorations = ([term[name].item() for term in terms] for name in task.terms)
+
     assert mean(contrasts[-8:]) < .8 * math.log(17)                 # chance, once the queue is full
     assert mean(restorations[-4:]) < .8 * mean(restorations[:4])
     assert task.transferred().keys() == task.student.unet.state_dict().keys()

@@ -126,6 +126,7 @@ def test_anatomy_is_the_same_at_another_spacing_and_in_mr(patients):
     label, affine = make_patient(0, 2, "ct", (2.0, 3.0, 5.0))[1:]
     other, coarse = patients[2][1:]
     fine, wide = places(label, affine), places(other, coarse)
+
     for name in ("liver", "spleen", "left kidney", "aorta"):
         assert np.abs(fine[name].mean(0) - wide[name].mean(0)).max() < 2
         assert abs(len(fine[name]) * 30 / (len(wide[name]) * 64) - 1) < .1
@@ -141,6 +142,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_another_patient(patients)
     shape = np.minimum(patients[1][1].shape, patients[2][1].shape)
     one, two = (label[tuple(slice(n) for n in shape)] == 6 for _, label, _ in patients[1:3])
     assert 2 * (one & two).sum() / (one.sum() + two.sum()) < .95
+
     livers = {round(float(image[label == 6].mean()), 1) for image, label, _ in patients}
     assert len(livers) == len(patients)
     assert not np.array_equal(make_patient(1, 1, "ct", COARSE)[1], again[1])
@@ -181,10 +183,12 @@ def test_a_patient_already_there_is_kept_and_a_foreign_folder_refused(tmp_path):
     first = tmp_path / "a" / "imagesTr" / "phantom0000.nii.gz"
     before = first.stat().st_mtime_ns
     grown = json.loads(write_dataset(tmp_path / "a", 3, spacing_mm=(8, 8, 8)).read_text())
+
     assert first.stat().st_mtime_ns == before and len(grown["training"]) == 2
     for other in ({"seed": 1}, {"modality": "mr"}, {"spacing_mm": (8, 8, 9)}):
         with pytest.raises(ValueError, match="not phantoms of"):
             write_dataset(tmp_path / "a", 2, **{"spacing_mm": (8, 8, 8), **other})
+
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "dataset.json").write_text("{}")
     with pytest.raises(ValueError, match="other files"):
@@ -286,4 +290,5 @@ def test_shapes_work_when_their_file_is_copied_alone(tmp_path):
     program = "\n".join(line.strip() for line in lines.splitlines())
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+
     assert done.stdout == "used\n", done.stderr

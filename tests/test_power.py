@@ -28,6 +28,7 @@ def test_the_interval_has_the_variance_of_seeds_and_of_cases():
     values = [[-.3, .1], [-.1, .3]]
     low, high = power.bootstrap_seeds_and_cases(values, level=.9999, draws=100_000)
     assert (low, high) == pytest.approx((-.3, .3))
+
     counts = power.draw_counts(np.random.default_rng(1), 100_000, 2) / 2
     others = power.draw_counts(np.random.default_rng(2), 100_000, 2) / 2
     means = ((counts @ values) * others).sum(1)
@@ -66,6 +67,7 @@ def test_the_draw_of_volumes_is_parted_from_the_noise_of_training():
     noise, draw = power.noise_and_draw([[.3, .5], [.5, .7]])
     assert noise == pytest.approx(math.sqrt(.02)) and draw == pytest.approx(math.sqrt(.01))
     assert power.noise_and_draw([[.3, .5], [.5, .3]])[1] == 0       # the means are one
+
     noise, draw = power.noise_and_draw([[.3, .5]])
     assert noise == pytest.approx(math.sqrt(.02)) and math.isnan(draw)
     assert power.deviation([.3, .5]) == pytest.approx(math.sqrt(.02))

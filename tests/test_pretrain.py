@@ -17,7 +17,9 @@ def test_the_papers_student_has_the_papers_shapes():
         out = student(torch.rand(1, 1, 96, 96, 96))
     assert out.tokens.shape == (1, 216, 384) and out.voxels.shape == (1, 1, 96, 96, 96)
     assert out.patch_logits.shape == (1, 216, 8192) and out.image_logits.shape == (1, 8192)
-    assert student.cell == 16 and sum(p.numel() for p in student.parameters()) == 8_763_832 + 25_198_592 + 2 * 7_614_720
+    assert (student.cell == 16
+            and sum(p.numel() for p in student.parameters())
+            == 8_763_832 + 25_198_592 + 2 * 7_614_720)
 
 
 def test_image_token_is_the_mean_of_the_normed_patch_tokens():
@@ -39,8 +41,10 @@ def test_tokens_are_numbered_as_mask_cells_are():
     x = torch.rand(1, 1, 16, 16, 24)                                    # tokens of 8^3: 2 x 2 x 3
     tokens = student(x).tokens
     assert tokens.shape == (1, 12, 32)
+
     features = student.encoder(x)[2]
-    torch.testing.assert_close(tokens[0, 7], features[0, :, 1, 0, 1])   # row-major: 1 * 6 + 0 * 3 + 1
+    # row-major: 1 * 6 + 0 * 3 + 1
+    torch.testing.assert_close(tokens[0, 7], features[0, :, 1, 0, 1])
 
 
 def test_teacher_starts_as_the_student_and_drops_no_path():
@@ -48,8 +52,12 @@ def test_teacher_starts_as_the_student_and_drops_no_path():
     teacher = student.make_teacher()
     x = torch.rand(2, 1, 16, 16, 16)
     mine, theirs = student.eval()(x), teacher(x)
-    assert torch.equal(mine.patch_logits, theirs.patch_logits) and torch.equal(mine.image_logits, theirs.image_logits)
-    assert theirs.voxels is None and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+    assert (torch.equal(mine.patch_logits, theirs.patch_logits)
+            and torch.equal(mine.image_logits, theirs.image_logits))
+    assert (theirs.voxels is None and not teacher.training
+            and not any(p.requires_grad for p in teacher.parameters()))
+
     student.train()
     assert not torch.equal(student(x).patch_logits, theirs.patch_logits)
     assert torch.equal(teacher(x).tokens, theirs.tokens)
@@ -59,6 +67,7 @@ def test_teacher_follows_a_shared_head():
     student = small(shared_head=True)
     teacher = student.make_teacher()
     assert student.image_head is student.patch_head and teacher.image_head is teacher.patch_head
+
     with torch.no_grad():
         student.patch_head.directions.add_(1)
     ema.update_teacher(teacher, student, 0.)

@@ -16,6 +16,7 @@ def test_a_run_without_a_terminal_tells_speed_time_left_and_what_is_unknown(caps
     bar.advance()
     bar.tell(1.5, loss=.25, best_Dice=None)
     told = capsys.readouterr().out.splitlines()
+
     assert told[0].startswith("first step: peak memory")
     assert told[1] == "step 6 of 10, epoch 1.5: loss 0.250, best Dice -, 1.00 crops/s, 0:00:24 left"
 
@@ -27,6 +28,7 @@ def test_a_run_that_stopped_says_how_to_go_on(steps, word, capsys):
         bar.advance()
     bar.close("weights in x")
     told = capsys.readouterr().out
+
     assert f"{word} at step {steps}: " in told and "weights in x" in told
     assert ("--resume goes on to step 2" in told) == (word == "stopped")
 
@@ -54,6 +56,7 @@ def test_a_finite_step_forgives_those_before_and_the_twentieth_in_a_row_ends_the
         skips.count(False, 1, {}, [], ALONE)
     skips.count(True, 2, {}, [], ALONE)
     assert (skips.total, skips.in_a_row) == (24, 0)
+
     for _ in range(19):
         skips.count(False, 3, {}, [], ALONE)
     with pytest.raises(ValueError, match=r"step 9: 20 steps in a row.*'mip': nan.*a\.nii.*--lr"):

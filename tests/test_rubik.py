@@ -28,6 +28,7 @@ def test_a_twist_equals_numpy_s_rot90_of_a_slab_of_cubes(axis, layer, turns):
     slab[axis] = slice(3 * layer, 3 * layer + 3)
     planes = [plane for plane in range(3) if plane != axis]
     expected[tuple(slab)] = np.rot90(image.numpy()[tuple(slab)], turns, planes)
+
     assert np.array_equal(rubik.twist(image, axis, layer, turns), expected)
 
 
@@ -59,12 +60,13 @@ def test_cubes_stay_whole_where_the_side_is_no_multiple_of_three():
     assert torch.equal(rubik.twist(image, 0, 1, 1)[3:5], image[3:5].rot90(1, (1, 2)))
     corner = image[:3, :3, :3].flatten().sort().values
     cubes = [slice(0, 3), slice(3, 5), slice(5, 8)]
+
     for seed in range(20):
         scrambled = rubik.scramble(image, rubik.random_moves(rng(seed)))
         found = 0
         for x, y, z in itertools.product(cubes, repeat=3):
             found += torch.equal(scrambled[x, y, z].flatten().sort().values, corner)
-        assert found == 1                                                   # somewhere, in one piece
+        assert found == 1  # somewhere, in one piece
 
 
 def test_sides_that_are_not_alike_are_refused():
@@ -107,6 +109,7 @@ def test_the_adversarial_weight_scales_its_term_and_zero_leaves_no_critic():
     tenth.load_state_dict(one.state_dict())
     batch = pretext.batch(one, range(2), side=24)
     first, second = one(batch), tenth(batch)
+
     assert second["adversarial"].item() == pytest.approx(first["adversarial"].item() / 10)
     assert second["critic"].item() == pytest.approx(first["critic"].item())
     without = rubik.Rubik(width=4, adversarial=0)
@@ -130,6 +133,7 @@ def test_rubiks_cube_learns_on_phantoms(adversarial):
     batch = pretext.batch(task, range(4), side=24)
     before = task(batch)["restore"].item()
     totals = pretext.train(task, steps=24, lr=1e-2, side=24, size=2)
+
     if not adversarial:                                 # the critic's loss need not fall
         assert mean(totals[-4:]) < .8 * mean(totals[:4])
     assert task(batch)["restore"].item() < .7 * before

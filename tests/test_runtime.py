@@ -109,6 +109,7 @@ def test_optimizer_and_generator_states_survive(tmp_path):
     runtime.save_checkpoint(tmp_path / "x.pt", state)
     back = runtime.load_checkpoint(tmp_path / "x.pt")
     moments = [each["optimizer"]["state"][0]["exp_avg"] for each in (back, state)]
+
     assert torch.equal(*moments)
     assert torch.equal(back["random"], state["random"])
 
@@ -182,6 +183,7 @@ def test_of_400_bit_flips_none_loads_other_values(tmp_path):
         except ValueError as error:
             refused += 1
             assert str(path) in str(error)
+
     assert refused > 200
 
 
@@ -191,6 +193,7 @@ def test_a_flip_that_makes_a_tensor_a_folder_is_refused(tmp_path):
     # torch would read nothing and return what lay in memory
     bad[bad.rindex(b"archive/data/0") - 8] ^= 0x10
     (tmp_path / "x.pt").write_bytes(bad)
+
     with pytest.raises(ValueError, match="x.pt.*cannot hold"):
         runtime.load_checkpoint(tmp_path / "x.pt")
 
@@ -220,6 +223,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, kind):
             "dangling": lambda: path.symlink_to(tmp_path / "gone"),
             "text": lambda: path.write_text("step,loss\n")}
     make[kind]()
+
     with pytest.raises(ValueError, match="some name.pt"):
         runtime.load_checkpoint(path)
 
@@ -256,8 +260,10 @@ def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path, capsys, dam
     for step in (10, 20):
         runtime.save_checkpoint(last, state_at(step))
     last.write_bytes(DAMAGE[damage](last.read_bytes()))
+
     assert same(runtime.load_latest(tmp_path, ALONE), state_at(10))
     assert re.search(r"^warning: .*last\.pt .*step 10$", capsys.readouterr().err, re.MULTILINE)
+
     before.write_bytes(DAMAGE[damage](before.read_bytes()))
     with pytest.raises(ValueError, match=r"last\.pt .*last\.prev\.pt .*--overwrite"):
         runtime.load_latest(tmp_path, ALONE)
@@ -276,6 +282,7 @@ def test_the_newest_is_told_by_its_step_and_not_by_the_clock(tmp_path):
         runtime.save_checkpoint(tmp_path / "last.pt", state_at(step))
     os.utime(tmp_path / "last.pt", (0, 0))
     assert runtime.load_latest(tmp_path, ALONE)["step"] == 20
+
     (tmp_path / "last.pt").rename(tmp_path / "x")
     (tmp_path / "last.prev.pt").rename(tmp_path / "last.pt")
     (tmp_path / "x").rename(tmp_path / "last.prev.pt")
@@ -348,6 +355,7 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_loads(small_disk):
             runtime.save_checkpoint(small_disk / "last.pt", state_at(2, numbers))
         assert names(small_disk) == ["last.pt"]
     assert same(runtime.load_latest(small_disk, ALONE), state_at(1, numbers=500_000))
+
     held = (small_disk / "last.pt").stat().st_size
     (small_disk / "fill").write_bytes(bytes(3 * 2**20 - 2**16 - held))
     assert "No space left" in refusal(small_disk, resume=True)
@@ -395,6 +403,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path):
         runtime.save_checkpoint(out / "last.pt", state_at(1))
         (out / "mine.txt").write_text("kept")
     assert re.search(r"run \(last.pt\): --resume .* --overwrite", refusal(out))
+
     with runtime.OutputFolder(out, ALONE, resume=True, overwrite=True):
         assert runtime.load_latest(out, ALONE)["step"] == 1
     with runtime.OutputFolder(out, ALONE, overwrite=True):
@@ -437,9 +446,11 @@ def test_a_log_takes_its_own_columns_only(tmp_path):
     log = runtime.CsvLog(tmp_path / "log.csv", ("step", "mip"), ALONE)
     with pytest.raises(ValueError, match="log.csv.*mpd"):
         log.row(step=1, mpd=0.5)
+
     log.row(step=1, mip=0.5)
     with pytest.raises(ValueError, match="log.csv has the columns step,mip"):
         runtime.CsvLog(tmp_path / "log.csv", ("step", "mpd"), ALONE, resume_step=1)
+
     second = runtime.Ranks(1, 2, 1, torch.device("cpu"))
     runtime.CsvLog(tmp_path / "none.csv", ("step",), second).row(step=1)
     assert names(tmp_path) == ["log.csv"]
@@ -480,6 +491,7 @@ def test_a_run_goes_on_with_the_parts_and_facts_that_were_saved(tmp_path, capsys
     facts = runtime.resume(tmp_path, fresh, {"lr": 1, "workers": 4}, {"workers"}, ALONE)
     assert (facts["step"], facts["skipped"]) == (7, 1) and not facts.keys() & fresh.keys()
     assert torch.equal(fresh["net"].weight, saved["net"].weight)
+
     moments = [parts["optimizer"].state_dict()["state"][0]["exp_avg"] for parts in (saved, fresh)]
     assert torch.equal(*moments)
     assert "resumed with another workers: 2 in the checkpoint, 4 now" in capsys.readouterr().out
@@ -492,6 +504,7 @@ def test_a_setting_that_came_or_went_is_read_as_its_default(tmp_path):
     assert facts["step"] == 7
     with pytest.raises(ValueError, match="offset: 0 in the checkpoint, 1 now"):
         runtime.resume(tmp_path, parts, {"lr": 1, "offset": 1}, set(), ALONE, defaults)
+
     runtime.save_state(tmp_path / "last.pt", parts, step=8, config={"lr": 1, "contrast": 0.5})
     with pytest.raises(ValueError, match="contrast: 0.5 in the checkpoint, 0.0 now"):
         runtime.resume(tmp_path, parts, {"lr": 1, "offset": 0}, set(), ALONE, defaults)
@@ -540,6 +553,7 @@ def test_overwrite_deletes_what_the_run_wrote_and_no_file_of_the_users(tmp_path)
         listing.write("../before.png\n..\n\n.lock/..\n" + str(before) + "\n")
     with runtime.OutputFolder(out, ALONE, overwrite=True):
         assert names(out) == [".files", ".lock", "mine.png"]
+
     assert before.read_text() == "kept"
 
 
@@ -665,6 +679,7 @@ def test_every_stop_signal_sets_the_flag(capfd):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
     assert capfd.readouterr().err.count("saving and leaving") == 3
 
 
@@ -699,6 +714,7 @@ def test_a_loader_worker_that_dies_ends_in_a_line_that_says_what_to_do():
     for number, handler in zip((signal.SIGTERM, signal.SIGCHLD), before):
         signal.signal(number, handler)
     told = r"error: DataLoader worker .*--workers 0.*--shm-size.*\n"
+
     assert code == 2 and re.fullmatch(told, text)
 
 
@@ -749,6 +765,7 @@ def test_two_ranks_agree_and_recover_from_a_killed_one(tmp_path):
             (out / f"done{ranks.rank}").write_text(f"{state['step']} {runtime.restarts()}")
         """, "--max-restarts=1")
     job.join(STARTS_WITHIN_S)
+
     assert job.exitcode == 0, (tmp_path / "console.txt").read_text()
     assert [(tmp_path / f"done{rank}").read_text() for rank in (0, 1)] == ["7 1", "7 1"]
     assert "closed by peer" not in (tmp_path / "console.txt").read_text()
@@ -764,6 +781,7 @@ def test_the_first_error_is_shown_once_and_last_and_nobody_hangs(tmp_path):
         """)
     job.join(STARTS_WITHIN_S)
     assert job.exitcode and time.time() - (tmp_path / "raised").stat().st_mtime < 30
+
     shown = (tmp_path / "console.txt").read_text()
     told = "error: case 7.nii.gz is cut short"
     assert len(re.findall(f"^{told}", shown, re.MULTILINE)) == 1

@@ -39,7 +39,7 @@ def test_tensors_and_metadata_come_back_as_they_were(tmp_path):
     path.write_bytes(safetensors_file.encode(TENSORS, {"format": "pt", "grüße": "✓"}))
     tensors, metadata = safetensors_file.read(path)
     assert same(tensors, TENSORS) and metadata == {"format": "pt", "grüße": "✓"}
-    tensors["matrix"].add_(1)                                          # its own memory, and writable
+    tensors["matrix"].add_(1)  # its own memory, and writable
 
 
 def test_the_formats_own_package_reads_and_writes_the_same(tmp_path):
@@ -48,13 +48,15 @@ def test_the_formats_own_package_reads_and_writes_the_same(tmp_path):
     path = tmp_path / "ours.safetensors"
     path.write_bytes(safetensors_file.encode(given, {"format": "pt"}))
     assert same(package.load_file(path), given)
+
     package.save_file(given, tmp_path / "package.safetensors", {"format": "pt"})
     tensors, metadata = safetensors_file.read(tmp_path / "package.safetensors")
     assert same(tensors, given) and metadata == {"format": "pt"}
 
 
 def test_the_layout_is_the_formats_by_hand(tmp_path):
-    data = safetensors_file.encode({"b": torch.tensor([1, 2], dtype=torch.uint8), "a": torch.tensor([1.])}, {})
+    data = safetensors_file.encode(
+        {"b": torch.tensor([1, 2], dtype=torch.uint8), "a": torch.tensor([1.])}, {})
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8:8 + length])
     assert length % 8 == 0 and header["a"] == entry(0, 4) and header["b"] == entry(4, 6, (2,), "U8")
@@ -91,7 +93,8 @@ def test_a_lying_header_is_refused_in_one_line(header, body, why, tmp_path):
     assert "odd.safetensors" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"1234567", struct.pack("<Q", 2 ** 63), struct.pack("<Q", 9) + b"{}"])
+@pytest.mark.parametrize(
+    "data", [b"", b"1234567", struct.pack("<Q", 2 ** 63), struct.pack("<Q", 9) + b"{}"])
 def test_a_cut_file_is_refused_before_memory_is_taken(data, tmp_path):
     (tmp_path / "cut").write_bytes(data)
     with pytest.raises(ValueError, match="header"):

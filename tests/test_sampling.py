@@ -72,9 +72,11 @@ def test_both_views_lie_in_one_crop_of_the_volume():
         ]
     )
     apart = (starts[:, 0] - starts[:, 1]).abs().amax(0)
+
     assert (apart <= torch.tensor([32, 16, 50])).all() and (
         apart >= torch.tensor([28, 14, 40])
     ).all()
+
     low, high = starts.amin((0, 1)), starts.amax((0, 1))
     assert low[0] >= 0 and high[0] <= 200 - 96 and high[0] > 95  # inside, and all over it
     assert low[1] == -7 and high[1] == 9  # 50 voxels centred in a crop of 64
@@ -95,6 +97,7 @@ def test_a_bad_volume_is_passed_over_and_told(phantoms, tmp_path):
     broken = [{"image": str(tmp_path / "bad.nii.gz"), "label": None}, *cases]
     samples = [dataset(broken, tmp_path)[s] for s in range(len(broken))]
     skipping = [s for s in samples if s["passed_over"]]
+
     assert (
         len(skipping) == 1
         and skipping[0]["volume"] == 1
@@ -113,6 +116,7 @@ def test_a_skipped_volume_is_told_in_one_line_and_counted_against_max_bad(
     (tmp_path / "bad.nii.gz").write_bytes(b"no volume")
     broken = [{"image": str(tmp_path / "bad.nii.gz"), "label": None}, *data.read_list(phantoms)]
     epochs = list(sampling.micro_batches(0, 3 * len(broken), 2))
+
     for max_bad in (1, 0):
         loader = sampling.Batches(
             dataset(broken, tmp_path), epochs, ALONE, workers=2, max_bad=max_bad
@@ -152,6 +156,7 @@ def test_a_step_is_begun_only_with_its_batches_at_hand_and_a_dead_worker_ends_th
     steps = []
     while not steps or not loader.agree(False):
         steps.append(numbers_of([next(loader), next(loader)]))
+
     assert steps == [[0, 1], [2, 3], [4, 5]][:len(steps)]          # 6 may be there, 7 is not
     with pytest.raises(RuntimeError, match="killed by signal: Killed|exited unexpectedly"):
         loader.raise_failure()
@@ -176,6 +181,7 @@ def test_a_worker_that_dies_in_mid_step_is_heard_of_when_batches_are_asked_for()
     [worker] = {*torch.multiprocessing.active_children()} - before
     os.kill(worker.pid, signal.SIGKILL)
     time.sleep(.3)                                      # a step, in which torch would raise
+
     assert not loader.agree(False)
     assert numbers_of([next(loader)]) == [1] and loader.agree(False)
     with pytest.raises(RuntimeError, match="killed by signal: Killed"):
@@ -227,6 +233,7 @@ def test_crop_centres_lie_in_organs_and_in_none_alike():
         centre = tuple(s + k // 2 for s, k in zip(sampling.labelled_start(label, size, rng), size))
         hits += bool(label[centre])
         seen |= {centre} if label[centre] else set()
+
     assert 240 < hits < 360 and len(seen) == 20  # all 20 voxels of the organ
     empty = sampling.labelled_start(label * 0, size, rng)
     assert all(0 <= s <= n - k for s, k, n in zip(empty, size, label.shape))
@@ -265,6 +272,7 @@ def test_augmentation_turns_image_and_label_together_and_never_mirrors():
             and abs(offset) <= 25.5 + 1e-3
         )
         turned, dimmed = turned + (k[0] > 0), dimmed + (abs(slope - 1) > 1e-5)
+
     assert 35 < turned < 85 and 12 < dimmed < 50  # p .2 and .1
     assert sampling.turned_crop(image, image, (12, 6, 4), sampling.generator(1))[0].shape == (
         12,

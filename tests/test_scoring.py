@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import evaluate
-from smit import data, metrics, phantom, scoring
+from smit import metrics, phantom, scoring
 from smit.data import concerns, organs
 
 AFFINE = np.diag([2.0, 2, 2, 1])
@@ -67,11 +67,13 @@ def test_an_organ_that_the_predictions_do_not_name_is_a_miss_and_told(tmp_path, 
     name_numbers(tmp_path / "label", liver=1, spleen=2, pancreas=3)
     name_numbers(tmp_path / "pred", liver=1, duodenum=9)
     rows, results = score(tmp_path)
+
     assert {row["organ"]: float(row["dice"]) for row in rows} == {
         "liver": 1,
         "spleen": 0,
         "pancreas": 0,
     }
+
     dice = results["scores"]["dice"]
     assert dice["AVG"]["mean"] == pytest.approx(1 / 3) and (
         dice["AVG"]["organs"],
@@ -81,6 +83,7 @@ def test_an_organ_that_the_predictions_do_not_name_is_a_miss_and_told(tmp_path, 
         "in_labels_only": ["spleen", "pancreas"],
         "in_predictions_only": ["duodenum"],
     }
+
     printed = capsys.readouterr().out
     assert (
         "missed wherever a label has it: spleen, pancreas" in printed
@@ -99,6 +102,7 @@ def test_a_network_whose_numbers_have_gaps_is_scored_by_its_own_numbers(tmp_path
         "prediction": tmp_path / "pred.nii.gz",
         "names": {1: "Liver", 2: "aorta"},
     }
+
     assert [(row["organ"], row["dice"]) for row in scoring.score_case(case, names, 2.0)] == [
         ("liver", 1),
         ("aorta", 1),
@@ -123,6 +127,7 @@ def test_numbers_without_names_are_not_named_by_the_other_side(tmp_path, capsys)
     with pytest.raises(ValueError, match="1 of 1 case failed"):
         score(tmp_path)
     assert "no name for its numbers, while the other side's have names" in capsys.readouterr().out
+
     rows, _ = score(
         tmp_path, "--names", tmp_path / "label/dataset.json"
     )  # now it was the user who said so
@@ -161,6 +166,7 @@ def test_every_alias_is_one_organs_alone_and_the_organs_are_in_btcvs_order():
         }
         for word in words
     }
+
     assert (
         all(len(owner) == 1 for owner in owners.values()) and tuple(phantom.ORGANS) == organs.ORGANS
     )
@@ -174,6 +180,7 @@ def test_voxels_that_nobody_annotated_count_on_neither_side(tmp_path):
     name_numbers(tmp_path / "label", liver=1, ignore=5)
     name_numbers(tmp_path / "pred", liver=1)
     rows, results = score(tmp_path)
+
     assert [(row["organ"], float(row["dice"]), float(row["prediction_ml"])) for row in rows] == [
         ("liver", 1, 0.512)
     ]
@@ -186,6 +193,7 @@ def test_a_false_positive_in_a_scan_with_an_empty_label_is_a_miss(tmp_path, caps
     for side in ("label", "pred"):
         name_numbers(tmp_path / side, liver=1, spleen=2)
     rows, results = score(tmp_path)
+
     assert [(row["organ"], row["dice"], row["hd95_mm"]) for row in rows] == [
         ("liver", "0", "inf"),
         ("spleen", "nan", "nan"),
@@ -215,6 +223,7 @@ def test_on_a_sheared_grid_volumes_and_distances_are_those_of_the_straight_one()
         assert ml == pytest.approx(true_ml, rel=0.02)
         distances = scoring.surface_distances(one, two, affine)
         scores.append((metrics.hausdorff_95(*distances), metrics.share_within(*distances, 4.0)))
+
     assert scores[0][0] == pytest.approx(scores[1][0], abs=0.5) and scores[0][1] == pytest.approx(
         scores[1][1], abs=0.06
     )
@@ -230,6 +239,7 @@ def test_distances_on_a_sheared_grid_are_exact():
         voxels = np.argwhere(metrics.surface(torch.from_numpy(mask)).numpy())
         points.append(voxels @ affine[:3, :3].T)
     found = scoring.surface_distances(*masks, affine)
+
     for distances, query, target in zip(found, points, points[::-1]):
         np.testing.assert_allclose(distances, spatial.cKDTree(target).query(query)[0], rtol=1e-6)
     empty = scoring.surface_distances(masks[0], masks[0] & False, affine)
@@ -251,6 +261,7 @@ def test_a_prediction_of_another_orientation_is_turned(tmp_path):
     save(tmp_path / "label/a.nii.gz", label)
     save(tmp_path / "pred/a.nii.gz", np.asarray(turned.dataobj), turned.affine)
     assert [float(row["dice"]) for row in score(tmp_path)[0]] == [1, 1]
+
     save(tmp_path / "pred/a.nii.gz", label, np.diag([-2.0, 2, 2, 1]))
     with pytest.raises(ValueError, match="1 of 1 case failed"):
         score(tmp_path)
@@ -273,4 +284,5 @@ def test_two_results_are_compared_whatever_prefix_their_cases_have(tmp_path):
             "\n".join([",".join(scoring.COLUMNS), *lines]) + "\n"
         )
     text = scoring.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
     assert "| right adrenal gland | 3 | 0.600 | 0.600 | +0.000 |" in text

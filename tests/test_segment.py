@@ -24,8 +24,9 @@ def count(module):
 def test_parameters_are_the_papers_28_19_million():
     net = SegmentationNet(14)
     assert count(net) == 28_192_614
-    for up, fine in zip(net.ups, (384, 192, 96, 48)):                 # up, first and second conv, shortcut
-        assert count(up) == 2 * fine * fine * 8 + 2 * fine * fine * 27 + fine * fine * 27 + 2 * fine * fine
+    for up, fine in zip(net.ups, (384, 192, 96, 48)):  # up, first and second conv, shortcut
+        assert count(up) == (2 * fine * fine * 8 + 2 * fine * fine * 27 + fine * fine * 27
+                             + 2 * fine * fine)
     assert count(net.last_up) == 48 * 24 * 8 + 2 * 24 * 24 * 27 and count(net.out) == 24 * 14 + 14
     assert count(net.encoder) == 8_763_832 - 48
 
@@ -52,14 +53,16 @@ def test_a_students_encoder_is_loaded_whole_and_the_report_says_so(prefix):
     source, net = student(), SegmentationNet(3, **TINY)
     weights = source.state_dict() if prefix else source.encoder.state_dict()
     report = load_encoder(net, weights)
-    assert all(torch.equal(w, source.encoder.state_dict()[name]) for name, w in net.encoder.state_dict().items())
+    assert all(torch.equal(w, source.encoder.state_dict()[name]) 
+               for name, w in net.encoder.state_dict().items())
+
     size, heads = count(net.encoder), count(source) - count(source.encoder) if prefix else 0
     assert report == (f"encoder weights: {size:,} of {size:,} matched; missing 0; unexpected 0; "
                       f"heads and mask token dropped: {heads + 8:,}")
 
 
-@pytest.mark.parametrize("change", [{"embed_dim": 16}, {"depths": (1, 3)}, {"depths": (1, 1)}, {"window": (2, 2, 2)},
-                                    {"qkv_bias": True}])
+@pytest.mark.parametrize("change", [{"embed_dim": 16}, {"depths": (1, 3)}, {"depths": (1, 1)},
+                                    {"window": (2, 2, 2)}, {"qkv_bias": True}])
 def test_another_architecture_is_refused_and_nothing_loaded(change):
     net = SegmentationNet(3, **TINY)
     before = {name: w.clone() for name, w in net.state_dict().items()}
@@ -73,6 +76,7 @@ def test_a_foreign_file_is_refused_and_partial_loads_say_what_they_lack():
     net = SegmentationNet(3, **TINY)
     with pytest.raises(ValueError, match="0 of .* matched; missing"):
         load_encoder(net, torch.nn.Linear(3, 4).state_dict())
+
     weights = student().state_dict()
     del weights["encoder.patch_embed.weight"]
     assert "missing 64 (patch_embed.weight)" in load_encoder(net, weights, partial=True)
@@ -90,13 +94,15 @@ def test_more_channels_answer_one_image_as_the_pretrained_channel_did():
     source, net = student(), SegmentationNet(3, in_channels=4, **TINY)
     load_encoder(net, source.state_dict())
     image = torch.randn(1, 1, 8, 12, 16)
-    torch.testing.assert_close(net.encoder.embed(image.expand(-1, 4, -1, -1, -1)), source.encoder.embed(image))
+    torch.testing.assert_close(net.encoder.embed(image.expand(-1, 4, -1, -1, -1)),
+                               source.encoder.embed(image))
     assert adapt_channels(torch.ones(8, 3, 2, 2, 2), 1).unique().tolist() == [3]
 
 
 def test_the_decoder_equals_torchs_own_layers():
     for c_in, c_out, size in ((6, 4, 3), (6, 4, 1)):
-        ours, x = conv_norm(c_in, c_out, size), torch.randn(2, c_in, 4, 6, 5).to(memory_format=torch.channels_last_3d)
+        ours, x = (conv_norm(c_in, c_out, size),
+                   torch.randn(2, c_in, 4, 6, 5).to(memory_format=torch.channels_last_3d))
         fast, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
         y = F.instance_norm(F.conv3d(plain, ours[0].weight, padding=size // 2))
         torch.testing.assert_close(ours(fast), y, atol=1e-5, rtol=0)
@@ -106,11 +112,12 @@ def test_the_decoder_equals_torchs_own_layers():
         torch.testing.assert_close(fast.grad, plain.grad, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name, value", [("depths", "two"), ("heads", 4), ("window", [0, 0, 0]), ("embed_dim", [8]),
-                                         ("embed_dim", -4), ("num_classes", "x"), ("drop_path", None), ("heads", [3, 3])])
+@pytest.mark.parametrize("name, value", [
+    ("depths", "two"), ("heads", 4), ("window", [0, 0, 0]), ("embed_dim", [8]),
+    ("embed_dim", -4), ("num_classes", "x"), ("drop_path", None), ("heads", [3, 3])])
 def test_settings_that_make_no_network_are_refused_in_one_line(name, value):
-    good = dict(num_classes=3, drop_path=0., checkpointing=False, embed_dim=8, depths=[1, 1], heads=[2, 2],
-                window=[4, 4, 4])
+    good = dict(num_classes=3, drop_path=0., checkpointing=False, embed_dim=8, depths=[1, 1],
+                heads=[2, 2], window=[4, 4, 4])
     build_network(good)
     with pytest.raises(ValueError) as refusal:
         build_network({**good, name: value})

@@ -1,4 +1,5 @@
-"""settings.py: what a flag accepts, and that presets and methods become defaults which single flags override."""
+"""settings.py: what a flag accepts, and that presets and methods become defaults which
+single flags override."""
 import argparse
 import subprocess
 import sys
@@ -12,8 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_it_needs_the_standard_library_alone():
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'smit')!r}); import settings; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests")
+    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'smit')!r}); import settings; "
+            "print('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=ROOT / "tests")
     assert done.stdout == "False\n", done.stderr
 
 
@@ -31,14 +34,16 @@ def test_ranges_are_those_of_the_flag(kind, good, bad):
 
 def test_one_size_stands_for_three_and_two_are_refused(capsys):
     parse = settings.parse_pretraining
-    assert parse("", ["--view", "48"]).view == [48] * 3 == parse("", ["--view", "48", "48", "48"]).view
+    assert (parse("", ["--view", "48"]).view == [48] * 3
+            == parse("", ["--view", "48", "48", "48"]).view)
     with pytest.raises(SystemExit, match="2"):
         parse("", ["--view", "48", "64"])
     assert "--view takes one number or three" in capsys.readouterr().err
 
 
 def test_a_method_overrides_the_preset_and_a_flag_overrides_both():
-    args = settings.parse_pretraining("", ["--preset", "tiny", "--method", "dino", "--itd", ".5", "--batch", "7"])
+    args = settings.parse_pretraining(
+        "", ["--preset", "tiny", "--method", "dino", "--itd", ".5", "--batch", "7"])
     assert (args.mip, args.mpd, args.itd, args.mask_ratio) == (0, 0, .5, 0)
     assert (args.embed_dim, args.batch, args.prototypes) == (24, 7, 256)
 
@@ -51,4 +56,5 @@ def test_fine_tuning_knows_which_sizes_were_typed():
 @pytest.mark.parametrize("method", settings.METHODS)
 def test_every_method_fits_both_presets(method):
     for preset in settings.PRETRAINING_PRESETS:
-        settings.check_pretraining(settings.parse_pretraining("", ["--preset", preset, "--method", method]))
+        settings.check_pretraining(
+            settings.parse_pretraining("", ["--preset", preset, "--method", method]))

@@ -169,6 +169,7 @@ def test_a_folder_made_with_other_flags_is_not_taken_for_finished(tmp_path):
     args = arguments("table2", "--rows", "rand", "--out", tmp_path)
     step = plan(args)[0].steps[0]
     assert run.finished(args, step) is None
+
     (tmp_path / step.name).mkdir(parents=True)
     record = json.dumps({"flags": ["finetune.py", "--steps", "1"]})
     (tmp_path / step.name / "step.json").write_text(record)
@@ -258,6 +259,7 @@ def test_a_recipe_s_noise_is_told_from_the_draw_of_its_volumes(tmp_path):
     recipes.recipe(tmp_path, scores, runs)
     row, labels, n, mean, all_runs, noise, of_draw, half_way, end, seeds = \
         markdown_rows(tmp_path / "recipe.md")["now"]
+
     assert (row, labels, n, mean) == ("rand", "3", "4", "0.500")
     assert (noise, of_draw) == ("0.141", "0.100")                  # sqrt(.02); sqrt(.02 - .02 / 2)
     assert all_runs == "0.163"                                     # sqrt(.08 / 3)
@@ -399,9 +401,11 @@ def test_a_recipe_runs_on_training_volumes_alone(phantoms, tmp_path):
     done = study(tmp_path, "recipe", "--data", phantoms, "--finetune_flags", TUNE, "--labels", 2,
                  "--draws", 1, "--recipes", "slow=--lr 1e-5", "--out", "study")
     assert "| slow | rand | 2 | 1 | 0." in done.stdout
+
     name = "rand-ct2-seed0-draw1-fold0-slow"
     config = json.loads((tmp_path / f"study/finetune/{name}/config.json").read_text())
     assert config["subset_seed"] == 1 and config["lr"] == 1e-5
+
     validation = json.loads(phantoms.read_text())["validation"]
     scored = (tmp_path / "study/recipe/cases.csv").read_text()
     for case in validation:

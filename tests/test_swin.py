@@ -7,7 +7,8 @@ from smit import swin
 
 def tiny(**settings):
     torch.manual_seed(0)
-    return swin.SwinTransformer3D(**{**dict(embed_dim=8, depths=(2, 2), heads=(2, 4), window=(2, 4, 3)), **settings})
+    return swin.SwinTransformer3D(
+        **{**dict(embed_dim=8, depths=(2, 2), heads=(2, 4), window=(2, 4, 3)), **settings})
 
 
 def test_encoder_has_the_papers_parameters():
@@ -22,7 +23,8 @@ def test_encoder_has_the_papers_parameters():
 def test_outputs_have_the_papers_shapes():
     encoder = swin.SwinTransformer3D(embed_dim=8, depths=(1, 1, 1, 1), heads=(1, 1, 1, 1))
     shapes = [tuple(y.shape) for y in encoder(torch.rand(1, 1, 96, 32, 64))]
-    assert shapes == [(1, 8, 48, 16, 32), (1, 16, 24, 8, 16), (1, 32, 12, 4, 8), (1, 64, 6, 2, 4), (1, 128, 3, 1, 2)]
+    assert shapes == [(1, 8, 48, 16, 32), (1, 16, 24, 8, 16), (1, 32, 12, 4, 8),
+                      (1, 64, 6, 2, 4), (1, 128, 3, 1, 2)]
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (31, 34, 50), (7, 9, 4)])
@@ -37,9 +39,11 @@ def test_windows_are_cut_in_row_major_order_and_put_back():
     grid, window = (4, 6, 10), (2, 3, 5)
     x = torch.arange(240.).view(1, *grid, 1)
     windows = swin.partition_windows(x, window)
+
     assert windows.shape == (8, 30, 1)
-    assert windows[1, :6, 0].tolist() == [5, 6, 7, 8, 9, 15]          # next window along W, then its next row
-    assert windows[2, 0, 0] == 30 and windows[4, 0, 0] == 120         # next along H, then along D
+    # next window along W, then its next row
+    assert windows[1, :6, 0].tolist() == [5, 6, 7, 8, 9, 15]
+    assert windows[2, 0, 0] == 30 and windows[4, 0, 0] == 120  # next along H, then along D
     x = torch.rand(2, *grid, 7)
     assert torch.equal(swin.reverse_windows(swin.partition_windows(x, window), window, grid), x)
 
@@ -73,23 +77,26 @@ def test_bias_index_is_one_value_per_offset():
 
 
 def test_a_clamped_window_finds_the_full_windows_offsets():
-    full, small = swin.relative_position_index((4, 4, 4)), swin.relative_position_index((2, 4, 3), (4, 4, 4))
+    full, small = (swin.relative_position_index((4, 4, 4)),
+                   swin.relative_position_index((2, 4, 3), (4, 4, 4)))
     cells = torch.cartesian_prod(*map(torch.arange, (2, 4, 3)))
-    rows = (cells * torch.tensor([16, 4, 1])).sum(1)                  # the same cells in the 4^3 window
+    rows = (cells * torch.tensor([16, 4, 1])).sum(1)  # the same cells in the 4^3 window
     assert torch.equal(small, full[rows][:, rows])
 
 
 def test_shift_mask_by_hand():
-    mask = swin.shift_mask((1, 1, 6), (1, 1, 4), (0, 0, 2))           # padded to 8; rolled by 2: 2345 | 6'7'01
+    # padded to 8; rolled by 2: 2345 | 6'7'01
+    mask = swin.shift_mask((1, 1, 6), (1, 1, 4), (0, 0, 2))
     assert torch.equal(mask[0], torch.zeros(4, 4))
     allowed = torch.tensor([[0, 0, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2).bool()
-    assert torch.equal(mask[1] == 0, allowed)                         # padding may ask, but is asked by nobody
+    assert torch.equal(mask[1] == 0, allowed)  # padding may ask, but is asked by nobody
 
 
 def brute_force_attention(attention, x, window, shift):
-    """Every token against every other, by the definition: same window of the shifted lattice; bias by true offset."""
+    """Every token against every other, by the definition: same window of the shifted lattice;
+    bias by true offset."""
     grid, heads = x.shape[1:4], attention.heads
-    p = torch.cartesian_prod(*map(torch.arange, grid))                                          # (N, 3)
+    p = torch.cartesian_prod(*map(torch.arange, grid))  # (N, 3)
     lattice = torch.div(p - torch.tensor(shift), torch.tensor(window), rounding_mode="floor")
     allowed = (lattice[:, None] == lattice[None]).all(-1)
     table = attention.bias_table.view(*(2 * w - 1 for w in attention.window), heads)
@@ -111,14 +118,17 @@ def test_window_attention_equals_brute_force(grid, shifted):
     window = tuple(min(w, g) for w, g in zip((2, 4, 3), grid))
     shift = tuple(w // 2 if shifted and w < g else 0 for w, g in zip(window, grid))
     expected = brute_force_attention(block.attention, x, window, shift)
+
     torch.testing.assert_close(block.attend(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_padded_keys_count_only_when_asked_for():
     torch.manual_seed(0)
-    masked, usual = (swin.SwinBlock(8, 2, (4, 4, 4), False, 4, False, 0., mask) for mask in (True, False))
+    masked, usual = (swin.SwinBlock(8, 2, (4, 4, 4), False, 4, False, 0., mask)
+                     for mask in (True, False))
     usual.load_state_dict(masked.state_dict())
     even, odd = torch.randn(1, 4, 8, 4, 8), torch.randn(1, 4, 6, 4, 8)
+
     assert torch.equal(masked.attend(even), usual.attend(even))
     assert not torch.allclose(masked.attend(odd), usual.attend(odd), atol=1e-4)
 
@@ -127,7 +137,7 @@ def test_one_token_reaches_its_window_and_no_other():
     block = swin.SwinBlock(8, 2, (2, 4, 3), False, 4, False, 0., True)
     x = torch.randn(1, 4, 8, 6, 8)
     y = x.clone()
-    y[0, 2, 5, 1, 3] += 1                                              # one channel; LayerNorm undoes a shift of all
+    y[0, 2, 5, 1, 3] += 1  # one channel; LayerNorm undoes a shift of all
     changed = (block(x) != block(y)).any(-1)[0]
     window = torch.zeros(4, 8, 6, dtype=torch.bool)
     window[2:4, 4:8, 0:3] = True
@@ -148,7 +158,7 @@ def test_merging_joins_eight_neighbours_in_row_major_order():
     merge.norm.weight.data, merge.norm.bias.data = torch.arange(1., 9), torch.arange(8.)
     merge.reduction.weight.data = torch.eye(8)
     x = torch.arange(2 * 4 * 2.).view(1, 2, 4, 2, 1)
-    joined = torch.tensor([4., 5, 6, 7, 12, 13, 14, 15])                    # 000 001 010 011 100 101 110 111
+    joined = torch.tensor([4., 5, 6, 7, 12, 13, 14, 15])  # 000 001 010 011 100 101 110 111
     assert torch.equal(merge(x)[0, 0, 1, 0], merge.norm(joined))
 
 
@@ -157,10 +167,12 @@ def test_hidden_tokens_are_replaced_after_the_embedding_and_its_norm():
     x, hidden = torch.rand(1, 1, 8, 12, 10), torch.zeros(1, 4, 6, 5, dtype=torch.bool)
     hidden[0, 1, 2:4, 3] = True
     tokens = encoder.embed(x, hidden)
+
     assert torch.equal(tokens[hidden], encoder.mask_token.expand(2, -1))
     assert torch.equal(tokens[~hidden], encoder.embed(x)[~hidden])
+
     y = x.clone()
-    y[0, 0, 2:4, 4:8, 6:8] = 0                                         # the voxels under the hidden tokens
+    y[0, 0, 2:4, 4:8, 6:8] = 0  # the voxels under the hidden tokens
     assert all(torch.equal(a, b) for a, b in zip(encoder(x, hidden), encoder(y, hidden)))
 
 
@@ -171,10 +183,12 @@ def test_a_mask_of_another_resolution_is_refused():
         tiny(mask_token=False)(torch.rand(1, 1, 8, 8, 8), torch.ones(1, 4, 4, 4, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("piece", [2 ** 18, 7 * 24 * 8])      # all at once; 7 windows of 45, so that 3 are left over
+# all at once; 7 windows of 45, so that 3 are left over
+@pytest.mark.parametrize("piece", [2 ** 18, 7 * 24 * 8])
 def test_checkpointing_recomputes_in_pieces_and_changes_no_gradient(piece, monkeypatch):
     calls = []
-    monkeypatch.setattr(swin, "checkpoint", lambda *a, **k: calls.append(len(a[1])) or checkpoint(*a, **k))
+    monkeypatch.setattr(swin, "checkpoint",
+                        lambda *a, **k: calls.append(len(a[1])) or checkpoint(*a, **k))
     monkeypatch.setattr(swin, "PIECE", piece)
     x, found = torch.rand(2, 1, 20, 24, 16), []
     for checkpointing in (False, True):
@@ -186,6 +200,7 @@ def test_checkpointing_recomputes_in_pieces_and_changes_no_gradient(piece, monke
         assert calls[before:].count(7) == (24 if checkpointing and piece < 2 ** 18 else 0)
         with torch.no_grad():
             torch.testing.assert_close(encoder(x, noise=noise)[-1], outputs[-1])
+
     for kept, made_again in zip(*found, strict=True):
         torch.testing.assert_close(made_again, kept, rtol=1e-5, atol=1e-5 * kept.abs().max().item())
 
@@ -194,12 +209,13 @@ def test_checkpointing_keeps_little_for_backward():
     held = []
     for checkpointing in (False, True):
         block, seen = tiny(embed_dim=32, checkpointing=checkpointing).stages[0].blocks[1], {}
-        note = lambda t: seen.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) and t
+        note = lambda t: seen.setdefault(t.untyped_storage().data_ptr(),
+                                         t.untyped_storage().nbytes()) and t
         x = torch.rand(1, 16, 16, 16, 32, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             y = block(x)
         held.append(sum(seen.values()) / y.nbytes)
-    assert held[0] > 14 and held[1] < 5, held                           # in sizes of the block's input
+    assert held[0] > 14 and held[1] < 5, held  # in sizes of the block's input
 
 
 def test_making_gelu_again_in_backward_changes_nothing():
@@ -210,6 +226,7 @@ def test_making_gelu_again_in_backward_changes_nothing():
         y = mlp(x)
         y.square().sum().backward()
         results.append([y, *(p.grad.clone() for p in block.mlp.parameters())])
+
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
@@ -217,7 +234,7 @@ def test_making_gelu_again_in_backward_changes_nothing():
 @pytest.mark.parametrize("multiple", [1, 8])           # as on a CPU; heads zero-padded, as on a GPU
 def test_fused_attention_equals_the_plain_form(masked, multiple):
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 3, 24, 5)           # 2 volumes of 4 windows, 3 heads of 5 channels
+    q, k, v = torch.randn(3, 2, 4, 3, 24, 5)  # 2 volumes of 4 windows, 3 heads of 5 channels
     bias, mask = torch.randn(3, 24, 24), None
     scores = q @ k.transpose(-1, -2) / 5 ** .5 + bias
     if masked:
@@ -225,6 +242,7 @@ def test_fused_attention_equals_the_plain_form(masked, multiple):
         scores = scores + mask[:, None]
     expected = scores.softmax(-1) @ v
     found = swin.fused_attention(q, k, v, bias, mask, multiple)
+
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -250,6 +268,7 @@ def test_compiled_blocks_answer_alike_and_keep_their_names():
     plain, compiled = (tiny(depths=(2,), heads=(2,)) for _ in range(2))
     compiled.compile_blocks(fullgraph=True, backend="aot_eager")
     assert list(plain.state_dict()) == list(compiled.state_dict())
+
     x = torch.rand(1, 1, 8, 16, 12)                    # one block with a shift mask, one without
     for with_gradient in (True, False):                # attention without gradient is another code
         with torch.set_grad_enabled(with_gradient):
@@ -264,6 +283,7 @@ def test_layers_hold_each_parameter_once_from_the_bottom_up():
               "stages.1.blocks.0": 2,
               "stages.1.blocks.1": 3, "norms.1": 3, "stages.1.merge": 3}
     names = {parameter: name for name, parameter in encoder.named_parameters()}
+
     for depth, layer in enumerate(encoder.layers()):
         for parameter in layer.parameters():
             name = names.pop(parameter)
@@ -292,6 +312,7 @@ def test_unwanted_outputs_are_left_out():
     encoder, x = tiny(), torch.rand(1, 1, 8, 12, 10)
     everything, top = encoder(x), encoder(x, wanted=(1,))
     assert top[0] is None and top[2] is None and torch.equal(top[1], everything[1])
+
     deep = tiny(depths=(1, 1, 1, 1), heads=(1, 1, 1, 1))
     assert [y is None for y in deep(x, wanted=(2,))] == [True, True, False, True, True]
     assert [y is None for y in deep(x, wanted=(0, 4))] == [False, True, True, True, False]
@@ -300,7 +321,8 @@ def test_unwanted_outputs_are_left_out():
 
 def test_a_zero_patch_has_a_gentle_gradient():
     encoder = tiny()
-    encoder(torch.zeros(1, 1, 8, 12, 10))[-1].sum().backward()         # air; zero vectors gain 316 at every norm
+    # air; zero vectors gain 316 at every norm
+    encoder(torch.zeros(1, 1, 8, 12, 10))[-1].sum().backward()
     assert max(p.grad.norm() for p in encoder.parameters() if p.grad is not None) < 1e3
 
 
@@ -312,7 +334,8 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 
 
 def test_odd_blocks_are_shifted_and_drop_more_the_deeper_they_are():
-    blocks = [block for stage in swin.SwinTransformer3D(drop_path=.3).stages for block in stage.blocks]
+    blocks = [block for stage in swin.SwinTransformer3D(drop_path=.3).stages
+              for block in stage.blocks]
     assert [block.shifted for block in blocks] == [False, True] * 5
     assert [block.drop_rate for block in blocks] == pytest.approx([.3 * i / 9 for i in range(10)])
 
@@ -337,6 +360,7 @@ def test_merging_takes_the_tokens_before_the_output_norm():
 
 def test_weights_start_as_swins():
     encoder = swin.SwinTransformer3D()
-    qkv, proj = encoder.stages[3].blocks[0].attention.qkv, encoder.stages[3].blocks[0].attention.proj
+    qkv, proj = (encoder.stages[3].blocks[0].attention.qkv,
+                 encoder.stages[3].blocks[0].attention.proj)
     assert qkv.weight.std().item() == pytest.approx(.02, rel=.02) and not proj.bias.any()
     assert isinstance(encoder.stages[0].blocks[0].mlp[1], torch.nn.GELU)

@@ -46,6 +46,7 @@ def test_no_gradient_reaches_the_teacher_and_it_rises_to_standing_still():
     task(pretext.batch(task, range(4), side=16))["contrast"].backward()
     assert all(weight.grad is None for weight in task.teacher.parameters())
     assert task.encoder.patch_embed.weight.grad.any()
+
     name = "encoder.patch_embed.bias"
     before, student = task.teacher.get_parameter(name).clone(), task.get_parameter(name)
     with torch.no_grad():
@@ -63,6 +64,7 @@ def test_paths_drop_in_the_student_alone_and_by_the_sample_s_own_draws():
     sample = task.samples(views, rng())
     assert sample["noise"].shape == (2, 4)
     assert torch.equal(sample["noise"], task.samples(views, rng())["noise"])
+
     batch = pretext.batch(task, range(4), side=16)
     first, again = task(batch)["contrast"], task(batch)["contrast"]
     batch["noise"] = 1 - batch["noise"]
@@ -92,6 +94,7 @@ def test_a_view_is_turned_about_the_body_s_axis_and_the_label_says_how_often():
         for view, turned, turns in zip(views, sample["views"], sample["turns"].tolist()):
             assert torch.equal(turned.rot90(-turns, (1, 2)), view)
             counts[turns] += 1
+
     assert all(count / 400 == pytest.approx(.25, abs=.08) for count in counts)
 
 

@@ -13,8 +13,10 @@ SCALE = np.diag([1.5, 2., 3., 1.])
 
 
 def affines():
-    """Every permutation and mirror image of an oblique anisotropic grid: 48, half of them of negative determinant."""
-    for order, signs in itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)):
+    """Every permutation and mirror image of an oblique anisotropic grid:
+    48, half of them of negative determinant."""
+    for order, signs in itertools.product(itertools.permutations(range(3)),
+                                          itertools.product((1, -1), repeat=3)):
         affine = (TURN @ SCALE)[:, [*order, 3]] @ np.diag([*signs, 1])
         affine[:3, 3] = 10, -20, 30
         yield affine
@@ -25,7 +27,8 @@ def test_to_ras_is_nibabels_canonical_orientation_for_all_48_orientations():
     for affine in affines():
         expected = nib.as_closest_canonical(nib.Nifti1Image(array, affine))
         ras, ras_affine = T.to_ras(array, affine)
-        assert np.array_equal(ras, expected.get_fdata()) and np.allclose(ras_affine, expected.affine, atol=1e-4)
+        assert (np.array_equal(ras, expected.get_fdata())
+                and np.allclose(ras_affine, expected.affine, atol=1e-4))
         assert T.ras_grid(array.shape, affine)[0] == ras.shape
 
 
@@ -61,7 +64,9 @@ def test_coarser_grids_are_averaged_by_a_triangle_and_do_not_alias():
     stripes = torch.tensor([0., 1.] * 8).reshape(1, 16, 1).expand(2, 16, 3)
     coarse, _ = T.resample(stripes, np.eye(4), (1, 2, 1))
     assert torch.allclose(coarse[:, 1:-1], torch.tensor(.5)), "the finest stripes average out"
-    by_hand = (.25 * 0 + .75 * 0 + .75 * 1 + .25 * 0) / 2       # voxels 1..4 around 2.5, weights 1 - |distance| / 2
+
+    # voxels 1..4 around 2.5, weights 1 - |distance| / 2
+    by_hand = (.25 * 0 + .75 * 0 + .75 * 1 + .25 * 0) / 2
     one = torch.zeros(2, 8, 3)
     one[:, 3] = 1
     assert T.resample(one, np.eye(4), (1, 2, 1))[0][0, 1, 0] == by_hand
@@ -73,9 +78,11 @@ def ramp(shape, affine, slope):
     return torch.tensor((index @ affine[:3, :3].T + affine[:3, 3]) @ slope)
 
 
-@pytest.mark.parametrize("spacing, off", [((1, 1, 1), 1e-3), ((1.5, 1.1, 2.9), 1e-3), ((2.2, 2.9, 5), .1 * 5)])
+@pytest.mark.parametrize("spacing, off",
+                         [((1, 1, 1), 1e-3), ((1.5, 1.1, 2.9), 1e-3), ((2.2, 2.9, 5), .1 * 5)])
 def test_a_linear_ramp_in_mm_stays_where_it_was(spacing, off):
-    """Exactly on finer grids; on coarser ones to a tenth of a voxel, as every sampled triangle filter."""
+    """Exactly on finer grids; on coarser ones to a tenth of a voxel,
+    as every sampled triangle filter."""
     affine, slope = TURN @ SCALE, np.array([.6, 0, .8])
     made, grid = T.resample(ramp((24, 22, 20), affine, slope).float(), affine, spacing)
     inside = (made - ramp(made.shape, grid, slope)).abs()[3:-3, 3:-3, 3:-3]
@@ -85,7 +92,7 @@ def test_a_linear_ramp_in_mm_stays_where_it_was(spacing, off):
 def test_resample_keeps_the_centre_and_rounds_the_shape():
     volume, affine = torch.zeros(5, 6, 7), TURN @ SCALE
     made, grid = T.resample(volume, affine, (2, 2, 50))
-    assert made.shape == (4, 6, 1)                       # 5 * 1.5 / 2 = 3.75, 6, 7 * 3 / 50 = .42 but at least 1
+    assert made.shape == (4, 6, 1)  # 5 * 1.5 / 2 = 3.75, 6, 7 * 3 / 50 = .42 but at least 1
     centre = [affine @ [2, 2.5, 3, 1], grid @ [1.5, 2.5, 0, 1]]
     assert np.allclose(*centre) and np.allclose(T.spacing_of(grid), (2, 2, 50), rtol=1e-12)
 
@@ -102,9 +109,10 @@ def test_strides_and_leading_axes_do_not_change_the_result():
 
 def test_nearest_keeps_labels_and_dtype_and_sends_ties_up():
     label = torch.arange(4, dtype=torch.uint8).reshape(1, 1, 4) * 5
-    assert T.resample(label, np.eye(4), (1, 1, .5), "nearest")[0].tolist() == [[[0, 0, 5, 5, 10, 10, 15, 15]]]
+    assert T.resample(label, np.eye(4), (1, 1, .5),
+                      "nearest")[0].tolist() == [[[0, 0, 5, 5, 10, 10, 15, 15]]]
     coarse = T.resample(label, np.eye(4), (1, 1, 2), "nearest")[0]
-    assert coarse.dtype == torch.uint8 and coarse.tolist() == [[[5, 15]]]              # centres .5 and 2.5
+    assert coarse.dtype == torch.uint8 and coarse.tolist() == [[[5, 15]]]  # centres .5 and 2.5
 
 
 def test_regrid_refuses_other_directions_and_unknown_modes():
@@ -121,7 +129,8 @@ def test_window_and_percentiles_map_to_zero_and_one():
     assert T.window_hu(hu).tolist() == [0, 0, .5, 1, 1] and hu[0] == -1000
     mr = torch.cat([torch.zeros(5000), torch.arange(1., 1002.)]).reshape(17, 353, 1)
     scaled = T.percentile_scale(mr, 0, 99.5)
-    assert torch.allclose(scaled, ((mr - 1) / 995).clamp(0, 1), atol=1e-6), "the background does not count"
+    assert torch.allclose(scaled, ((mr - 1) / 995).clamp(0, 1),
+                          atol=1e-6), "the background does not count"
     with pytest.raises(ValueError, match="contrast"):
         T.percentile_scale(torch.ones(2, 3, 4))
 
@@ -131,10 +140,13 @@ def test_box_crop_and_affine_agree():
     volume[1, 2, 3] = volume[4, 5, 3] = 2
     assert T.foreground_box(volume, 1) == ((1, 5), (2, 6), (3, 4))
     assert T.foreground_box(volume, 9) == ((0, 6), (0, 7), (0, 8))
+
     part = T.crop(volume, (-2, 1, 3), (4, 9, 2), fill=-1)
-    assert part.shape == (4, 9, 2) and part[3, 1, 0] == 2 and part[:2].eq(-1).all() and part[:, 6:].eq(-1).all()
+    assert (part.shape == (4, 9, 2) and part[3, 1, 0] == 2 and part[:2].eq(-1).all()
+            and part[:, 6:].eq(-1).all())
     assert np.allclose(T.crop_affine(SCALE, (-2, 1, 3)) @ [3, 1, 0, 1], SCALE @ [1, 2, 3, 1])
-    assert T.crop(volume, (20, 0, -30), (2, 3, 4), fill=5).eq(5).all(), "a box wholly outside is all fill"
+    assert T.crop(volume, (20, 0, -30), (2, 3, 4),
+                  fill=5).eq(5).all(), "a box wholly outside is all fill"
 
 
 def test_rotate90_turns_the_axial_plane_only():
@@ -152,8 +164,10 @@ def test_prepare_is_the_same_for_every_storage_order():
         image, grid = T.prepare(stored, affine, settings)
         results.append((image, grid))
     shape = results[0][0].shape
+
     assert all(image.shape == shape and image.dtype == torch.uint8 for image, _ in results)
-    assert all((image.int() - results[0][0].int()).abs().max() <= 1 for image, _ in results), "but for rounding"
+    assert all((image.int() - results[0][0].int()).abs().max() <= 1
+               for image, _ in results), "but for rounding"
 
 
 @pytest.mark.parametrize("blanked", [True, False])
@@ -171,7 +185,8 @@ def test_a_few_stray_voxels_move_no_grey_level_of_an_mr(blanked, strays):
     stray.view(-1)[places] = strays["value"]
 
     settings = T.Preparation((1.5, 2., 3.), "mr")      # the grid it has: nothing is resampled
-    (clean, affine), (other, other_affine) = T.prepare(mr.clone(), SCALE, settings), T.prepare(stray, SCALE, settings)
+    (clean, affine), (other, other_affine) = (T.prepare(mr.clone(), SCALE, settings),
+                                              T.prepare(stray, SCALE, settings))
     assert clean.shape == other.shape and np.array_equal(affine, other_affine)
     apart = (clean.int() - other.int()).abs()
     assert (apart > 1).sum() <= count                   # the strays themselves
@@ -184,7 +199,8 @@ def test_prepare_refuses_air():
     with pytest.raises(ValueError, match="all air"):
         T.prepare(air, SCALE, T.Preparation())
     with pytest.raises(ValueError, match="coarser"):
-        T.prepare(torch.randn(8, 9, 10), np.diag([500., 500, 500, 1]), T.Preparation((.01, .01, .01)))
+        T.prepare(torch.randn(8, 9, 10), np.diag([500., 500, 500, 1]),
+                  T.Preparation((.01, .01, .01)))
 
 
 def test_a_prepared_volume_does_not_depend_on_the_number_of_threads():

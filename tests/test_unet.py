@@ -47,6 +47,7 @@ def test_at_batch_one_the_norm_equals_batch_statistics_to_the_bit():
                 module[place] = nn.BatchNorm3d(channels, track_running_stats=False)
     theirs.load_state_dict(ours.state_dict())
     x = torch.rand(2, 1, 16, 16, 16)
+
     assert torch.equal(ours(x[:1]), theirs(x[:1]))
     assert not torch.allclose(ours(x)[0], theirs(x)[0], atol=1e-3)
     torch.testing.assert_close(ours(x)[:1], ours(x[:1]))    # ours does not look at its neighbours

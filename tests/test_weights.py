@@ -30,12 +30,14 @@ def test_an_old_merge_gives_the_same_bits_after_its_upgrade():
     names = {f"encoder.stages.0.merge.{name}": w for name, w in old.state_dict().items()}
     upgraded, line = weights.upgrade(names, {"embed_dim": 6})
     assert "row-major" in line and "\n" not in line
+
     new.load_state_dict({name.split("merge.")[1]: w for name, w in upgraded.items()})
     x = torch.randn(2, 4, 6, 2, 6)
     eight = (0, 3, 2, 5, 1, 6, 4, 7)                   # of RELEASE, read row-major, by hand
     plain = torch.cat([x[:, d::2, h::2, w::2] for d, h, w in weights.ROW_MAJOR], dim=-1)
     weight = old.reduction.weight.view(12, 8, 6)[:, eight].flatten(1)
     norm = (p.view(8, 6)[eight, :].flatten() for p in (old.norm.weight, old.norm.bias))
+
     assert torch.equal(new(x), F.linear(F.layer_norm(plain, (48,), *norm), weight))
     torch.testing.assert_close(new(x), old_merge(old, x))                  # sums in another order
 
@@ -48,6 +50,7 @@ def test_an_old_encoder_answers_as_it_did(monkeypatch):
     new.load_state_dict(weights.upgrade(old.state_dict(), {})[0])
     after = new(x)
     monkeypatch.setattr(PatchMerging, "forward", old_merge)
+
     for before, y in zip(old(x), after, strict=True):
         torch.testing.assert_close(y, before)
 
@@ -58,6 +61,7 @@ def test_only_merges_of_old_files_are_touched():
     before = {name: weight.clone() for name, weight in state.items()}
     upgraded, _ = weights.upgrade(state, {})
     changed = {name for name in state if not torch.equal(upgraded[name], state[name])}
+
     assert changed == {name for name in state if ".merge." in name} and len(changed) == 6
     assert all(torch.equal(state[name], before[name]) for name in state)   # left alone
     assert weights.upgrade(state, {"format": 2}) == (state, None)
