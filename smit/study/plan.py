@@ -55,8 +55,8 @@ PRESETS = {
     # Two CPU cores: voxels of 6 mm carry the large organs, and cells of 24 mm take a network of
     # two stages. With cells of 48 mm MIP ended nearer to the visible median of each view. With
     # crops of 32^3, twice as many, random weights came to a Dice of .22 in place of .41: half an
-    # abdomen must fit into one crop. The U-Net of width 8 has 0.3 M parameters, as the Swin
-    # network with its decoder. [ours]
+    # abdomen must fit into one crop. The U-Net of width 8 has 0.3 M parameters, the
+    # Swin network with its decoder 0.2 M. [ours]
     "small": Preset(
         "--preset tiny --spacing 6 6 6 --embed_dim 16 --depths 2 4 --heads 2 4 "
         "--view 32 --crop 44 --mask_cell 4 --batch 8 --lr 4e-3 --steps 1200 "
