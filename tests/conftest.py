@@ -1,5 +1,6 @@
 """Shared by the tests: small phantoms, and the scripts run in small, as one process or as ranks."""
 import functools
+import signal
 import sys
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def nothing_told_before():
     """Let each test see the warnings that a process shows once."""
     concerns.printed.clear()
     concerns.warned.clear()
+
+
+@pytest.fixture(autouse=True)
+def torch_hears_of_dead_workers():
+    """Leave SIGCHLD to torch, which sets its handler once a process: a run that ends drops it."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if callable(before):
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.fixture
