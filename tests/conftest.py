@@ -48,13 +48,18 @@ def nothing_told_before():
     concerns.warned.clear()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def torch_has_set_its_handler():
+    """Start a loader worker once: torch then sets its handler of SIGCHLD, for the whole process."""
+    list(torch.utils.data.DataLoader([0], num_workers=1, multiprocessing_context="fork"))
+
+
 @pytest.fixture(autouse=True)
-def torch_hears_of_dead_workers():
-    """Leave SIGCHLD to torch, which sets its handler once a process: a run that ends drops it."""
+def torch_hears_of_dead_workers(torch_has_set_its_handler):
+    """Put the handler of SIGCHLD back, which a run that ends drops."""
     before = signal.getsignal(signal.SIGCHLD)
     yield
-    if callable(before):
-        signal.signal(signal.SIGCHLD, before)
+    signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.fixture
