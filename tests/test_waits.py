@@ -1,11 +1,18 @@
-"""How often a step waits for a GPU, counted on a stand-in for one:
-each wait lets the card run out of work."""
+"""How often a step waits for a GPU, counted on a stand-in for one.
+
+Each wait lets the card run out of work.
+"""
 import json
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, SMALL
+from torch.utils import backend_registration
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch cannot take a stand-in for a GPU that is written in Python")
 
 PRETRAIN = [*SMALL, "--val_fraction", "0", "--steps", "10", "--log_every", "3",
             "--monitor_every", "6"]
