@@ -26,6 +26,8 @@ COLUMNS = "case organ dice hd95_mm surface_dice prediction_ml label_ml".split()
 SCORES = {"dice": ("DSC", 3), "hd95_mm": ("HD95, mm", 1), "surface_dice": ("surface Dice", 3)}
 MEANS = ("AG", "AVG", "AVG12")         # columns that are means of others
 SKEW_DEGREES = .05                     # beyond it distances are measured on the skewed grid
+NAMELESS = ("no names for its numbers, while the other side's have names; give the JSON that has "
+            "them with --names")
 PAIRS = 2 ** 24                        # of surface voxels whose distances are held at a time
 
 
@@ -35,6 +37,7 @@ def find_predictions(predictions, labels, key, names_path=None):
 
     predictions: a folder; labels: a folder of label files, or a list whose `key` has labels;
     names_path: a JSON that names the numbers of both. A case has a "prediction", too.
+    ValueError if one side has names and the other none.
     """
     label_files = by_key(labelled_files(labels, key), labels)
     files = by_key(data.find_volumes(predictions), predictions)
@@ -46,6 +49,9 @@ def find_predictions(predictions, labels, key, names_path=None):
         label_names = prediction_names = data.label_names(names_path, ignore=True)
     else:
         label_names, prediction_names = folder_names(labels), folder_names(predictions)
+        for names, path in ((label_names, labels), (prediction_names, predictions)):
+            if (label_names or prediction_names) and not names:
+                raise ValueError(f"{path}: {NAMELESS}")
     titles = dict(zip(files.values(), case_names(list(files.values()))))
     cases, failed = [], {}
     for case, label in label_files.items():
@@ -193,8 +199,7 @@ def names_of_both(case, names, highest):
         return numbered(highest + 1), numbered(highest + 1)
     for known, kind in ((label_names, "label"), (names, "prediction")):
         if not known:
-            raise ValueError(f"{case[kind]}: no name for its numbers, while the other side's have "
-                             "names; give the JSON that has them with --names")
+            raise ValueError(f"{case[kind]}: {NAMELESS}")
     return label_names, names
 
 

@@ -465,7 +465,8 @@ def evaluation(lab):
         paths[0].write_bytes(paths[0].read_bytes()[:-9])
         paths[1].unlink()
         theirs = Lab(lab.folder, "evaluate.py")
-        theirs.common = ["--predictions", folder, "--labels", lab.data, "--key", "training"]
+        theirs.common = ["--predictions", folder, "--labels", lab.data, "--key", "training",
+                         "--names", lab.data]
         out = theirs.fresh()
         row = theirs.refused("evaluation: predictions cut and missing", out,
                              told="error: 2 of .* cases failed")
@@ -486,7 +487,7 @@ def lab(tmp_path_factory):
 
 @pytest.mark.parametrize("group, chosen", [
     ("kills", [20, 77]), ("signals", [2]), ("workers", [0, -1]), ("saving", [3, 6, 8, 9, -1]),
-    ("damage", [1, 4, -1]), ("evaluation", [1, 3, 5, 7]), ("disks", [3, -1]),
+    ("damage", [1, 4, -1]), ("evaluation", [1, 3, 5, 7, -1]), ("disks", [3, -1]),
     ("changes", [1, 5, -1]), ("together", [1]), ("nans", [0]), ("files", [0, -1]),
     ("restarts", [0]), ("at_random", [3])])
 def test_nothing_is_lost(group, chosen, lab):
