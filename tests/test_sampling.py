@@ -165,6 +165,7 @@ def test_a_step_is_begun_only_with_its_batches_at_hand_and_a_dead_worker_ends_th
 
 
 def test_the_batches_of_a_measurement_all_come_though_a_worker_dies_and_the_training_ends():
+    before = {*torch.multiprocessing.active_children()}
     training = sampling.Batches(Fragile(99), [[n] for n in range(99)], ALONE, 1, per_step=1)
     assert numbers_of([next(training)]) == [0] and not training.agree(False)
     measuring = sampling.Batches(Fragile(3), [[n] for n in range(6)], ALONE, 1)
@@ -172,6 +173,7 @@ def test_the_batches_of_a_measurement_all_come_though_a_worker_dies_and_the_trai
     assert numbers_of([next(training)]) == [1] and training.agree(False)
     with pytest.raises(RuntimeError, match="DataLoader worker"):
         training.raise_failure()
+    assert {*torch.multiprocessing.active_children()} <= before     # workers ignore SIGTERM
 
 
 def test_a_worker_that_dies_in_mid_step_is_heard_of_when_batches_are_asked_for():

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -473,6 +474,8 @@ class Batches:
         try:
             batch = next(self.loaded)
         except Exception as error:
+            # its frames hold the loader, whose other workers would live on
+            traceback.clear_frames(error.__traceback__)
             self.end = error
             return
         tell_about(batch, self.told)
