@@ -85,8 +85,11 @@ class Lab:
         self.common = ["--data", self.data, "--cache", self.folder / "cache"]
 
     def fresh(self):
-        """Return the path of a folder that no run has had."""
-        return self.folder / f"{self.stem}-{next(self.numbers):03d}"
+        """Return the path of a folder that no run has had, of another Lab in this folder either."""
+        for number in self.numbers:
+            path = self.folder / f"{self.stem}-{number:03d}"
+            if not list(self.folder.glob(f"{path.name}*")):
+                return path
 
     def run(self, folder, *flags, **how):
         """Start a run. how: its ranks, faults and agent, as `Run` has them."""
