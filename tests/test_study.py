@@ -86,6 +86,23 @@ def test_rows_of_the_other_tasks_are_pre_trained_as_they_are_fine_tuned(experime
             assert getattr(given, size) == getattr(finetuning, size)
 
 
+def test_what_is_asked_for_wins_over_the_preset_in_the_u_net_s_rows_too():
+    flags = ["--preset", "small", "--baseline_flags=--width 4", "--unet_flags=--width 4",
+             "--finetune_flags=--precision bf16"]
+    (cell,) = plan(arguments("table2", "--rows", "mg", "--labels", 3, *flags))
+    given = baselines.parse_arguments(list(map(str, cell.steps[0].flags)))
+    finetuning = parse_finetuning("", list(map(str, cell.steps[1].flags)))
+    assert given.width == finetuning.width == 4 and finetuning.precision == "bf16"
+
+
+def test_a_row_without_a_seed_leaves_the_others_theirs(tmp_path):
+    scores = [score("rand", "a", "liver", .5, 0), score("smit", "a", "liver", .6, 0),
+              score("smit", "a", "liver", .8, 1)]
+    tables.table2(tmp_path, scores, [])
+    lines = markdown_rows(tmp_path / "table2.md")
+    assert lines["AVG, seed 1, 95 % over cases"][1].startswith("0.800")
+
+
 def test_a_row_s_own_flags_reach_its_pre_training_alone():
     flags = ["--row_flags", "mg=--lr 3e-3", "--baseline_flags=--lr 1e-3", "--unet_flags=--lr 5e-4"]
     for cell in plan(arguments("table2", "--rows", "rand", "mg", "cpc", *flags)):

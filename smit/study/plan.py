@@ -11,6 +11,7 @@ from typing import NamedTuple
 from smit import data
 from smit.study.tables import SWIN, TABLE2
 
+
 class Row(NamedTuple):
     """A row of the comparisons: how its network is pre-trained, and which network it is."""
     script: str = None                 # None: random weights
@@ -149,9 +150,8 @@ def pretraining(args, row, seed, ratio=None):
     if script == "train_ssl.py":
         flags = shlex.split(f"{preset.pretrain} {args.pretrain_flags} {own}")
     else:
-        flags = shlex.split(f"{own} {preset.baseline} {args.baseline_flags}")
-    if network == "unet":
-        flags += shlex.split(preset.unet)
+        unet = preset.unet if network == "unet" else ""
+        flags = shlex.split(f"{own} {preset.baseline} {unet} {args.baseline_flags}")
     flags += shlex.split(args.row_flags.get(row, ""))
     if ratio_suffix(ratio):
         flags += ["--mask_ratio", ratio]
@@ -185,9 +185,12 @@ def cell(args, row, labels, seed, fold=None, ratio=None, draw=None, recipe=None)
             name += f"-{prefix}{value}"
 
     preset = PRESETS[args.preset]
-    tune = shlex.split(f"{preset.finetune} {args.finetune_flags}")
+    tune = shlex.split(preset.finetune)
     if network_of(row) == "unet":
-        tune += ["--net", "unet", *shlex.split(f"{preset.unet} {args.unet_flags}")]
+        tune += ["--net", "unet", *shlex.split(preset.unet)]
+    tune += shlex.split(args.finetune_flags)
+    if network_of(row) == "unet":
+        tune += shlex.split(args.unet_flags)
     if init:
         tune += shlex.split(args.init_flags)
     if recipe:

@@ -129,9 +129,10 @@ def comparison(rows, smit, runs):
 
     lines = [organ_line(organ, tables, printed) for organ in organs]
     lines += lines_over_cases("", rows, smit)
-    if len(group(first, "seed", "draw")) > 1:
+    scores = [score for part in rows.values() for score in part]       # a row may lack a seed
+    if len(group(scores, "seed", "draw")) > 1:
         lines += lines_over_seeds(rows, smit)
-    for seed in sorted(group(first, "seed")):
+    for seed in sorted(group(scores, "seed")):
         alone = {row: group(part, "seed").get(seed) for row, part in rows.items()}
         smit_alone = group(smit or [], "seed").get(seed)
         lines += lines_over_cases(f", seed {seed}", alone, smit_alone)
