@@ -60,6 +60,8 @@ def judge_raw(path, image, settings):
         return [Concern(path, "no air near -1000, and most of it lies near 1024: HU were stored "
                         "with 1024 added", values, "use --hu_offset -1024")]
     if -1000 < low < -10 and np.mean(voxels == low) > MANY:
+        if low <= settings.hu_window[0]:         # black all the same
+            return []
         return [Concern(path, "nothing lies below -200 HU: air was cut off, and is grey in place "
                         "of black", values, "give the full HU, unless all are cut off alike")]
     return [Concern(path, "nothing lies below -200, where CT has its air: these are no HU", values,
