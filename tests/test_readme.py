@@ -1,4 +1,4 @@
-"""What the four pages say: their map, flags, commands and differences are the code's;
+"""What the pages say: their map, flags, commands and differences are the code's;
 files can be copied as they say."""
 import ast
 import re
@@ -14,14 +14,17 @@ import evaluate
 import finetune
 import train_ssl
 from smit import phantom
+from smit.baselines import __main__ as baselines
 from smit.benchmark import __main__ as benchmark
 from smit.study import __main__ as study
+from smit.study import carry
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 ROOMS = (ROOT / "smit/README.md").read_text()
 PAGES = {name: (ROOT / name).read_text() for name in (
-    "README.md", "smit/README.md", "smit/study/README.md", "smit/benchmark/README.md")}
+    "README.md", "smit/README.md", "smit/study/README.md", "smit/benchmark/README.md",
+    "smit/baselines/README.md")}
 SOURCES = [*sorted((ROOT / "smit").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
 LEAVES = {"swin", "masking", "heads", "losses", "ema", "transforms", "metrics", "sliding"}
 ANNEXES = {"study", "benchmark", "baselines"}
@@ -192,6 +195,8 @@ def test_every_command_of_a_page_parses(page):
         flags = words[script + 1 + (words[script] == "-m"):]
         parse = {"train_ssl.py": train_ssl.parse_arguments, "finetune.py": finetune.parse_arguments,
                  "evaluate.py": evaluate.parse_arguments, "smit.study": study.parse_arguments,
+                 "smit.study.carry": carry.parse_arguments,
+                 "smit.baselines": baselines.parse_arguments,
                  "smit.benchmark": benchmark.parse_arguments}[name]
         parse(flags)
 
@@ -205,7 +210,7 @@ def test_links_between_pages_lead_somewhere(page):
 def test_every_flag_that_a_page_names_exists():
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", "".join(PAGES.values())))
     launchers = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint",
-                 "--nodes", "--ntasks-per-node", "--max-restarts"}
+                 "--nodes", "--ntasks-per-node", "--max-restarts", "--signal"}
     assert len(flags) > 20
     for flag in flags - launchers - {"--help"}:
         assert any(f'"{flag}"' in path.read_text() for path in SOURCES), flag

@@ -2,7 +2,7 @@
 
     python -m smit.baselines genesis --preset tiny                       # phantoms, two CPU cores
     torchrun --nproc_per_node=4 -m smit.baselines pcrl --data imagesTr   # the paper's data settings
-    python finetune.py --data dataset.json --init runs/pcrl/student.pt   # as for SMIT
+    python finetune.py --data dataset.json --net unet --init runs/pcrl/student.pt
 
 Tasks: genesis (MG), rubik (Cub++), cpc (CPC) and pcrl (PRCL) train a 3-D U-Net; moco (contrastive
 losses) and rotation (pseudo labels) train the Swin encoder. All see the view pairs that SMIT sees.

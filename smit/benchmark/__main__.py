@@ -83,7 +83,9 @@ def main(args):
     if args.json:
         figures = dict(machine=machine, ceiling=rates, rows=found,
                        marks=[(*mark, mark.is_reached) for mark in reached])
-        Path(args.json).write_text(json.dumps(figures, indent=1))
+        path = Path(args.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1))
 
 
 def describe_machine(args, with_peers):
