@@ -6,5 +6,6 @@ from smit.data.concerns import Concern, count, note, tell, verdict  # noqa: F401
 from smit.data.lists import (  # noqa: F401
     find_volumes, has_split, label_names, read_list, read_lists)
 from smit.data.nifti import (  # noqa: F401
-    BadVolume, is_volume, read_header, read_label, read_volume, skew_degrees, stem, write_label)
+    BadVolume, is_volume, pack, read_header, read_label, read_volume, skew_degrees, stem,
+    write_label)
 from smit.transforms import Preparation  # noqa: F401

@@ -402,3 +402,14 @@ def write_label(path, label, like):
     voxels = np.asarray(label, np.uint8).reshape(nifti.get_data_shape())
     image = kind(voxels, None, nifti)
     atomic_write(path, gzip.compress(image.to_bytes(), 6, mtime=0))
+
+
+def pack(voxels, affine, slope=1., intercept=0.):
+    """Return the bytes of a .nii.gz of uint8 voxels (R, A, S) that stand for slope * v + intercept.
+
+    The same voxels give the same bytes.
+    """
+    image = nib.Nifti1Image(np.asarray(voxels, np.uint8), affine)
+    image.header.set_slope_inter(slope, intercept)
+    image.header.set_xyzt_units("mm")
+    return gzip.compress(image.to_bytes(), 6, mtime=0)

@@ -13,12 +13,9 @@ OUT/dataset.json, which lists them all. No header field of the scans is copied b
 space.
 """
 import argparse
-import gzip
 import json
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 from tqdm import tqdm
 
 from smit import data, runtime
@@ -91,21 +88,11 @@ def copies_of(case, settings):
     prepared = data.load_case(case, settings, with_label)
     data.tell(prepared["concerns"])
     low, high = settings.hu_window
-    copies = {"image": packed(prepared["image"], prepared["affine"], (high - low) / 255, low)}
+    step = (high - low) / 255
+    copies = {"image": data.pack(prepared["image"], prepared["affine"], step, low)}
     if with_label:
-        copies["label"] = packed(prepared["label"], prepared["affine"])
+        copies["label"] = data.pack(prepared["label"], prepared["affine"])
     return copies
-
-
-def packed(voxels, affine, slope=1., intercept=0.):
-    """Return the bytes of a .nii.gz of uint8 voxels (R, A, S) that stand for slope * v + intercept.
-
-    The same voxels give the same bytes.
-    """
-    image = nib.Nifti1Image(np.asarray(voxels), affine)
-    image.header.set_slope_inter(slope, intercept)
-    image.header.set_xyzt_units("mm")
-    return gzip.compress(image.to_bytes(), 6, mtime=0)
 
 
 class Parts:
