@@ -185,6 +185,21 @@ def test_the_loss_on_held_back_volumes_is_measured_without_learning_from_them(ph
     same_state(tmp_path / "often" / "last.pt", tmp_path / "once" / "last.pt")
 
 
+def test_the_critic_s_loss_does_not_judge_a_network_on_held_back_volumes(phantoms, tmp_path):
+    flags = ["--steps", 1, "--batch", 2, "--val_fraction", ".4", "--val_every", 1, "--lr", 0]
+    (judged,) = train("rubik", phantoms, tmp_path / "critic", *flags)
+    (alone,) = train("rubik", phantoms, tmp_path / "alone", *flags, "--adversarial", 0)
+    assert judged["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", baselines.TASKS)
+def test_every_gradient_of_a_task_is_clipped_once(name):
+    task = baselines.build_task(baselines.parse_arguments([name, *SMALL]))
+    clipped = [parameter for parameters in task.clipped_apart() for parameter in parameters]
+    assert len(clipped) == len(set(clipped))
+    assert set(clipped) == set(task.parameters())
+
+
 @pytest.mark.parametrize("task, flags, why", [
     ("genesis", "--view 20", "multiples of 8"), ("genesis", "--view 8", "from 16"),
     ("pcrl", "--view 40", "larger than"), ("pcrl", "--view 16 24 16", "first two"),

@@ -103,6 +103,20 @@ def test_the_network_and_its_critic_learn_from_their_own_losses_alone():
     assert gradients(task, "critic") == (False, True)
 
 
+def test_the_critic_s_gradients_do_not_shrink_the_network_s():
+    task = rubik.Rubik(width=4)
+    for part, size in ((task.unet, 1.0), (task.critic, 1e6)):
+        for parameter in part.parameters():
+            parameter.grad = torch.full_like(parameter, size)
+    of_network, of_critic = task.clipped_apart()
+    norms = [torch.nn.utils.clip_grad_norm_(part, 3.0) for part in (of_network, of_critic)]
+
+    assert norms[0].item() == pytest.approx(sum(p.numel() for p in of_network) ** .5, rel=1e-4)
+    clipped = [torch.cat([p.grad.flatten() for p in part]).norm().item()
+               for part in (of_network, of_critic)]
+    assert clipped == pytest.approx([3.0, 3.0], rel=1e-3)
+
+
 def test_the_adversarial_weight_scales_its_term_and_zero_leaves_no_critic():
     torch.manual_seed(0)
     one, tenth = rubik.Rubik(width=4, adversarial=1.0), rubik.Rubik(width=4, adversarial=0.1)

@@ -208,7 +208,7 @@ def build_optimizer(task, args):
 
 @torch.no_grad()
 def held_back_loss(args, task, val_samples, precision, ranks):
-    """Measure the loss on whole micro-batches of held-back volumes: {} if they fill none."""
+    """Measure the task's goal on whole micro-batches of held-back volumes: {} if they fill none."""
     per_step = args.batch * ranks.world
     whole = len(val_samples) // per_step * per_step
     if not whole:
@@ -221,7 +221,7 @@ def held_back_loss(args, task, val_samples, precision, ranks):
     for batch in loader:
         with precision.autocast():
             terms = task(on_device(batch, ranks.device))
-        totals.append(sum(terms.values()).item())
+        totals.append(sum(terms[name] for name in task.goal or terms).item())
     task.train()
     task.discard()
     loader.check_bad()
@@ -309,8 +309,11 @@ def train(args, ranks, out):
                 means[name] += term.detach() / args.accumulate
 
         precision.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(task.parameters(), args.clip or math.inf)
-        finite = bool(norm.isfinite())              # alike on all ranks: gradients are their mean
+        norms = []
+        for parameters in task.clipped_apart():
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf))
+        norms = torch.stack(norms)
+        finite = bool(norms.isfinite().all())       # alike on all ranks: gradients are their mean
         if finite:
             precision.scaler.step(optimizer)
             task.after_step(step / max(total - 1, 1))
@@ -324,7 +327,7 @@ def train(args, ranks, out):
         bar.advance()
         last, look = step == total, step % args.val_every == 0
         if last or look or step % args.log_every == 0:
-            row = ranks.mean_of({**means, "grad_norm": norm})
+            row = ranks.mean_of({**means, "grad_norm": norms[0]})
             if held_back and (last or look):
                 row |= held_back_loss(args, task, val_samples, precision, ranks)
             epoch = step * per_step / len(cases)

@@ -21,6 +21,7 @@ class Rubik(Task):
 
     adversarial: weight of that opinion; at 0 there is no critic. 0.01 is [ours].
     """
+    goal = ("restore",)
 
     def __init__(self, width=64, adversarial=0.01):
         super().__init__()
@@ -56,6 +57,11 @@ class Rubik(Task):
         twisted = u_then_v(batch["input"])                                  # (2B, 1, D, H, W)
         restored = self.unet(twisted).float().sigmoid()
         return twisted, restored, u_then_v(batch["target"])
+
+    def clipped_apart(self):
+        """Clip the critic apart: its gradients are the larger ones, and would stop the network."""
+        networks = [self.unet, self.critic] if self.critic else [self.unet]
+        return [list(network.parameters()) for network in networks]
 
     def transferred(self):
         """Return the whole U-Net, as for Models Genesis [ours]."""

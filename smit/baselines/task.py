@@ -9,9 +9,11 @@ class Task(nn.Module):
     network: "unet" or "swin", which finetune.py builds around the pre-trained weights.
     encoder: the part that every task hands over.
     terms: names of the losses. The loop adds them up, so each comes with its weight in it.
+    goal: those of them that tell how well a held-back volume is done; None: all.
     """
     network = "unet"
     terms = ()
+    goal = None
 
     def samples(self, views, rng):
         """Make a sample of two views of one volume; a loader's process calls this.
@@ -24,6 +26,10 @@ class Task(nn.Module):
     def forward(self, batch):
         """Compute the losses of a batch of samples: {name: scalar}, in float32."""
         raise NotImplementedError
+
+    def clipped_apart(self):
+        """Return lists of parameters, the task's own first, each clipped by its own norm."""
+        return [list(self.parameters())]
 
     def after_step(self, share):
         """Follow the optimiser's step, `share` of the training being done; an EMA goes here."""
