@@ -1,6 +1,8 @@
 """The study: its plan, what it runs and does not run again, and its tables from known scores."""
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import nibabel
@@ -428,6 +430,19 @@ def test_a_recipe_runs_on_training_volumes_alone(phantoms, tmp_path):
     for case in validation:
         assert case_name(case["image"]) not in scored
         assert not any(Path(case["image"]).name in str(path) for path in config["train"])
+
+
+def test_a_step_that_was_cut_off_is_recorded_with_the_time_of_all_its_calls(tmp_path):
+    args = arguments("table2", "--rows", "rand", "--labels", 2, "--out", tmp_path)
+    step = plan(args)[0].steps[0]
+    (tmp_path / step.name).mkdir(parents=True)
+    call = run.Running(step, SimpleNamespace(returncode=None), time.monotonic() - 10, threads=1)
+    run.add_up(args, call, SimpleNamespace(ru_utime=3, ru_stime=1, ru_maxrss=2048))
+    assert run.finish(args, call, 0, SimpleNamespace(ru_utime=5, ru_stime=0, ru_maxrss=1024))
+
+    record = run.finished(args, step)
+    assert (record["cpu_s"], record["peak_mb"]) == (9, 2)
+    assert record["wall_s"] == pytest.approx(20, abs=1)
 
 
 def test_a_failed_step_is_named_and_what_needs_it_is_left(phantoms, tmp_path):

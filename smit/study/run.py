@@ -79,10 +79,17 @@ class Running(NamedTuple):
     threads: int
 
 
+def spent_path(args, step):
+    """Name the file that says what all calls of a step took, beside its folder."""
+    return Path(args.out, f"{step.name}.spent.json")
+
+
 def start(args, step):
     """Begin a step, or go on with one that was cut off."""
     out = Path(args.out, step.name)
     out.parent.mkdir(parents=True, exist_ok=True)
+    if not out.exists():                               # someone wants it from the beginning
+        spent_path(args, step).unlink(missing_ok=True)
     words = [*command(args, step), "--out", str(out)]
     if step.script != "evaluate.py":
         words += ["--cache", str(Path(args.out, "cache")), "--resume"]
@@ -96,6 +103,24 @@ def start(args, step):
     return Running(step, process, time.monotonic(), threads)
 
 
+def add_up(args, running, usage):
+    """Add the call that ended to what earlier ones of its step took, which were cut off.
+
+    usage: of os.wait4. Returns {"wall_s", "cpu_s", "peak_mb"} of all calls.
+    """
+    path = spent_path(args, running.step)
+    before = {"wall_s": 0, "cpu_s": 0, "peak_mb": 0}
+    if path.exists():
+        before = json.loads(path.read_text())
+    spent = {
+        "wall_s": before["wall_s"] + time.monotonic() - running.begun,
+        "cpu_s": before["cpu_s"] + usage.ru_utime + usage.ru_stime,
+        "peak_mb": max(before["peak_mb"], usage.ru_maxrss / 1024),
+    }
+    write(path, json.dumps(spent, indent=1))
+    return spent
+
+
 def finish(args, running, status, usage):
     """Record a step that ended, and return whether it ended well; tell where to look if not.
 
@@ -105,14 +130,13 @@ def finish(args, running, status, usage):
     out = Path(args.out, step.name)
     code = os.waitstatus_to_exitcode(status)
     running.process.returncode = code                  # else Popen waits for the process once more
+    spent = add_up(args, running, usage)
     if code:
         tqdm.write(f"{step.name} failed with exit code {code}; see {out}.log", file=sys.stderr)
         return False
     record = {
         "flags": signature(step),
-        "wall_s": time.monotonic() - running.begun,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_mb": usage.ru_maxrss / 1024,
+        **spent,
         "ranks": args.ranks,
         "threads": running.threads,
         "cores": os.cpu_count(),
@@ -157,7 +181,9 @@ def run(args, steps):
         for step in running.values():
             step.process.terminate()
         for step in running.values():
-            step.process.wait()
+            _, status, usage = os.wait4(step.process.pid, 0)
+            step.process.returncode = os.waitstatus_to_exitcode(status)
+            add_up(args, step, usage)
         bar.close()
     if failed:
         raise ValueError(f"{len(failed)} steps failed and {len(waiting)} that need them were left: "
