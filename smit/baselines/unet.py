@@ -108,7 +108,7 @@ def convolution(c_in, c_out):
 class ChannelsLastConv3d(nn.Conv3d):
     """Convolve as nn.Conv3d does, to rounding; on a CPU with channels last in memory.
 
-    At width 8 a step of training then takes a quarter to a third less time.
+    At width 8 a step of training then takes about a quarter less time.
     """
 
     def forward(self, x):

@@ -2,6 +2,7 @@
 
 Reading order: commands and records, the estimate, one step, all steps.
 """
+import contextlib
 import json
 import os
 import shlex
@@ -181,9 +182,10 @@ def run(args, steps):
         for step in running.values():
             step.process.terminate()
         for step in running.values():
-            _, status, usage = os.wait4(step.process.pid, 0)
-            step.process.returncode = os.waitstatus_to_exitcode(status)
-            add_up(args, step, usage)
+            with contextlib.suppress(ChildProcessError):       # it had just ended, and was waited for
+                _, status, usage = os.wait4(step.process.pid, 0)
+                step.process.returncode = os.waitstatus_to_exitcode(status)
+                add_up(args, step, usage)
         bar.close()
     if failed:
         raise ValueError(f"{len(failed)} steps failed and {len(waiting)} that need them were left: "
