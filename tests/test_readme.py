@@ -17,7 +17,7 @@ from smit import phantom
 from smit.baselines import __main__ as baselines
 from smit.benchmark import __main__ as benchmark
 from smit.study import __main__ as study
-from smit.study import carry
+from smit.study import carry, target
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -196,6 +196,7 @@ def test_every_command_of_a_page_parses(page):
         parse = {"train_ssl.py": train_ssl.parse_arguments, "finetune.py": finetune.parse_arguments,
                  "evaluate.py": evaluate.parse_arguments, "smit.study": study.parse_arguments,
                  "smit.study.carry": carry.parse_arguments,
+                 "smit.study.target": target.parse_arguments,
                  "smit.baselines": baselines.parse_arguments,
                  "smit.benchmark": benchmark.parse_arguments}[name]
         parse(flags)
@@ -203,8 +204,8 @@ def test_every_command_of_a_page_parses(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES[page]):
-        assert (ROOT / page).parent.joinpath(target).exists(), f"{page} points to {target}"
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES[page]):
+        assert (ROOT / page).parent.joinpath(link).exists(), f"{page} points to {link}"
 
 
 def test_every_flag_that_a_page_names_exists():
