@@ -115,10 +115,10 @@ def named_data(tmp_path, phantoms):
     """A folder where the paths that the README names are phantoms."""
     btcv, other = phantoms.parent, phantom.write_dataset(tmp_path / "data/other", 2, seed=1,
                                                          spacing_mm=(10, 10, 10))
-    for name, target in (("btcv", btcv), ("chaos", btcv), ("data/ct", btcv / "imagesTr"),
+    for name, folder in (("btcv", btcv), ("chaos", btcv), ("data/ct", btcv / "imagesTr"),
                          ("openkbp/images", other.parent / "imagesTr")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).symlink_to(target)
+        (tmp_path / name).symlink_to(folder)
     (tmp_path / "ct_extra").mkdir()
     for name in ("scan.nii.gz", "ct_extra/chest.nii.gz"):
         shutil.copy(btcv / "imagesTr/phantom0000.nii.gz", tmp_path / name)
