@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Added to a score that must not count. Its exp() is 0 in fp32, bf16 and fp16,
-# and fp16 can still hold it, which it cannot hold -1e9.
+# Added to a score that must not count. Its exp() is 0 in fp32, bf16 and fp16.
+# fp16 holds it, where -1e9 would be -inf.
 FORBIDDEN = -1e4
 
 
@@ -72,7 +72,11 @@ def reverse_and_unshift(windows, window, grid, shift):
     return reverse_windows(windows, window, grid)
 
 
+# The tables below are cached, and made outside inference mode whoever asks first:
+# its tensors could not be trained with later. Those of a grid are few, for a whole
+# scan's shift mask takes hundreds of MiB, and the next scan has another grid.
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def relative_position_index(window, table_window=None, device=None):
     """Give each pair of a window's cells the row of its offset in the bias table [Swin Eq. 4].
 
@@ -90,7 +94,8 @@ def relative_position_index(window, table_window=None, device=None):
 
 
 # differs: the release builds this mask again in every forward
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def shift_mask(grid, window, shift, device=None):
     """Build what is added to attention scores after the cyclic shift [Swin 3.2, Fig. 4].
 
@@ -218,10 +223,10 @@ class SwinBlock(nn.Module):
 
         # differs: padded cells are no keys; the release lets them take part in the
         # softmax, as Swin does
-        unpadded = grid if self.mask_padding else padded
+        keys = grid if self.mask_padding else padded
         mask = None
-        if any(shift) or unpadded != padded:
-            mask = shift_mask(unpadded, window, shift, x.device)           # (nW, n, n)
+        if any(shift) or keys != padded:
+            mask = shift_mask(keys, window, shift, x.device)               # (nW, n, n)
         index = relative_position_index(window, self.window, x.device)     # (n, n)
 
         x = pad_to(x, padded)                                              # (B, D', H', W', C)
@@ -367,17 +372,19 @@ class SwinTransformer3D(nn.Module):
         hidden (B, D/patch, H/patch, W/patch) bool: True = replaced by the mask token.
         noise (B, drops) uniform in [0, 1): the draws of drop path. Given, a run is
             repeatable whatever the batch; absent, they are drawn here in training mode.
-        wanted: indices of the outputs that are used; the others come as None and
-            cost nothing. By default all.
+        wanted: indices of the outputs that are used, from 0 on; the others come as
+            None and cost nothing. By default all. ValueError for an index of none.
 
         Returns a list of (B, C_i, D_i, H_i, W_i), each stored channels-last: every
         stage's output, normed, and the last merge's. At 96^3 they are 48@48^3,
         96@24^3, 192@12^3, 384@6^3 and 768@3^3.
         """
+        every = range(len(self.channels))
+        wanted = every if wanted is None else wanted
+        if not wanted or not set(wanted) <= set(every):
+            raise ValueError(f"wanted {list(wanted)}: choose from the outputs {list(every)}")
         x = self.embed(x, hidden)
         draws = self.drop_path_draws(noise, x)
-        if wanted is None:
-            wanted = range(len(self.channels))
         outputs = [None] * len(self.channels)
 
         number = 0
@@ -427,7 +434,10 @@ class SwinTransformer3D(nn.Module):
         for stage in self.stages:
             for block in stage.blocks:
                 block.attention.compile(**settings)
-                block.mlp.compile(**settings)
+                if block.checkpointing:
+                    block.norm_and_mlp = torch.compile(block.norm_and_mlp, **settings)
+                else:
+                    block.mlp.compile(**settings)
 
 
 def initialise(module):
@@ -454,7 +464,8 @@ PIECE = 2 ** 18
 CHECKPOINT = dict(use_reentrant=False, preserve_rng_state=False)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def window_order(grid, window, shift, device=None):
     """List for each cell of the shifted windows its place in the grid, and the inverse order.
 
@@ -467,9 +478,10 @@ def window_order(grid, window, shift, device=None):
 
 
 def reorder_into_windows(x, window, shift):
-    """Equal partition_windows(x.roll(-shift)), in one copy; torch.roll alone makes three.
+    """Equal partition_windows(x.roll(-shift)), in one copy.
 
-    They are of one thread on a CPU: on two cores an encoder's step takes some 5 % longer.
+    torch.roll alone makes three, each by one thread of a CPU: with it an encoder's step
+    takes some 5 % longer on two cores.
     """
     into, back = window_order(tuple(x.shape[1:4]), window, shift, x.device)
     windows = Reorder.apply(x.flatten(1, 3), into, back)                   # (B, nW*n, C)
@@ -497,7 +509,7 @@ class Reorder(torch.autograd.Function):
         return grad.index_select(1, inverse), None, None
 
 
-def fused_attention(q, k, v, bias, mask=None, multiple=None):
+def fused_attention(q, k, v, bias, mask=None, multiple=None, most=65_535):
     """Attend in one fused kernel: equals softmax(q k^T / sqrt(d) + bias + mask) v, to rounding.
 
     Saves the scores, the largest tensor of a forward. It is used without gradient
@@ -507,8 +519,16 @@ def fused_attention(q, k, v, bias, mask=None, multiple=None):
     q, k, v (B, nW, h, n, d), bias (h, n, n), mask (nW, n, n) or None -> (B, nW, h, n, d).
     multiple: zero-pad heads to a multiple of so many channels, which changes no
         product. By default 8 on a GPU, whose fast kernels ask for it, else 1.
+    most: a GPU's kernel takes no more volumes at a time, nor more windows times heads.
     """
     B, nW, h, n, d = q.shape
+    if B > most:
+        parts = zip(*(x.split(most) for x in (q, k, v)))
+        return torch.cat([fused_attention(*part, bias, mask, multiple, most) for part in parts])
+    if nW * h > most:
+        parts = zip(*(x.split(most // h, dim=1) for x in (q, k, v)), mask.split(most // h))
+        return torch.cat([fused_attention(q, k, v, bias, mask, multiple, most)
+                          for q, k, v, mask in parts], dim=1)
     if mask is not None:
         bias = bias + mask[:, None]                                        # (nW, h, n, n)
 

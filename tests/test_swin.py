@@ -232,7 +232,8 @@ def test_making_gelu_again_in_backward_changes_nothing():
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("multiple", [1, 8])           # as on a CPU; heads zero-padded, as on a GPU
-def test_fused_attention_equals_the_plain_form(masked, multiple):
+@pytest.mark.parametrize("most", [65_535, 7, 1])       # all at once; by 2 windows; one by one
+def test_fused_attention_equals_the_plain_form(masked, multiple, most):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 3, 24, 5)  # 2 volumes of 4 windows, 3 heads of 5 channels
     bias, mask = torch.randn(3, 24, 24), None
@@ -241,7 +242,9 @@ def test_fused_attention_equals_the_plain_form(masked, multiple):
         mask = swin.shift_mask((4, 8, 3), (2, 4, 3), (1, 2, 1))
         scores = scores + mask[:, None]
     expected = scores.softmax(-1) @ v
-    found = swin.fused_attention(q, k, v, bias, mask, multiple)
+    if not masked:                                         # then all windows are volumes
+        q, k, v, expected = (x.flatten(0, 1)[:, None] for x in (q, k, v, expected))
+    found = swin.fused_attention(q, k, v, bias, mask, multiple, max(most, 3))
 
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -274,6 +277,37 @@ def test_compiled_blocks_answer_alike_and_keep_their_names():
         with torch.set_grad_enabled(with_gradient):
             for a, b in zip(plain(x), compiled(x)):
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_and_mlp_are_compiled_with_checkpointing_too(checkpointing):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    encoder = tiny(depths=(1,), heads=(2,), checkpointing=checkpointing)
+    encoder.compile_blocks(backend=backend)
+    encoder(torch.rand(1, 1, 8, 16, 12))[0].sum().backward()
+    assert any("softmax" in code for code in graphs) and any("gelu" in code for code in graphs)
+
+
+def test_training_goes_on_after_an_answer_in_inference_mode():
+    swin.shift_mask.cache_clear(), swin.window_order.cache_clear()
+    swin.relative_position_index.cache_clear()
+    encoder, x = tiny(), torch.rand(1, 1, 8, 16, 12)
+    with torch.inference_mode():
+        encoder(x)
+    encoder(x)[-1].sum().backward()
+
+
+def test_the_masks_of_scans_that_passed_are_let_go():
+    for side in range(4, 44, 2):
+        swin.shift_mask((side, side, side), (4, 4, 4), (2, 2, 2))
+        swin.window_order((side + side % 4, 4, 4), (4, 4, 4), (2, 0, 0))
+    assert swin.shift_mask.cache_info().currsize <= 8 >= swin.window_order.cache_info().currsize
 
 
 def test_layers_hold_each_parameter_once_from_the_bottom_up():
@@ -317,6 +351,12 @@ def test_unwanted_outputs_are_left_out():
     assert [y is None for y in deep(x, wanted=(2,))] == [True, True, False, True, True]
     assert [y is None for y in deep(x, wanted=(0, 4))] == [False, True, True, True, False]
     assert torch.equal(encoder(x, wanted=(0,))[0], everything[0])
+
+
+@pytest.mark.parametrize("wanted", [[], [-1], [0, 3]])
+def test_an_output_that_there_is_not_is_refused(wanted):
+    with pytest.raises(ValueError, match=r"choose from the outputs \[0, 1, 2\]"):
+        tiny()(torch.rand(1, 1, 8, 8, 8), wanted=wanted)
 
 
 def test_a_zero_patch_has_a_gentle_gradient():
