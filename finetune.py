@@ -11,6 +11,7 @@ and OUT/index.html (curves, a case with its truth and prediction). Every setting
 smit/settings.py.
 """
 import copy
+import functools
 import json
 import math
 
@@ -81,6 +82,15 @@ def build_optimizer(net, args):
     return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
+def upgrade_run(state, parts, precision):
+    """Bring a run's state to today's format; older ones called their precision "auto"."""
+    state = weights.upgrade_run(state, parts)
+    was_scaled = bool(state["scaler"])
+    if state["config"].get("precision") == "auto" and was_scaled == precision.scaler.is_enabled():
+        state = {**state, "config": {**state["config"], "precision": precision.name}}
+    return state
+
+
 # ---------------------------------------------------------------------------------- validation
 def validate(net, cases, args, num_classes, precision, ranks):
     """Measure Dice on the prepared grid: (mean Dice, label map of the first case) [ours].
@@ -102,16 +112,20 @@ def validate(net, cases, args, num_classes, precision, ranks):
 
 
 def predict(net, image, args, precision):
-    """Label map (D, H, W) on the CPU of a prepared volume."""
+    """Label map (D, H, W) on the CPU of a prepared volume; warns of logits that are not finite."""
     with precision.autocast():
         logits = segment.predict(net, image, tuple(args.crop),
                                  batch=args.batch * args.crops_per_volume)
+    if not logits.isfinite().all():
+        runtime.warn_once("output", "the network's output is not finite, and becomes background: "
+                          "expect low Dice, and use --precision fp32 or bf16 in another run")
     return logits.argmax(0).cpu()
 
 
 def train(args, ranks, out):
     # ---------------------------------------------------------------------------------- data
     pretrained, encoder, report = read_init(args, ranks)
+    settings.check_crop(args, encoder)
     cases, held_back, names = load_cases(args, ranks)
     num_classes = labelled.count_classes(args, names)
     labelled.prepare_cases(args, cases, held_back, num_classes, ranks)
@@ -122,8 +136,10 @@ def train(args, ranks, out):
 
     # --------------------------------------------------------------------- network, optimiser
     identities = organs.identities([case["image"] for case in cases + held_back])
+    precision = runtime.Precision(args.precision, ranks.device)
     config = {**vars(args), **encoder, "num_classes": num_classes, "labels": names,
               "global_batch": per_step, "total": total, "format": weights.FORMAT,
+              "precision": precision.name,
               "train": identities[:len(cases)], "held_back": identities[len(cases):]}
     torch.manual_seed(args.seed)        # --init replaces the encoder alone: methods share a decoder
     net = segment.build_network(config)
@@ -139,13 +155,12 @@ def train(args, ranks, out):
     if args.compile:
         net.encoder.compile_blocks()
     optimizer = build_optimizer(net, args)
-    precision = runtime.Precision(args.precision, ranks.device)
 
     # ---------------------------------------------------------------------- resume, outputs
     state = dict(model=net, average=average, optimizer=optimizer, scaler=precision.scaler)
     before = {**settings.FINETUNING_BEFORE, "width": args.width}
     resumed = runtime.resume(out, state, config, settings.FINETUNING_FREE, ranks, before,
-                             weights.upgrade_run)
+                             functools.partial(upgrade_run, precision=precision))
     step, skips = resumed["step"], progress.Skips(resumed["skipped"])
     if step:
         report = f"weights: as they were after step {step}"
@@ -158,7 +173,7 @@ def train(args, ranks, out):
               f"{ranks.device.type}, {precision.name}\n{report}", flush=True)
 
     # find_unused_parameters keeps DDP's sums in order after the first step: a resumed run is the
-    # uninterrupted run, to the bit
+    # uninterrupted run, on a CPU to the bit
     wrapped = net
     if ranks.world > 1:
         wrapped = DistributedDataParallel(net, find_unused_parameters=True)
@@ -205,12 +220,15 @@ def train(args, ranks, out):
         # ------------------------------------------------------------ log, show, stop, save
         skips.count(finite, step, {"loss": loss.detach()}, crops.images(batch), ranks)
         bar.advance()
-        last, row, pred = step == total, {}, None
-        if held_back and (last or step // val_steps > (step - 1) // val_steps):
+        last = step == total
+        validation_due = step // val_steps > (step - 1) // val_steps    # val_steps: a float
+        row, pred = {}, None
+        if held_back and (last or validation_due):
             row["val_dice"], pred = validate(kept, held_back, args, num_classes, precision, ranks)
         # differs: one checkpoint for all organs; the release keeps the best one for each organ
-        improved = row.get("val_dice", -1.0) > best or (last and not held_back)
-        best = max(best, row.get("val_dice", -1.0))
+        improved = row.get("val_dice", -1.0) > best
+        best = max(best, row.get("val_dice", -1.0))         # which nan, no organ to score, is not
+        improved |= last and best < 0
 
         if row or last or step % args.log_every == 0:
             row |= ranks.mean_of({"loss": loss, "grad_norm": norm})
@@ -241,7 +259,7 @@ def train(args, ranks, out):
     if best >= 0:
         bar.close(f"best mean Dice {best:.3f}; {weights_told}")
     elif step == total:
-        bar.close(f"no case held back to validate on; {weights_told}")
+        bar.close(f"nothing to validate on, no case or no organ in it; {weights_told}")
     else:
         bar.close("no validation yet")
     loader.raise_failure()

@@ -10,9 +10,11 @@ import argparse
 import math
 import sys
 
-# Settings of a run that a resumed one may change: they choose no number that the run computes.
-FREE_ON_RESUME = {"preset", "out", "resume", "overwrite", "cache", "device", "workers", "log_every",
-                  "checkpointing", "compile", "save_steps", "save_minutes"}
+# Settings of a run that a resumed one may change: they choose no number that the run computes, but
+# for the rounding of another device, or of checkpointing and compile. Volumes are known by their
+# names, and may have moved.
+FREE_ON_RESUME = {"preset", "out", "resume", "overwrite", "data", "data_root", "cache", "device",
+                  "workers", "log_every", "checkpointing", "compile", "save_steps", "save_minutes"}
 # What a run did before a flag existed, or did with one that is gone: so older runs resume.
 BEFORE = {"data_root": None, "hu_offset": 0.0, "init": None}
 SIZES = ("embed_dim", "depths", "heads", "window")   # pre-trained and fine-tuned encoder share them
@@ -42,6 +44,22 @@ def count(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return value
+
+
+def rate(text):
+    """argparse type: a number from 0 on, below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more, and below 1")
+    return value
+
+
+def whole(text):
+    """argparse type: a whole number from 0 on."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
     return value
 
 
@@ -92,10 +110,10 @@ def add_run_flags(parser, out, presets):
         help="read and prepare all data, list everything that is wrong, and leave")
     add("--prepare_only", action="store_true",
         help="prepare all volumes into --cache, shared over ranks, and leave: no GPU waits later")
-    add("--seed", type=int, default=0, help="of every random draw [ours]")
+    add("--seed", type=whole, default=0, help="of every random draw [ours]")
     add("--log_every", type=count, default=10, help="steps between rows of log.csv [ours]")
     add("--save_minutes", type=float, default=10, help="minutes between checkpoints [ours]")
-    add("--save_steps", type=int, default=0, help="also save every so many steps; 0: never [ours]")
+    add("--save_steps", type=whole, default=0, help="also save every so many steps; 0: never [ours]")
     add_device_flags(add)
     return add
 
@@ -140,7 +158,7 @@ def add_encoder_flags(parser, drop_path):
     add("--heads", nargs="+", type=count, default=[4, 4, 4, 4],
         help="attention heads per stage [release]")
     add("--window", nargs=3, type=count, default=[4, 4, 4], help="tokens per axis [SMIT 2]")
-    add("--drop_path", type=share, default=drop_path,
+    add("--drop_path", type=rate, default=drop_path,
         help="of the last block, rising to it from 0 [release pre-trains with .3]")
     add("--checkpointing", action="store_true",
         help="recompute blocks in backward: about half the memory, more time")
@@ -158,6 +176,8 @@ def parse(parser, argv, presets, methods=None):
     defaults = dict(presets[first.preset])
     if methods:
         defaults = methods["smit"] | defaults | methods[first.method]
+    if {"epochs", "steps"} & typed(parser, argv, ("epochs", "steps")).keys() == {"epochs"}:
+        defaults["steps"] = None                        # a preset's would win over typed epochs
     parser.set_defaults(**defaults)                     # so that --help shows them, too
 
     args = parser.parse_args(argv)
@@ -168,13 +188,14 @@ def parse(parser, argv, presets, methods=None):
     return args
 
 
-def typed_sizes(parser, argv, names=SIZES):
-    """List the network's sizes that were typed, no defaults: {name: value}."""
+def typed(parser, argv, names=SIZES):
+    """List the flags of these names that were typed, no defaults: {name: value}."""
     # argparse gives a default to no attribute that is there already: what is None now was not typed
     blank = argparse.Namespace(**dict.fromkeys(names))
     argv = sys.argv[1:] if argv is None else argv
-    typed = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")], blank))
-    return {name: typed[name] for name in names if typed[name] is not None}
+    words = [word for word in argv if word not in ("-h", "--help")]
+    values = vars(parser.parse_args(words, blank))
+    return {name: values[name] for name in names if values[name] is not None}
 
 
 def check_sizes(args, sizes):
@@ -182,6 +203,13 @@ def check_sizes(args, sizes):
     for name, size in args.sizes_given.items():
         require(size == sizes.get(name, size), f"--{name} {size}: the encoder of {args.init} has "
                                                f"{sizes.get(name)}; drop the flag")
+
+
+def check_crop(args, sizes):
+    """Refuse crops of fine-tuning that the network's last level would see as a single voxel."""
+    least = 8 if args.network == "unet" else PATCH * 2 ** (len(sizes["depths"]) - 1)
+    require(max(args.crop) > least, f"--crop {args.crop}: the network's deepest level would have "
+                                    f"one voxel, which no norm can scale; give more than {least}")
 
 
 def preparation_warning(args, config):
@@ -245,7 +273,7 @@ def parse_pretraining(description, argv=None):
         help="share of the volumes held back to measure MIP [ours]")
     add("--val_volumes", type=count, default=200,
         help="of them, measure this many at most [ours]")
-    add("--max_bad", type=int, default=0,
+    add("--max_bad", type=whole, default=0,
         help="unreadable volumes to skip before giving up [ours]")
 
     add = parser.add_argument_group("losses").add_argument
@@ -294,9 +322,9 @@ def parse_pretraining(description, argv=None):
     add("--weight_decay", type=not_negative, default=0.01, help="on matrices only [release]")
     add("--clip", type=not_negative, default=3.0,
         help="largest gradient norm [DINO]; 0 clips nothing")
-    typed = typed_sizes(parser, argv)
+    sizes = typed(parser, argv)
     args = parse(parser, argv, PRETRAINING_PRESETS, METHODS)
-    args.sizes_given = typed
+    args.sizes_given = sizes
     return args
 
 
@@ -362,7 +390,7 @@ def parse_finetuning(description, argv=None):
         help="parts of a shuffle with seed 12345 [SMIT 3; nnU-Net]")
     add("--num_train", type=count,
         help="train on the first n of a shuffle, alike for all methods [ours]")
-    add("--subset_seed", type=int, help="of that shuffle; default: --seed [ours]")
+    add("--subset_seed", type=whole, help="of that shuffle; default: --seed [ours]")
     add("--crop", nargs="+", type=count, action=Cube, default=[96] * 3,
         help="voxels per axis of a crop, and of a window later [release]")
     add("--crops_per_volume", type=count, default=4,
@@ -406,9 +434,9 @@ def parse_finetuning(description, argv=None):
         help="momentum of an average of the weights, validated and saved in their place [ours]; "
              "0: none")
 
-    typed = typed_sizes(parser, argv, SIZES + UNET_SIZES)
+    sizes = typed(parser, argv, SIZES + UNET_SIZES)
     args = parse(parser, argv, FINETUNING_PRESETS)
-    args.sizes_given = typed
+    args.sizes_given = sizes
     return args
 
 

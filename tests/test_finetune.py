@@ -2,11 +2,13 @@
 interrupts or divides it."""
 import csv
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
@@ -327,6 +329,49 @@ def test_an_average_of_the_weights_is_saved_in_their_place_and_resumed(phantoms,
 
     assert all(torch.equal(whole["average"][name], again["average"][name])
                for name in whole["average"])
+
+
+def test_a_run_resumes_in_its_precision_alone_and_from_where_its_data_went(phantoms, tmp_path):
+    data_before = shutil.copytree(phantoms.parent, tmp_path / "data")
+    flags = ["--val_fraction", 0, "--steps", 1]
+    tune(data_before / "dataset.json", tmp_path / "run", *flags)
+    path = tmp_path / "run" / "last.pt"
+    state = runtime.load_checkpoint(path)
+    assert state["config"]["precision"] == "fp32"            # what "auto" came to
+
+    data_now = data_before.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="precision: fp32 in the checkpoint, bf16 now"):
+        tune(data_now / "dataset.json", tmp_path / "run", *flags, "--resume", "--precision", "bf16")
+    state["config"]["precision"] = "auto"                    # as older runs have it
+    torch.save(state, path)
+    tune(data_now / "dataset.json", tmp_path / "run", *flags, "--resume")
+    torch.save({**state, "scaler": {"scale": 1.}}, path)     # fp16 was at work
+    with pytest.raises(ValueError, match="precision: auto in the checkpoint, fp32 now"):
+        tune(data_now / "dataset.json", tmp_path / "run", *flags, "--resume")
+
+
+def test_weights_are_kept_though_there_is_no_organ_to_score(phantoms, tmp_path, monkeypatch,
+                                                            capsys):
+    monkeypatch.setattr(finetune, "predict",
+                        lambda net, image, *_: torch.zeros(image.shape, dtype=torch.long))
+    folder = shutil.copytree(phantoms.parent, tmp_path / "data")
+    for case in data.read_list(folder / "dataset.json", "validation"):
+        label = nib.load(case["label"])
+        nib.save(nib.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine), case["label"])
+    tune(folder / "dataset.json", tmp_path / "run", "--steps", 2, "--val_every", .5)
+    assert "nothing to validate on" in capsys.readouterr().out
+    best = model(tmp_path / "run", "best.pt")
+    assert all(torch.equal(best[name], weight) for name, weight in model(tmp_path / "run").items())
+
+
+def test_an_output_that_is_not_finite_is_told_and_is_background(phantoms, tmp_path, monkeypatch,
+                                                              capsys):
+    monkeypatch.setattr(segment, "sliding_window",
+                        lambda net, volume, *a, **k: torch.full((1, 14, *volume.shape[2:]),
+                                                                math.nan))
+    runtime.ranks.WARNED.discard("output")
+    log = tune(phantoms, tmp_path / "run", "--steps", 1)
+    assert "output is not finite" in capsys.readouterr().err and log[-1]["val_dice"] == 0
 
 
 def test_resume_refuses_other_settings(phantoms, tmp_path):

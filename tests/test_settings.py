@@ -22,6 +22,8 @@ def test_it_needs_the_standard_library_alone():
 
 @pytest.mark.parametrize("kind, good, bad", [
     (settings.share, {"0": 0, "1": 1, ".7": .7}, ["-.1", "1.1", "nan"]),
+    (settings.rate, {"0": 0, ".9": .9}, ["-.1", "1", "nan"]),
+    (settings.whole, {"0": 0, "12": 12}, ["-1"]),
     (settings.count, {"1": 1, "12": 12}, ["0", "-3"]),
     (settings.positive, {".5": .5}, ["0", "-1", "nan", "inf"]),
     (settings.not_negative, {"0": 0, "3": 3}, ["-1", "nan", "inf"])])
@@ -46,6 +48,26 @@ def test_a_method_overrides_the_preset_and_a_flag_overrides_both():
         "", ["--preset", "tiny", "--method", "dino", "--itd", ".5", "--batch", "7"])
     assert (args.mip, args.mpd, args.itd, args.mask_ratio) == (0, 0, .5, 0)
     assert (args.embed_dim, args.batch, args.prototypes) == (24, 7, 256)
+
+
+@pytest.mark.parametrize("parse", [settings.parse_pretraining, settings.parse_finetuning])
+def test_typed_epochs_count_though_a_preset_has_steps(parse):
+    assert parse("", ["--preset", "tiny"]).steps
+    assert parse("", ["--preset", "tiny", "--epochs", "7"]).steps is None
+    assert parse("", ["--preset", "tiny", "--epochs", "7", "--steps", "9"]).steps == 9
+
+
+@pytest.mark.parametrize("flags, least", [
+    (["--crop", "16"], 16), (["--crop", "8", "--depths", "1", "1", "--heads", "1", "1"], None),
+    (["--net", "unet", "--crop", "8"], 8), (["--crop", "16", "16", "17"], None)])
+def test_a_crop_that_ends_as_one_voxel_is_refused(flags, least):
+    args = settings.parse_finetuning("", flags)
+    sizes = {"depths": args.depths}
+    if least is None:
+        settings.check_crop(args, sizes)
+    else:
+        with pytest.raises(ValueError, match=f"more than {least}"):
+            settings.check_crop(args, sizes)
 
 
 def test_fine_tuning_knows_which_sizes_were_typed():
