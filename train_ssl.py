@@ -197,8 +197,9 @@ def train(args, ranks, out):
               f"{runtime.describe_memory(student, teacher)}; "
               f"{ranks.device.type}, {precision.name}\n{report}", flush=True)
 
-    # find_unused_parameters has two reasons. Without masks the mask token gets no gradient. And DDP
-    # then sums in one fixed order, so that a resumed run is the same to the last bit.
+    # find_unused_parameters: some get no gradient, as the norms of early stages and, without masks,
+    # the mask token. And DDP then sums in one fixed order: a resumed run is the uninterrupted run,
+    # on a CPU to the bit.
     wrapped = student
     if ranks.world > 1:
         wrapped = DistributedDataParallel(student, find_unused_parameters=True)
@@ -259,7 +260,8 @@ def train(args, ranks, out):
         # ------------------------------------------------------------ log, show, stop, save
         skips.count(finite, step, means, pairs.images(batch), ranks)
         bar.advance()
-        last, report_due = step == total, step % args.val_every == 0
+        last = step == total
+        report_due = step % args.val_every == 0
         measure = bool(args.mip and held_back and (last or report_due))
         if last or measure or step % args.log_every == 0:
             row = {**means, "grad_norm": norm}
@@ -273,7 +275,7 @@ def train(args, ranks, out):
                     skipped=skips.total, **row)
             bar.tell(epoch, loss=row["loss"])
         if ranks.is_main and (last or report_due or step == 1):
-            figures.pretraining_report(out, config, student, shown[0])
+            figures.pretraining_report(out, config, student, shown.sample(0))
 
         # was any rank asked to stop, did a loader fail, are more volumes bad than --max_bad?
         leaving = loader.agree(stop.asked)

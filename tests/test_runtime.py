@@ -733,6 +733,10 @@ def test_a_system_that_cannot_run_it_is_told_so_in_a_sentence(module):
     (ValueError("bad.nii: cut"), 2, f"error: bad.nii: cut [{__file__}:"),
     (OSError("disk full"), 2, "error: disk full\n"), (KeyboardInterrupt(), 130, "interrupted"),
     (torch.OutOfMemoryError("no memory"), 2, "error: no memory; give a smaller --batch"),
+    (MemoryError(), 2, "error: no memory is left; give a smaller --batch"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 2,
+     "error: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes; give a "
+     "smaller --batch"),
     (RuntimeError("DataLoader timed out after 300 seconds"), 2, "error: DataLoader timed out"),
     (TypeError("a bug"), 1, "Traceback")])
 def test_errors_become_one_line_and_bugs_keep_their_traceback(capsys, error, code, told):

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import time
@@ -131,6 +132,22 @@ def test_a_skipped_volume_is_told_in_one_line_and_counted_against_max_bad(
         loader.raise_failure()
 
 
+def test_ranks_join_their_bad_volumes_once_and_not_in_every_step(phantoms, tmp_path):
+    joined = []
+
+    class Counting(runtime.Ranks):
+        def agree(self, *flags):
+            joined.append(len(flags))
+            return super().agree(*flags)
+
+    loader = sampling.Batches(dataset(data.read_list(phantoms), tmp_path), [[0]],
+                              Counting(*ALONE), max_bad=1)
+    loader.bad.add(0)
+    for _ in range(3):
+        assert loader.agree(False) is False
+    assert joined == [2, len(loader.dataset.cases), 2, 2]
+
+
 class Fragile(torch.utils.data.Dataset):
     """Samples that are their numbers; the worker that makes sample `fatal` is killed."""
     cases = ()
@@ -188,6 +205,23 @@ def test_a_worker_that_dies_in_mid_step_is_heard_of_when_batches_are_asked_for()
     assert numbers_of([next(loader)]) == [1] and loader.agree(False)
     with pytest.raises(RuntimeError, match="killed by signal: Killed"):
         loader.raise_failure()
+
+
+def test_a_death_that_python_dropped_is_heard_of_where_the_connection_breaks():
+    deaths = runtime.ranks.WorkerDeaths()
+
+    def raise_deaths(number, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    deaths.raise_deaths = raise_deaths
+    with pytest.raises(RuntimeError, match="killed by signal"), deaths:
+        with contextlib.suppress(RuntimeError):          # as in a weak reference's callback
+            deaths.note(signal.SIGCHLD, None)
+        raise ConnectionResetError
+    with pytest.raises(RuntimeError, match="killed by signal"), deaths:
+        deaths.note(signal.SIGCHLD, None)
+    with deaths:                                         # it is told once
+        pass
 
 
 def test_a_batch_names_its_volumes(phantoms, tmp_path):

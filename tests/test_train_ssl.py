@@ -13,7 +13,7 @@ import torch
 import train_ssl
 from conftest import SMALL
 from foreign import monai_encoder, release_encoder
-from smit import losses, masking, runtime, weights
+from smit import data, losses, masking, runtime, weights
 
 ON_CPU = runtime.Precision("fp32", torch.device("cpu"))
 
@@ -313,6 +313,26 @@ def test_bad_volumes_stop_the_run_unless_allowed(phantoms, tmp_path, capsys):
               "--seed", 1)
 
 
+def test_held_back_volumes_that_cannot_be_read_end_the_run_in_one_line(phantoms, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(phantoms.parent / "imagesTr", folder)
+    for volume in folder.iterdir():
+        image = nibabel.load(volume)
+        nibabel.save(nibabel.Nifti1Image(np.full(image.shape, -1000, np.int16), image.affine),
+                     volume)
+        break
+    held = None
+    for seed in range(20):                                   # the seed that holds it back
+        args = train_ssl.parse_arguments([*map(str, SMALL), "--data", str(folder), "--val_fraction",
+                                          ".2", "--seed", str(seed)])
+        _, held, _ = train_ssl.load_cases(args, runtime.start("cpu"))
+        if [case["image"] for case in held] == [str(volume)]:
+            break
+    with pytest.raises(data.BadVolume, match=volume.name):
+        train(folder, tmp_path / "run", "--val_fraction", ".2", "--seed", seed, "--steps", 2,
+              "--max_bad", 1)
+
+
 def test_bad_headers_and_bad_voxels_count_together_and_the_message_has_the_users_number(
         phantoms, tmp_path):
     folder = tmp_path / "images"
@@ -411,6 +431,16 @@ def test_pretraining_goes_on_from_monais_encoder_with_its_habits_and_resumes(
     found = weights.read_encoder(tmp_path / "run" / "student.pt")
     assert found.habits == ["no_patch_norm", "attended_padding", "cut_bias_index",
                             "duplicated_merge"]
+
+
+def test_two_heads_do_not_become_one_in_silence(phantoms, tmp_path):
+    train(phantoms, tmp_path / "two", "--steps", 1)
+    with pytest.raises(ValueError, match="leave out --shared_head"):
+        begin(phantoms, tmp_path / "refused", tmp_path / "two" / "student.pt", "--shared_head")
+    train(phantoms, tmp_path / "one", "--steps", 1, "--shared_head")
+    before = runtime.load_checkpoint(tmp_path / "one" / "student.pt")["model"]
+    after = begin(phantoms, tmp_path / "goes_on", tmp_path / "one" / "student.pt", "--shared_head")
+    assert all(torch.equal(after["student"][name], weight) for name, weight in before.items())
 
 
 def test_what_a_run_cannot_begin_with_is_refused_in_one_line(phantoms, tmp_path):

@@ -95,8 +95,11 @@ def fold_split(cases, fold, folds):
     If the lists give each case its "fold", as MONAI's do and nnU-Net's splits_final.json, theirs
     are taken and `folds` does not count. Else the names are sorted as plain text, so that case_10
     comes before case_2, and shuffled by a fixed seed, whatever the order of the list. ValueError
-    if only some cases have a fold, or none has this one.
+    if only some cases have a fold, or none has this one, or if the lists' folds are faulty.
     """
+    for case in cases:
+        if "fold_problem" in case:
+            raise ValueError(case["fold_problem"])
     listed = [case.get("fold") for case in cases]
     if any(number is not None for number in listed):
         held_back = listed_fold(cases, listed, fold)
@@ -206,7 +209,8 @@ class ViewPairs(torch.utils.data.Dataset):
         passed_over  number of unreadable volumes before that one in the list
         skipped      what is wrong with them, a list of lines
         concerns     what is odd about the volume, a list
-    If no volume can be read, or the cache's disk fails, the sample is the error.
+    If no volume can be read, or the cache's disk fails, the sample is the error, which `sample`
+    raises.
     """
 
     def __init__(self, cases, settings, cache, crop, view, cell, mask_ratio, drops=0, seed=0,
@@ -234,6 +238,13 @@ class ViewPairs(torch.utils.data.Dataset):
                 "noise": torch.rand(2, self.drops, generator=rng),
                 "volume": index, "passed_over": len(problems), "skipped": problems,
                 "concerns": found + self.slab_concerns(index, volume.shape)}
+
+    def sample(self, number):
+        """Return a sample, or raise the error that stands in its place."""
+        sample = self[number]
+        if isinstance(sample, Exception):
+            raise sample
+        return sample
 
     def index_of(self, sample):
         """Return the index of a sample's volume: shuffled in training, else the sample itself."""
@@ -451,7 +462,7 @@ class Batches:
     def __init__(self, dataset, numbers, ranks, workers=0, max_bad=0, left_out=0, per_step=0):
         self.dataset, self.ranks = dataset, ranks
         self.max_bad, self.left_out = max_bad, left_out
-        self.bad = set()                                 # indices of unreadable volumes
+        self.bad, self.joined = set(), 0                 # unreadable volumes; known to all ranks
         self.told = set()
         load = load_batches if per_step else load_in_spite_of_deaths
         self.loaded = load(dataset, numbers, workers, pin=ranks.device.type == "cuda")
@@ -501,8 +512,9 @@ class Batches:
         They do when one of them was asked to stop, when its loader has failed, and when more
         volumes are bad than allowed.
         """
-        leaving, most_bad = self.ranks.agree(bool(stop or self.failure), len(self.bad))
-        if most_bad:
+        news = len(self.bad) - self.joined
+        leaving, any_news = self.ranks.agree(bool(stop or self.failure), news)
+        if any_news:
             try:
                 self.check_bad()
             except ValueError as error:
@@ -527,6 +539,7 @@ class Batches:
         cases = self.dataset.cases
         flags = self.ranks.agree(*(index in self.bad for index in range(len(cases))))
         self.bad |= {index for index, flag in enumerate(flags) if flag}
+        self.joined = len(self.bad)
         count = len(self.bad) + self.left_out
         if count > self.max_bad:
             names = ", ".join(cases[index]["image"] for index in sorted(self.bad))

@@ -312,8 +312,9 @@ def describe(error):
     """Return (exit code, text to show) of what ended a run."""
     if isinstance(error, KeyboardInterrupt):
         return 130, f"interrupted{hint_of_torchrun()}"
-    if isinstance(error, torch.OutOfMemoryError):
-        return 2, f"error: {error}; give a smaller --batch"
+    no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if no_memory or "DefaultCPUAllocator" in str(error):        # on a CPU a plain RuntimeError
+        return 2, f"error: {str(error) or 'no memory is left'}; give a smaller --batch"
     for pattern, advice in LOADER_FAULTS.items():
         if fault := re.search(f"^.*{pattern}.*$", str(error), re.MULTILINE):
             return 2, f"error: {fault[0].strip()}; {advice}; training goes on with --resume"
@@ -427,6 +428,8 @@ class WorkerDeaths:
 
     def __exit__(self, kind, error, trace):
         self.asking = False
+        if error is self.kept:
+            self.kept = None
         if isinstance(error, (ConnectionError, EOFError)):
             time.sleep(1)           # a dying worker's connection may break before SIGCHLD comes
             self.raise_kept()
@@ -446,9 +449,9 @@ class WorkerDeaths:
         try:
             self.raise_deaths(number, frame)
         except RuntimeError as error:
-            if self.asking:
-                raise
             self.kept = error
+            if self.asking:                     # maybe in vain: Python drops what a callback raises
+                raise
 
 
 worker_deaths = WorkerDeaths()

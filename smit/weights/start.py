@@ -1,6 +1,8 @@
 """Begin a new pre-training run with other weights than random ones [ours]."""
 from typing import NamedTuple
 
+import torch
+
 from smit.weights.reading import Encoder, compare, fill, read_encoder, read_file
 
 HEADS = ("voxel_head", "patch_head", "image_head")
@@ -39,7 +41,8 @@ def begin(start, student, teacher, centers):
 
     student, teacher: SMIT, the latter or None. centers: {name: losses.Center}.
     Heads that the file lacks stay random, and a teacher that it lacks becomes the student's copy.
-    ValueError for a head or centre of another shape than the file's.
+    ValueError for a head or centre of another shape than the file's, and for two heads where the
+    run has one.
     """
     inside = dict(start.student.weights)
     lines = [start.student.report]
@@ -73,6 +76,8 @@ def begin(start, student, teacher, centers):
 
 def fill_heads(network, weights):
     """Write the heads among {name: tensor} into a network; returns a line on each of its heads."""
+    if network.image_head and network.image_head is network.patch_head:
+        require_one_head(weights)
     lines = []
     for name in HEADS:
         head = getattr(network, name)
@@ -92,3 +97,12 @@ def fill_heads(network, weights):
         head.load_state_dict(inside)
         lines.append(f"{name}: {counts}")
     return lines
+
+
+def require_one_head(weights):
+    """Raise ValueError if image head and patch head among {name: tensor} differ."""
+    for name, tensor in weights.items():
+        other = weights.get(name.replace("image_head.", "patch_head."), tensor)
+        if not torch.equal(tensor, other):
+            raise ValueError("the file has a head for patches and another for the image: leave out "
+                             "--shared_head, which takes one for both")
