@@ -11,6 +11,7 @@ To check against: NIfTI-1's method 3, nibabel's as_closest_canonical.
     regrid -> arg-max -> from_ras                                                  to_file_grid
 """
 import itertools
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 # as stored or prepared; a whole body, 512 x 512 x 2048, is 2 GB in float32
 MAX_VOXELS = 2 ** 29
 MAX_SIDE = 4096
+TIE = 1e-4                             # of summed cosines: closer ones are equal
 
 
 # ------------------------------------------------------------------ orientation
@@ -30,7 +32,9 @@ def spacing_of(affine):
 def ras_axes(affine):
     """Find the array axis nearest to R, to A and to S, and whether it runs backwards [ours].
 
-    Nearest: of the six assignments, the one of the largest total |cosine|.
+    Nearest: of the six assignments, the one of the largest total |cosine|. Two are as
+    good as each other at 45 degrees, where rounding must not decide: within TIE the
+    earlier axis comes first.
     Returns (order, reverse), three axes and three bools.
     """
     cosine = affine[:3, :3] / spacing_of(affine)                    # rows R A S, columns array axes
@@ -38,7 +42,9 @@ def ras_axes(affine):
     def total(axes):
         return sum(abs(cosine[way, axis]) for way, axis in enumerate(axes))
 
-    order = max(itertools.permutations(range(3)), key=total)
+    orders = list(itertools.permutations(range(3)))
+    most = max(map(total, orders))
+    order = next(axes for axes in orders if total(axes) >= most * (1 - TIE))
     reverse = [bool(cosine[way, axis] < 0) for way, axis in enumerate(order)]
     return order, reverse
 
@@ -223,7 +229,7 @@ def percentile_scale(x, low=0., high=99.5):
     return window_hu(x, float(bottom), float(top))
 
 
-def background_level(x, fewest=.005, common=.1, sample=2 ** 18):
+def background_level(x, fewest=.005, common=.1):
     """Find the value below which nothing is anatomy in an MR volume [ours].
 
     Where one value fills a tenth of the volume and lies below its median, as the 0 of
@@ -231,13 +237,24 @@ def background_level(x, fewest=.005, common=.1, sample=2 ** 18):
     that .5 % of the voxels do not exceed: the minimum, but for a few strays. A spline's
     undershoot, or a broken voxel, so moves no grey level of the others.
     """
-    values = x.numpy().ravel()
-    values = values[::max(1, values.size // sample)]                       # evenly spread
+    values = some_voxels(x)
     levels, counts = np.unique(values, return_counts=True)
     most_common = levels[counts.argmax()]
     if counts.max() >= common * values.size and most_common <= np.median(values):
         return float(most_common)
     return float(np.quantile(values, fewest, method="lower"))
+
+
+def some_voxels(x, count=2 ** 18):
+    """Draw `count` voxels of a volume, with replacement; all where there are no more.
+
+    Returns a flat array, alike whenever it is asked for. A stride would not do: it
+    is often a multiple of a side, and then it sees a single plane.
+    """
+    values = x.numpy().ravel(order="K")
+    if values.size <= count:
+        return values
+    return values[np.random.default_rng(0).integers(values.size, size=count)]
 
 
 # ------------------------------------------------------------ crops and rotations
@@ -314,13 +331,17 @@ def prepare(image, affine, settings):
     image: float (X, Y, Z) in the order of its file. The body is what lies above the
     window's low [release]; in MR, above .05 after scaling [ours].
     Returns (uint8 (D, H, W), 0..255 for 0..1; affine of its grid). ValueError if there
-    is no body, or if the prepared grid were too large.
+    is no body, or if the prepared grid were too large: a side over MAX_SIDE, or more
+    voxels than the environment's SMIT_MAX_VOXELS, by default MAX_VOXELS.
     """
     ct = settings.modality == "ct"
     shape, _ = resampled_grid(*ras_grid(image.shape, affine), settings.spacing_mm)
-    if max(shape) > MAX_SIDE or np.prod(shape, dtype=float) > MAX_VOXELS:
-        raise ValueError(f"would be {shape} voxels at {settings.spacing_mm} mm; "
-                         "crop it, or prepare it coarser")
+    voxels = np.prod(shape, dtype=float)
+    limit = int(os.environ.get("SMIT_MAX_VOXELS", MAX_VOXELS))
+    if max(shape) > MAX_SIDE or voxels > limit:
+        allowed = f", or allow it with SMIT_MAX_VOXELS={voxels:.0f}"
+        raise ValueError(f"would be {shape} voxels at {settings.spacing_mm} mm; crop it, or "
+                         f"prepare it coarser{allowed if max(shape) <= MAX_SIDE else ''}")
     image, affine = to_ras(image, affine)
     image, affine = resample(image, affine, settings.spacing_mm)
     threshold = 0. if ct else .05

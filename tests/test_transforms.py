@@ -135,6 +135,25 @@ def test_window_and_percentiles_map_to_zero_and_one():
         T.percentile_scale(torch.ones(2, 3, 4))
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_sample_of_voxels_sees_every_plane_of_every_axis(order):
+    shape = (64, 64, 64)                                   # a stride of 64 would see one plane
+    for axis in range(3):
+        planes = np.arange(64).reshape([64 if i == axis else 1 for i in range(3)])
+        x = torch.from_numpy(np.array(np.broadcast_to(planes, shape), order=order))
+        seen = np.bincount(T.some_voxels(x, count=4096), minlength=64)
+        assert seen.sum() == 4096 and seen.min() > 20
+        assert np.array_equal(T.some_voxels(x, count=4096), T.some_voxels(x, count=4096))
+    assert T.some_voxels(x).size == 64 ** 3                # no more than it looks at: all of them
+
+
+def test_one_bad_slice_of_a_large_scan_moves_no_background_level():
+    rng = np.random.default_rng(1)
+    mr = torch.from_numpy(rng.random((128, 128, 32), dtype=np.float32))
+    mr[..., 0] += 500
+    assert T.background_level(mr) < .02
+
+
 def test_box_crop_and_affine_agree():
     volume = torch.zeros(6, 7, 8)
     volume[1, 2, 3] = volume[4, 5, 3] = 2

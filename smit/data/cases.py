@@ -27,7 +27,7 @@ from smit.runtime.files import atomic_write
 from smit.runtime.ranks import ignore_stop_signals
 from smit.transforms import Preparation, from_ras, prepare, ras_grid, regrid, spacing_of, to_ras
 
-CACHE_FORMAT = 5                       # raise it when `prepare` changes
+CACHE_FORMAT = 6                       # raise it when `prepare` changes
 CASE_TIMEOUT_S = 300                   # a case that takes longer ends the check
 TELL_EVERY_S = 10                      # between lines of `prepare_ahead`
 ENDS = 2 ** 16                         # bytes of a file's head and tail in the cache's key

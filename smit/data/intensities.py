@@ -7,6 +7,7 @@ concerns, not refusals. A label map, on the other hand, is no scan at all, whate
 import numpy as np
 
 from smit.data.concerns import Concern
+from smit.transforms import some_voxels
 
 HALF = .4                              # share that is most of a volume
 NARROW = 50                            # a CT's HU span more than that
@@ -21,13 +22,6 @@ LABEL_VALUES = 32                      # a label map has no more values ...
 SMALL = 1000                           # ... though a scan of fewer voxels may have as few
 ALIKE = .8                             # share of its voxels that equal their neighbours
 LABEL_LIKE = "holds few whole numbers, as a label does and a scan does not"
-SAMPLE = 2 ** 18                       # voxels that are looked at
-
-
-def sample_of(image):
-    """Return about SAMPLE voxels of an image, evenly spread in file order, as a flat array."""
-    flat = image.numpy().ravel(order="K")
-    return flat[::max(1, flat.size // SAMPLE)]
 
 
 def judge_raw(path, image, settings):
@@ -37,7 +31,7 @@ def judge_raw(path, image, settings):
     """
     if looks_like_label(image, settings.hu_offset):
         return [Concern(path, LABEL_LIKE, "", "leave it out")]
-    voxels = sample_of(image)
+    voxels = some_voxels(image)
     low, high = float(voxels.min()), float(voxels.max())
     values = f"{low:.4g} to {high:.4g}"
     if settings.modality == "mr":
@@ -70,7 +64,7 @@ def judge_raw(path, image, settings):
 
 def judge_prepared(path, image):
     """Return concerns, none or one, about what is left to be seen of a prepared uint8 image."""
-    counts = np.bincount(sample_of(image), minlength=256)            # of each grey level
+    counts = np.bincount(some_voxels(image), minlength=256)            # of each grey level
     levels = np.count_nonzero(counts)
     white, black = counts[255] / counts.sum(), counts[0] / counts.sum()
     shares = f"{levels} grey levels, {white:.0%} white, {black:.0%} black"
@@ -90,7 +84,7 @@ def looks_like_label(image, offset=0.):
     corner = image.numpy().flat[0] - offset                          # most scans end here: air
     if not 0 <= corner <= 255 or corner % 1:
         return False
-    voxels = sample_of(image) - np.float32(offset)
+    voxels = some_voxels(image) - np.float32(offset)
     if voxels.min() < 0 or voxels.max() > 255 or (voxels % 1).any():
         return False
     values = np.count_nonzero(np.bincount(voxels.astype(np.uint8), minlength=256))
