@@ -38,7 +38,8 @@ class MultiLayerVoxelHead(nn.Sequential):
     """Predict voxels by doubling the resolution five times: h^Pred of the ablation [SMIT 3].
 
     These are "five transpose convolution layers", 768-384-192-96-48-1.
-    tokens (B, in_channels, d, h, w) -> voxels (B, out_channels, 32d, 32h, 32w).
+    tokens (B, in_channels, d, h, w) -> voxels (B, out_channels, 32d, 32h, 32w), for
+    fewer layers 2^layers times the grid.
     """
 
     def __init__(self, in_channels=768, layers=5, out_channels=1):
@@ -60,9 +61,9 @@ def mlp(in_channels, width, out_channels):
     second = nn.Linear(width, width)
     third = nn.Linear(width, out_channels)
     for layer in (first, second, third):
-        # differs: DINO draws with .02, which is this at width 2048; in narrow heads .02
-        # leaves next to nothing for the L2 norm to divide by, gradients explode, and
-        # all tokens soon share one direction
+        # differs: DINO draws all three with .02, which is this for the two of width
+        # 2048; in narrow heads .02 leaves next to nothing for the L2 norm to divide by,
+        # gradients explode, and all tokens soon share one direction
         nn.init.trunc_normal_(layer.weight, std=layer.in_features ** -0.5)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(first, nn.GELU(), second, nn.GELU(), third)

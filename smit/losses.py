@@ -182,8 +182,8 @@ def dice_ce_loss(logits, label, smooth=1e-6, background_weight=1.0, dice_on="all
 def sum_by_class(values, label, classes):
     """Add up the values of each class: values, label (B, N) -> (B, classes) float32.
 
-    In float64, where a million voxels add up without rounding, on a GPU in
-    whichever order.
+    In float64, so that a million voxels add up to float32's last digit or nearly, in
+    whichever order a GPU takes them.
     """
     sums = torch.zeros(len(values), classes, dtype=torch.float64, device=values.device)
     return sums.scatter_add(1, label, values.double()).float()

@@ -15,7 +15,8 @@ def collapse(taught, centers, teacher_temp, ranks):
     taught: the teacher's Outputs; centers {"mpd": Center, "itd": Center}, as far as
     their losses are on; ranks: of `runtime.start`, all of which must call this.
     Returns {name: number or tensor of one} for `Ranks.mean_of`: the effective rank of
-    the tokens, and for both heads the two entropies and the centre's norm.
+    the tokens, and for both heads the two entropies and the centre's norm, with the
+    centres as they are after the step.
     """
     row = {"effective_rank": effective_rank(taught.tokens)}
     for name, logits in (("mpd", taught.patch_logits), ("itd", taught.image_logits)):
@@ -37,7 +38,8 @@ def entropies(logits, center, temperature, over_ranks=None):
     there is one rank. Returns (mean entropy of the tokens, entropy of the mean token),
     tensors of one number.
     Uniform outputs give (1, 1), collapse to one prototype (0, 0). One wants the
-    second well above the first; it can exceed it by ln(n) / ln(K) at most.
+    second well above the first; it can exceed it by ln(n) / ln(K) at most, n over
+    all ranks.
     """
     p = sharpen(logits, temperature, center).flatten(0, -2)                # (n, K)
     mean = p.mean(0)                                                       # (K,)

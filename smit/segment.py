@@ -45,7 +45,7 @@ class SegmentationNet(nn.Module):
         """
         features = self.encoder(x, noise=noise)
         if x.is_cuda:
-            # they come channels-last, which only the CPU convolves fastest
+            # the encoder's maps are channels-last: fastest on a CPU, and not on a GPU
             features = [feature.contiguous() for feature in features]
 
         y = features.pop()                                              # (B, 768, D/32, H/32, W/32)
@@ -219,11 +219,12 @@ def predict(net, image, window, turns=(0,), **sliding):
     Returns logits (num_classes, D, H, W).
     """
     volume = torch.from_numpy(np.array(image))[None, None] / 255           # (1, 1, D, H, W)
-    total = 0
+    total = None
     for turn in turns:
-        logits = sliding_window(net, rotate90(volume, turn), window, **sliding)
-        total = total + rotate90(logits, -turn)[0]
-    return total / len(turns)
+        turned = sliding_window(net, rotate90(volume, turn), window, **sliding)
+        logits = rotate90(turned, -turn)[0]
+        total = logits if total is None else total.add_(logits)
+    return total.div_(len(turns))
 
 
 # ------------------------------------------------------------------------ speed
