@@ -248,6 +248,21 @@ def bootstrap_interval(values, level=.95, draws=10_000, seed=0):
     return float(low), float(high)
 
 
+def bootstrap_means(values, draws=10_000, seed=0):
+    """Draw cases with replacement, and average each column in each draw: (draws, columns) [ours].
+
+    values (cases, columns): a column's mean is over what is finite in it, and nan
+    in a draw that has nothing of it.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(values)
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(len(values), size=(draws, len(values)))
+    sums = np.where(finite, values, 0)[chosen].sum(1)                      # (draws, columns)
+    numbers = finite[chosen].sum(1)
+    return np.divide(sums, numbers, out=np.full(sums.shape, math.nan), where=numbers > 0)
+
+
 def paired_test(a, b, seed=0):
     """Test whether two systems differ on the same cases [ours].
 

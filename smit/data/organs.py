@@ -46,6 +46,10 @@ ALIASES = {
     "left adrenal gland": (                                          # T, -, M, F, P
         "adrenal gland left", "left adrenal", "lad", "lag", "la"),
 }
+# These name other organs elsewhere, as a heart's ventricle, atria and artery, so they count only
+# beside the plain name or code of an organ that no list of hearts has
+AMBIGUOUS = ("lv", "la", "ra", "lad", "rad", "veins")
+ABDOMINAL = ("spleen", "right kidney", "left kidney", "pancreas", "gallbladder", "stomach")
 SIDES = {"r": "right", "rt": "right", "l": "left", "lt": "left"}     # as in kidney_r
 
 
@@ -66,21 +70,30 @@ def known_names():
     return names
 
 
-def organ(name):
+def organ(name, is_abdomen=True):
     """Return BTCV's name of an organ, whatever order, case and separators its words have.
 
-    Any other name comes back in lower case.
+    Any other name comes back in lower case, and without `is_abdomen` an ambiguous code, too.
     """
-    return known_names().get(words_of(name), " ".join(name.lower().split()))
+    plain = " ".join(name.lower().split())
+    if plain in AMBIGUOUS and not is_abdomen:
+        return plain
+    return known_names().get(words_of(name), plain)
+
+
+def is_abdomen(names):
+    """Return whether ambiguous codes among the names of one list are BTCV's."""
+    return any(organ(name, is_abdomen=False) in ABDOMINAL for name in names)
 
 
 def organ_ids(names, where):
     """Turn {id: name} into {organ: id}, without background; ValueError if two are one organ."""
     ids = {}
+    codes_count = is_abdomen(names.values())
     for number, name in sorted(names.items()):
         if not number:
             continue
-        known = organ(name)
+        known = organ(name, codes_count)
         if known in ids:
             raise ValueError(f"{where}: labels {ids[known]} and {number} are both {known}; rename "
                              "one")
@@ -96,9 +109,13 @@ def numbered(count):
 def btcv_numbers(names, images):
     """Return BTCV's number for each of a network's, (256,) uint8, for a submission.
 
-    ValueError where an organ has no place there, or an image is not named as BTCV's are.
+    ValueError where an organ has no place there, the network knows no names, or an image is not
+    named as BTCV's are.
     """
     ids = organ_ids(names, "--weights")
+    if not ids:
+        raise ValueError("--export_test: the network's classes have no names, so their numbers in "
+                         "BTCV are not known; train on a dataset.json that names its labels")
     odd = [image for image in images if not re.fullmatch(r"img\d+", case_name(image))]
     if odd or not ids.keys() <= CODES.keys():
         raise ValueError("--export_test takes images named as img0061.nii.gz, and BTCV's organs: "
