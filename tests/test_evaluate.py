@@ -165,7 +165,7 @@ def test_several_networks_vote_and_the_record_says_so(weights, phantoms, tmp_pat
 
 def test_the_table_has_the_papers_columns_and_averages():
     scores = {name: (i + 1) / 20 for i, name in enumerate(organs.CODES)}
-    made = [{"case": case, "organ": name, "dice": score + more}
+    made = [{"case": case, "organ": name, "dice": score + more, "hd95_mm": 1.}
             for case, more in (("a", 0), ("b", .1)) for name, score in scores.items()]
     summary = scoring.summary(made, "dice")
 
@@ -180,9 +180,29 @@ def test_the_table_has_the_papers_columns_and_averages():
 
 def test_misses_are_counted_and_left_out_of_the_mean_distance():
     values = (3., float("inf"), float("nan"), 5.)
-    made = [{"case": str(i), "organ": "liver", "hd95_mm": value} for i, value in enumerate(values)]
+    made = [{"case": str(i), "organ": "liver", "hd95_mm": value, "dice": 0.}
+            for i, value in enumerate(values)]
     cell = scoring.summary(made, "hd95_mm")["liver"]
     assert (cell["mean"], cell["n"], cell["misses"]) == (4, 2, 1)
+    # where Dice is 0, the organ may have been found beside its place
+    assert scoring.summary(made, "dice")["AVG"]["misses"] == 1
+
+
+def test_an_average_and_its_interval_are_of_one_kind():
+    # an organ in one case of ten, where it is missed: the mean of organs is far below that of cases
+    made = [{"case": str(i), "organ": "liver", "dice": .9 + i / 100, "hd95_mm": 1.}
+            for i in range(10)]
+    made.append({"case": "0", "organ": "spleen", "dice": .1, "hd95_mm": 9.})
+    average = scoring.summary(made, "dice")["AVG"]
+    assert average["mean"] == pytest.approx((.945 + .1) / 2)
+    # a draw without case 0 (a third of them) has the liver alone, one with it the mean of both
+    assert average["low"] == pytest.approx(.52, abs=.01) and average["high"] > .95
+    assert average["low"] < average["mean"] < average["high"]
+
+
+def test_one_case_has_no_interval():
+    cells = scoring.summary([{"case": "a", "organ": "liver", "dice": .8, "hd95_mm": 1.}], "dice")
+    assert {scoring.interval_text(cell, 3) for cell in cells.values()} == {"-"}
 
 
 @pytest.mark.parametrize("name, known", [
@@ -192,6 +212,16 @@ def test_misses_are_counted_and_left_out_of_the_mean_distance():
     ("portal_vein_and_splenic_vein", "portal and splenic veins")])
 def test_organs_are_known_by_their_other_names(name, known):
     assert organs.organ(name) == known
+
+
+@pytest.mark.parametrize("names, known", [
+    ("LV LA RA Aorta LAD", ["lv", "la", "ra", "aorta", "lad"]),              # a heart
+    ("esophagus veins", ["esophagus", "veins"]),
+    ("LV RK LA", ["liver", "right kidney", "left adrenal gland"]),           # the paper's
+    ("Spleen lad rad", ["spleen", "left adrenal gland", "right adrenal gland"])])   # FLARE's
+def test_a_heart_s_chambers_are_no_liver_and_no_glands(names, known):
+    numbered = dict(enumerate(["background", *names.split()]))
+    assert [*organs.organ_ids(numbered, "dataset.json")] == known
 
 
 @pytest.fixture
@@ -288,6 +318,22 @@ def test_a_btcv_submission_has_btcvs_names_and_numbers(weights, phantoms, tmp_pa
     assert np.array_equal(a, b)  # phantoms are numbered as BTCV
 
 
+def test_a_network_without_names_has_no_submission():
+    with pytest.raises(ValueError, match="have no names"):
+        organs.btcv_numbers({}, ["img0061.nii.gz"])
+
+
+def test_false_alarms_pair_with_nothing_and_are_counted(tmp_path, capsys):
+    for name, dices in (("a", ("0.8", "0.7", "nan", "nan")), ("b", ("0.6", "nan", "0", "0"))):
+        (tmp_path / name).mkdir()
+        lines = [f"case{i},liver,{dice},1,1,1,1" for i, dice in enumerate(dices)]
+        (tmp_path / name / "cases.csv").write_text(
+            "\n".join([",".join(scoring.COLUMNS), *lines]) + "\n")
+    run("--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line == "| liver | 1 | 0.800 | 0.600 | +0.200 | - | 1 | 1, 2 |"
+
+
 def test_two_results_are_compared_case_by_case(tmp_path, capsys):
     for name, add in (("a", .1), ("b", .0)):
         (tmp_path / name).mkdir()
@@ -298,7 +344,7 @@ def test_two_results_are_compared_case_by_case(tmp_path, capsys):
     line = capsys.readouterr().out.splitlines()[2]
 
     # 2 / 2^6
-    assert "| liver | 6 | 0.630 | 0.525 | +0.105 |" in line and line.endswith("| 0.0312 |")
+    assert "| liver | 6 | 0.630 | 0.525 | +0.105 |" in line and line.endswith("| 0.0312 | 0, 0 |")
 
 
 @pytest.mark.parametrize("part, why",

@@ -44,29 +44,44 @@ def test_a_case_that_one_seed_could_not_score_is_averaged_over_the_others():
         power.bootstrap_seeds_and_cases([.1, .2])
 
 
-def test_twenty_two_seeds_show_three_points_where_seeds_deviate_by_five():
-    # (1.95996 + .84162) * .05 / .03 = 4.6693, and its square 21.80
-    assert power.seeds_needed(.05) == 22
-    # (1.95996 + 1.28155) * .02 / .03 = 2.1610, and its square 4.67
-    assert power.seeds_needed(.02, power=.9) == 5
+def test_twenty_four_seeds_show_three_points_where_seeds_deviate_by_five():
+    # (1.95996 + .84162) * .05 / .03 = 4.6693, its square 21.80; 1.95996^2 / 2 = 1.92 more
+    assert power.seeds_needed(.05) == 24
+    # (1.95996 + 1.28155) * .02 / .03 = 2.1610, its square 4.67
+    assert power.seeds_needed(.02, power=.9) == 7
     assert power.seeds_needed(0.) == 2
     with pytest.raises(ValueError, match="two seeds"):
         power.seeds_needed(math.nan)
 
 
-def test_seeds_needed_give_the_power_they_promise():
-    rng = np.random.default_rng(0)
-    n = power.seeds_needed(.05)
-    means = rng.normal(.03, .05, size=(20_000, n)).mean(1)
-    found = np.abs(means) > 1.959964 * .05 / math.sqrt(n)
-    assert .79 < found.mean() < .82
+@pytest.mark.parametrize("deviation, n, critical", [       # of Student's t, .975, n - 1
+    (.05, 24, 2.0687), (.028, 9, 2.3060), (.02, 6, 2.5706)])
+def test_seeds_needed_give_a_t_test_the_power_they_promise(deviation, n, critical):
+    assert power.seeds_needed(deviation) == n
+    differences = np.random.default_rng(0).normal(.03, deviation, size=(40_000, n))
+    t = differences.mean(1) / (differences.std(1, ddof=1) / math.sqrt(n))
+    assert .78 < (np.abs(t) > critical).mean() < .85
 
 
 def test_the_draw_of_volumes_is_parted_from_the_noise_of_training():
-    # within: variances .02 and .02; means .4 and .6 vary by .02, of which noise makes .02 / 2
+    # within: variances .02 and .02; means .4 and .6 vary by .02, to which seeds add alike
     noise, draw = power.noise_and_draw([[.3, .5], [.5, .7]])
-    assert noise == pytest.approx(math.sqrt(.02)) and draw == pytest.approx(math.sqrt(.01))
+    assert noise == pytest.approx(math.sqrt(.02)) and draw == pytest.approx(math.sqrt(.02))
     assert power.noise_and_draw([[.3, .5], [.5, .3]])[1] == 0       # the means are one
+    # means .4, .7 vary by .045; residuals are .05 four times, .01 in all, of which half is in a mean
+    noise, draw = power.noise_and_draw([[.3, .5], [.7, .7]])
+    assert noise == pytest.approx(math.sqrt(.01)) and draw == pytest.approx(math.sqrt(.04))
+
+
+def test_a_seed_s_own_luck_is_no_part_of_what_draws_add():
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(2000):                                  # 4 draws, 4 seeds
+        of_draw, of_seed = rng.normal(0, .05, (4, 1)), rng.normal(0, .05, 4)
+        found.append(power.noise_and_draw(of_draw + of_seed + rng.normal(0, .01, (4, 4))))
+    noise, draw = np.square(found).mean(0)
+    assert noise == pytest.approx(.05 ** 2 + .01 ** 2, rel=.05)
+    assert draw == pytest.approx(.05 ** 2, rel=.05)
 
     noise, draw = power.noise_and_draw([[.3, .5]])
     assert noise == pytest.approx(math.sqrt(.02)) and math.isnan(draw)

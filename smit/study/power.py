@@ -54,9 +54,11 @@ def deviation(values):
 def noise_and_draw(values):
     """Part the deviation of runs: (noise of training, what the draw of volumes adds) [ours].
 
-    values (draws, seeds): each row's runs were trained on the same labelled volumes. The variance
-    within rows is noise^2, and rows' means vary by draw^2 + noise^2 / seeds: analysis of variance.
-    draw is 0 where they vary less than noise alone would make them. nan for what has one run only.
+    values (draws, seeds): each row's runs were trained on the same labelled volumes, each column's
+    with the same seed. The variance within rows is noise^2. Rows' means share what a seed does to
+    all draws, so they vary by draw^2 + interaction^2 / seeds: analysis of variance, two ways. draw
+    is 0 where they vary less than the interaction alone would make them. nan for what has one run
+    only.
     """
     values = np.asarray(values, dtype=np.float64)
     draws, seeds = values.shape
@@ -64,19 +66,24 @@ def noise_and_draw(values):
     if seeds > 1:
         noise = math.sqrt(values.var(axis=1, ddof=1).mean())
         if draws > 1:
-            draw = math.sqrt(max(0., values.mean(axis=1).var(ddof=1) - noise ** 2 / seeds))
+            of_draw, of_seed = values.mean(axis=1, keepdims=True), values.mean(axis=0)
+            rest = values - of_draw - of_seed + values.mean()
+            interaction = np.square(rest).sum() / ((draws - 1) * (seeds - 1))
+            draw = math.sqrt(max(0., of_draw.var(ddof=1) - interaction / seeds))
     return noise, draw
 
 
 def seeds_needed(deviation, effect=.03, power=.8):
     """Count the seeds that show a mean difference with this probability [ours].
 
-    deviation: over seeds, of the difference between two rows with the same seed. Two-sided test at
-    .05, by the normal approximation: ((z(.975) + z(power)) * deviation / effect)^2, rounded up, at
-    least two. Raises ValueError for a deviation that is not known, or an effect of 0.
+    deviation: over seeds, of the difference between two rows with the same seed. Paired t-test,
+    two-sided at .05: ((z(.975) + z(power)) * deviation / effect)^2 + z(.975)^2 / 2, rounded up
+    [Guenther 1981]. The second term is for the deviation, which the test must estimate as well.
+    Raises ValueError for a deviation that is not known, or an effect of 0.
     """
     if not deviation >= 0 or not effect:
         raise ValueError(f"deviation {deviation}, effect {effect}: give a deviation of two seeds "
                          "or more, and an effect above 0")
-    z = NormalDist().inv_cdf(.975) + NormalDist().inv_cdf(power)
-    return max(2, math.ceil((z * deviation / effect) ** 2))
+    z = NormalDist().inv_cdf(.975)
+    z_power = NormalDist().inv_cdf(power)
+    return math.ceil(((z + z_power) * deviation / effect) ** 2 + z ** 2 / 2)

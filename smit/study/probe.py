@@ -21,8 +21,8 @@ from smit.data.samples import nested_subset
 from smit.study import power
 from smit.study.reconstruction import load_student
 from smit.study.scores import (
-    Score, as_array, dice_by_case, dice_by_organ, dice_by_run_and_case, estimate_mean, group, write,
-    write_csv)
+    Score, as_array, dice_by_case, dice_by_organ, dice_by_seed_and_case, estimate_mean, group,
+    write, write_csv)
 from smit.transforms import crop_affine, to_file_grid
 
 BANK = 150                             # tokens of each organ to look for neighbours among
@@ -96,7 +96,7 @@ def table(probes, scores):
         line.append(f"{np.mean([one.nearest_neighbour for one in part]):.3f}")
         for classifier in CLASSIFIERS:
             line += dsc_cells(segmented[row, labels, classifier])
-        lines.append([*line, len(part), part[0].n])
+        lines.append([*line, len(group(part, "seed")), part[0].n])
     head = ["row", "labelled volumes", "linear probe", "nearest neighbour"]
     for classifier in CLASSIFIERS:
         head += [f"{classifier} segmentation, DSC", "95 %"]
@@ -105,9 +105,9 @@ def table(probes, scores):
 
 def dsc_cells(scores):
     """Format the mean Dice and its interval, over seeds and cases if there are several seeds."""
-    runs = list(dice_by_run_and_case(scores).values())
-    if len(runs) > 1:
-        values = as_array(runs)
+    seeds = list(dice_by_seed_and_case(scores).values())
+    if len(seeds) > 1:
+        values = as_array(seeds)
         mean = np.nanmean(values)
         low, high = power.bootstrap_seeds_and_cases(values)
     else:

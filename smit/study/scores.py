@@ -1,7 +1,9 @@
 """Read, group and average the scores of finished cells [SMIT Table 2].
 
-Seeds are averaged case by case before the tests and the intervals over cases, so that their n is
-the number of cases. Intervals over seeds and cases keep both. A run has a seed and a draw.
+Seeds, draws and folds are averaged case by case before the tests and the intervals over cases, so
+that their n is the number of cases. Intervals over seeds and cases keep both; draws of labelled
+volumes are averaged within a seed, so these intervals are about the draws that there are. A run
+has a seed and a draw.
 Reading order: Score and Run, files, grouping, averages, intervals.
 """
 import csv
@@ -133,10 +135,10 @@ def group(items, *fields):
 
 
 # --------------------------------------------------------------------------------------- averages
-def average_seeds(scores):
-    """Average the Dice of each organ in each case over seeds: {(case, organ): Dice}.
+def average_runs(scores):
+    """Average the Dice of each organ in each case over seeds and draws: {(case, organ): Dice}.
 
-    A seed that could not score a case counts in neither. Cases are in the order of their names.
+    A run that could not score a case counts in neither. Cases are in the order of their names.
     """
     values = {}
     for score in sorted(scores, key=lambda score: score.case):
@@ -146,28 +148,54 @@ def average_seeds(scores):
 
 
 def dice_by_organ(scores):
-    """Average over seeds: {organ: Dice of each case}, "AVG" (the mean of a case's organs) last.
+    """Average over seeds and draws: {organ: Dice of each case}, "AVG" of dice_by_case last.
 
     All 13 organs of the paper go by its short names, others by their own.
     """
     rows = []
-    for (case, organ), dice in average_seeds(scores).items():
+    for (case, organ), dice in average_runs(scores).items():
         rows.append({"case": case, "organ": organ, "dice": dice})
     table = scoring.columns(rows, "dice")
     for derived in ("AG", "AVG12"):                    # Table 1's
         table.pop(derived, None)
-    return table
+    return {**table, "AVG": np.array([*dice_by_case(scores).values()])}
 
 
 def dice_by_case(scores):
-    """Average over seeds and organs: {case: Dice}."""
-    cases = dict.fromkeys(case for case, _ in average_seeds(scores))
-    return dict(zip(cases, dice_by_organ(scores)["AVG"], strict=True))
+    """Average over the organs of each run, then over seeds and draws: {case: Dice}."""
+    values = {}
+    for dices in dice_by_run_and_case(scores).values():
+        for case, dice in dices.items():
+            values.setdefault(case, []).append(dice)
+    return {case: float(np.mean(values[case])) for case in sorted(values)}
 
 
 def dice_by_run_and_case(scores):
     """Average over organs only: {(seed, draw): {case: Dice}}."""
-    return {run: dice_by_case(part) for run, part in group(scores, "seed", "draw").items()}
+    by_run = {}
+    for run, part in group(scores, "seed", "draw").items():
+        by_run[run] = {}
+        for case, organs in group(part, "case").items():
+            mean = scoring.finite_mean([score.dice for score in organs])
+            if not math.isnan(mean):
+                by_run[run][case] = float(mean)
+    return by_run
+
+
+def dice_by_seed_and_case(scores):
+    """Average over organs and draws: {seed: {case: Dice}}. Runs of one seed share its noise."""
+    return {seed: dice_by_case(part) for seed, part in group(scores, "seed").items()}
+
+
+def matched(first, second):
+    """Keep of two rows' scores those of seeds, draws and folds that both have: (first, second).
+
+    Their fine-tunings share volumes, order and decoder, and no row is compared on other runs.
+    """
+    first, second = (group(scores, "seed", "draw", "fold") for scores in (first, second))
+    common = [run for run in first if run in second]
+    return ([score for run in common for score in first[run]],
+            [score for run in common for score in second[run]])
 
 
 # -------------------------------------------------------------------------------------- intervals
@@ -190,21 +218,18 @@ def paired_difference(first, second):
     return metrics.paired_test([first[case] for case in cases], [second[case] for case in cases])
 
 
-def differences_by_run(first, second):
-    """Subtract {(seed, draw): {case: Dice}}: an array (runs, cases), nan where one of them lacks.
-
-    Only runs that both have count: their fine-tunings share volumes, order and decoder.
-    """
+def differences_by_seed(first, second):
+    """Subtract two rows' scores, matched: an array (seeds, cases), nan where a seed lacks a case."""
+    first, second = map(dice_by_seed_and_case, matched(first, second))
     differences = []
-    for run, dice in first.items():
-        if run in second:
-            other = second[run]
-            differences.append({case: dice[case] - other[case] for case in dice if case in other})
+    for seed, dice in first.items():
+        other = second[seed]
+        differences.append({case: dice[case] - other[case] for case in dice if case in other})
     return as_array(differences)
 
 
 def as_array(dice):
-    """Array (runs, cases) of a list of {case: value}, nan where a run lacks a case."""
+    """Make an array (runs, cases) of a list of {case: value}, nan where a run lacks a case."""
     cases = sorted(set().union(*dice))
     values = np.full((len(dice), len(cases)), math.nan)
     for run, by_case in enumerate(dice):

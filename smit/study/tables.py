@@ -11,8 +11,8 @@ from smit import figures, scoring
 from smit.data.organs import CODES
 from smit.study import power
 from smit.study.scores import (
-    as_array, dice_by_case, dice_by_organ, dice_by_run_and_case, differences_by_run, estimate_mean,
-    group, paired_difference, write, write_csv)
+    as_array, dice_by_case, dice_by_organ, dice_by_seed_and_case, differences_by_seed,
+    estimate_mean, group, matched, paired_difference, write, write_csv)
 
 CNN = ["rand-cnn", "mg", "cpc", "cub++", "pcrl"]
 SWIN = ["rand", "dino", "ibot", "simmim", "smit"]
@@ -85,8 +85,8 @@ INTERVALS = f"""Over cases: bootstrap over cases of the mean over seeds, and p b
 rank over cases, two-sided. It is about these trained networks. Over seeds and cases: bootstrap over
 both, and so about other trainings as well; too narrow with few seeds (with two, half the variance
 of seeds). Deviation: of the mean over cases, from seed to seed. Seeds: as many would show a
-difference of {EFFECT:g} with probability .8 if it deviates as here, by the normal approximation;
-rough with few.
+difference of {EFFECT:g} with probability .8 if it deviates as here; rough with few. Draws of
+labelled volumes are averaged within a seed: all intervals are about the draws that there are.
 """
 
 
@@ -100,9 +100,7 @@ def table2(out, scores, runs):
     runs_of = group(runs, "labels")
     for labels, part in group(scores, "labels").items():
         rows = by_row(part)
-        seeds = sorted(group(part, "seed"))
-        cases = len(dice_by_organ(next(iter(rows.values())))["AVG"])
-        text += f"\n{labels} labelled volumes, n = {cases} cases, seeds {seeds}\n"
+        text += f"\n{labels} labelled volumes, n = {len(dice_by_case(part))} cases\n"
         for name, unet in (("3-D U-Net", True), ("Swin", False)):
             own = {row: rows[row] for row in rows if (row in CNN) == unet}
             if own:
@@ -123,14 +121,15 @@ def comparison(rows, smit, runs):
     smit: the scores that the others are compared with, or None.
     """
     tables = {row: dice_by_organ(part) for row, part in rows.items()}
-    organs = [*next(iter(tables.values()))]
-    first = next(iter(rows.values()))
-    printed = paper_scores(first[0].modality, organs)
+    # a row may lack a seed, and an organ that no label has is there where a row invented it
+    scores = [score for part in rows.values() for score in part]
+    organs = [*dice_by_organ(scores)]
+    printed = paper_scores(scores[0].modality, organs)
 
-    lines = [organ_line(organ, tables, printed) for organ in organs]
+    lines = [["seeds", *(seeds_of(part) for part in rows.values())]]
+    lines += [organ_line(organ, tables, printed) for organ in organs]
     lines += lines_over_cases("", rows, smit)
-    scores = [score for part in rows.values() for score in part]       # a row may lack a seed
-    if len(group(scores, "seed", "draw")) > 1:
+    if len(group(scores, "seed")) > 1:
         lines += lines_over_seeds(rows, smit)
     for seed in sorted(group(scores, "seed")):
         alone = {row: group(part, "seed").get(seed) for row, part in rows.items()}
@@ -138,6 +137,13 @@ def comparison(rows, smit, runs):
         lines += lines_over_cases(f", seed {seed}", alone, smit_alone)
     lines += cost_lines(rows, runs)
     return scoring.markdown(["", *rows], lines)
+
+
+def seeds_of(scores):
+    """List the seeds, and the draws where they are not the seeds' own: "0 1, draws 0 1"."""
+    seeds = " ".join(map(str, sorted(group(scores, "seed"))))
+    draws = [draw for draw in group(scores, "draw") if draw is not None]
+    return seeds + (f", draws {' '.join(map(str, sorted(draws)))}" if draws else "")
 
 
 def cost_lines(rows, runs):
@@ -171,10 +177,10 @@ def paper_scores(modality, organs):
 
 
 def organ_line(organ, tables, printed):
-    """Format an organ's mean Dice in each row, the paper's in parentheses."""
+    """Format an organ's mean Dice in each row, the paper's in parentheses; "-" where it is none."""
     line = [organ]
     for row, table in tables.items():
-        text = f"{float(scoring.finite_mean(table[organ])):.3f}"
+        text = f"{float(scoring.finite_mean(table[organ])):.3f}" if organ in table else "-"
         if organ in printed and row in TABLE2:
             text += f" ({printed[organ][TABLE2.index(row)]:.3f})"
         line.append(text)
@@ -182,14 +188,17 @@ def organ_line(organ, tables, printed):
 
 
 def lines_over_cases(suffix, rows, smit):
-    """Format the averages of {row: scores or None}, and how much SMIT is ahead of each."""
+    """Format the averages of {row: scores or None}, and how much SMIT is ahead of each.
+
+    The difference is of the runs that both have.
+    """
     average = [f"AVG{suffix}, 95 % over cases"]
     difference = [f"SMIT less this{suffix}, 95 % over cases"]
     for row, part in rows.items():
-        cases = dice_by_case(part) if part else None
-        average.append(average_text(cases) if part else "")
-        compared = part and smit and row != "smit"
-        difference.append(difference_text(dice_by_case(smit), cases) if compared else "")
+        average.append(average_text(dice_by_case(part)) if part else "")
+        first, second = matched(smit or [], part or [])
+        compared = first and row != "smit"
+        difference.append(difference_text(*map(dice_by_case, (first, second))) if compared else "")
     return [average, difference]
 
 
@@ -213,9 +222,9 @@ def lines_over_seeds(rows, smit):
              f"seeds to show {EFFECT:g}"]
     columns = []
     for row, part in rows.items():
-        own = dice_by_run_and_case(part)
-        cells = spread_of(as_array(list(own.values())))
-        ahead = differences_by_run(dice_by_run_and_case(smit), own) if smit else np.empty((0, 0))
+        cells = spread_of(as_array(list(dice_by_seed_and_case(part).values())))
+        common, _ = matched(smit or [], part)
+        ahead = differences_by_seed(smit, part) if common else np.empty((0, 0))
         if row == "smit" or not ahead.size:
             cells += ["", "", ""]
         else:
@@ -225,14 +234,14 @@ def lines_over_seeds(rows, smit):
 
 
 def spread_of(values, form=".3f"):
-    """Format the mean of values (runs, cases) with its interval over both, and runs' deviation."""
+    """Format the mean of values (seeds, cases), its interval over both, and seeds' deviation."""
     low, high = power.bootstrap_seeds_and_cases(values)
     interval = f"{np.nanmean(values):{form}}, {low:{form}} to {high:{form}}"
     return [interval, number(power.deviation(np.nanmean(values, axis=1)), ".3f")]
 
 
 def seeds_text(differences):
-    """Format how many seeds would show EFFECT, from differences (runs, cases)."""
+    """Format how many seeds would show EFFECT, from differences (seeds, cases)."""
     deviation = power.deviation(np.nanmean(differences, axis=1))
     return "" if math.isnan(deviation) else power.seeds_needed(deviation, EFFECT)
 
@@ -334,8 +343,8 @@ def fig4(out, scores, runs):
         means = [organ_group_mean(table, organs) for organs in GROUPS.values()]
         mean, low, high = estimate_mean(table["AVG"])
         numbers = [f"{value:.3f}" for value in [*means, mean]]
-        lines.append([row, labels, *numbers, f"{low:.3f}-{high:.3f}"])
-    head = ["row", "labelled volumes", *GROUPS, "AVG", "95 %, over cases"]
+        lines.append([row, labels, *numbers, f"{low:.3f}-{high:.3f}", seeds_of(part)])
+    head = ["row", "labelled volumes", *GROUPS, "AVG", "95 %, over cases", "seeds"]
     save(out, "fig4", scoring.markdown(head, lines), scores)
 
 
