@@ -141,7 +141,7 @@ def test_a_run_is_saved_before_a_dead_worker_ends_it_and_resumes_to_the_bit(
 
 def test_a_run_of_two_ranks_resumes_to_the_bit(phantoms, tmp_path, run_script):
     def run(name, *flags):
-        sizes = ["--steps", 2, "--save_steps", 1, "--batch", 1, "--queue", 3]
+        sizes = ["--steps", 2, "--save_steps", 1, "--batch", 2, "--queue", 5]
         words = arguments("pcrl", phantoms, tmp_path / name, *sizes, *flags)
         run_script("-m", "smit.baselines", *words, ranks=2)
     run("whole")
@@ -150,7 +150,7 @@ def test_a_run_of_two_ranks_resumes_to_the_bit(phantoms, tmp_path, run_script):
     same_state(tmp_path / "whole" / "last.pt", tmp_path / "resumed" / "last.pt")
     state = runtime.load_checkpoint(tmp_path / "whole" / "last.pt")["task"]
 
-    assert state["oldest"] == 2 * 2 % 3                            # both ranks' keys, in every step
+    assert state["oldest"] == 2 * 4 % 5                            # both ranks' keys, in every step
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script):
@@ -207,6 +207,7 @@ def test_every_gradient_of_a_task_is_clipped_once(name):
     ("rotation", "--view 16 24 16", "first two"), ("rotation", "--view 18", "multiple of 8"),
     ("cpc", "--patch 12", "--patch 12"), ("cpc", "--view 16", "three halves"),
     ("cpc", "--epochs 20", "warmup"), ("moco", "--batch 3", "--batch 4"),
+    ("pcrl", "--batch 1", "--batch 2"),
     ("jigsaw", "", "invalid choice"), ("genesis", "--val_fraction 1", "--val_fraction")])
 def test_settings_that_do_not_fit_are_refused_before_any_work(task, flags, why, phantoms, tmp_path,
                                                               capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 import threading
@@ -481,10 +482,18 @@ def test_the_liver_survives_preparation_and_the_way_back(image, label, modality,
 
 
 def test_volumes_are_prepared_ahead_by_every_rank_its_share(phantoms, tmp_path, run_script):
-    flags = ["--data", phantoms, "--spacing", 10, 10, 10, "--workers", 0, "--device", "cpu",
+    folder = shutil.copytree(phantoms.parent / "imagesTr", tmp_path / "images")
+    sorted(folder.iterdir())[-1].unlink()
+    for number in (1, 3):                                    # in the second rank's share
+        path = folder / f"phantom000{number}.nii.gz"
+        image = nib.load(path)
+        stored = (image.get_fdata() + 1024).clip(0).astype(np.int16)
+        nib.save(nib.Nifti1Image(stored, image.affine), path)
+    flags = ["--data", folder, "--spacing", 10, 10, 10, "--workers", 0, "--device", "cpu",
              "--cache", "cache"]
-    told = run_script("train_ssl.py", *flags, "--prepare_only", ranks=2).stdout
-    assert "prepared 2 of 2 volumes on each of 2 ranks, 0:00:00 left" in told
+    done = run_script("train_ssl.py", *flags, "--prepare_only", ranks=2)
+    assert "prepared 2 of 2 volumes on each of 2 ranks, 0:00:00 left" in done.stdout
+    assert re.search(r"phantom000[13].*1024 added.*\[1 more: phantom000[13]", done.stderr)
     assert len(list((tmp_path / "cache").glob("*/*.npy"))) == 4 and not (tmp_path / "runs").exists()
 
 

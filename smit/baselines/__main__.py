@@ -122,6 +122,8 @@ def check_settings(args):
         require(all(side % (args.patch // 2) == 0 and side >= 1.5 * args.patch for side in view),
                 f"--view {view} must be multiples of half a --patch of {args.patch}, from three "
                 "halves on")
+    if task == "pcrl":
+        require(args.batch >= 2, "pcrl mixes each volume with another: --batch 2 or more")
     if task == "moco":
         require(args.batch >= 4, "moco's negatives are the micro-batch: --batch 4 or more")
     require(args.warmup_epochs < args.epochs,

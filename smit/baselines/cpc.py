@@ -20,8 +20,11 @@ class CPC(Task):
     """CPC: the mean of InfoNCE over the rows that are predicted.
 
     view, patch: voxels per axis. Patches overlap by half, so 5 x 5 x 5 of 32^3 lie in a view of
-    96^3. The release cuts 4 x 4 x 4 of 32^3 from 128^3, without overlap.
+    96^3.
     """
+    # differs: the release cuts 4 x 4 x 4 of 32^3 from 128^3, without overlap. In 96^3 that would
+    # leave one patch as context. With it half of the first target lies inside the column's own
+    # patch: of the targets, three at 96^3, one is the easier for it
     terms = ("info_nce",)
 
     def __init__(self, width=64, patch=32, view=(96, 96, 96), code=1024, context=256):

@@ -183,7 +183,8 @@ def blend(features, others, share):
 def mix(x, share):
     """Take `share` (B,) of each sample of x (B, ...), and the rest from the next one.
 
-    The release draws a permutation; samples come in a random order, so the next one will do.
+    The release draws a permutation. Samples come in a random order, so the next one serves as
+    partner; a batch of one has none.
     """
     (mixed,) = blend([x], [x.roll(1, dims=0)], share)
     return mixed

@@ -7,7 +7,7 @@
 
 The figures of --quick mean nothing. Every contestant of a row works in a process of its own, and
 they take turns, so that a machine that drifts hurts all alike. Shown are medians over the rounds,
-after one that does not count:
+after one that does not count, but for rows that have a single round, as `sliding`:
 
     wall, CPU    seconds; CPU is the sum over the threads of the contestant's first process
     memory       MiB: the peak of that process above what it held once its imports were done

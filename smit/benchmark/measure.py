@@ -243,9 +243,12 @@ def measure(contestants, settings, rounds, bar):
             bar.update()
 
     for label, (pipe, process) in running.items():
-        if not results[label].get("failed"):
-            pipe.send(False)
-            results[label] |= pipe.recv() | medians(results[label]["rounds"])
+        try:
+            if not results[label].get("failed"):
+                pipe.send(False)
+                results[label] |= pipe.recv() | medians(results[label]["rounds"])
+        except (EOFError, OSError):              # it died while its operators were counted
+            results[label]["failed"] = True
         process.join(5)
         process.kill()
     return results

@@ -333,15 +333,16 @@ def cached_with_concerns(case, settings, folder, with_label=False, num_classes=N
 def prepare_ahead(cases, settings, folder, ranks, workers=0, with_label=False, num_classes=None):
     """Prepare all cases into the cache, every rank its share, so that no GPU waits for it later.
 
-    Rank 0 shows how far its share is. ValueError with all that is wrong, after all the others.
+    Rank 0 shows how far its share is, and tells at the end what is odd in all shares. ValueError
+    with all that is wrong, after that.
     """
     share = cases[ranks.rank::ranks.world]
     check = functools.partial(prepare_one, settings=settings, folder=folder, with_label=with_label,
                               num_classes=num_classes)
     begun = told = time.monotonic()
-    problems = []
+    problems, odd = [], []
     for number, (problem, found) in enumerate(examine_each(share, check, workers), 1):
-        concerns.tell(found or ())
+        odd += found or ()
         problems += [problem] if problem else []
         now = time.monotonic()
         if ranks.is_main and (now - told > TELL_EVERY_S or number == len(share)):
@@ -349,7 +350,13 @@ def prepare_ahead(cases, settings, folder, ranks, workers=0, with_label=False, n
             others = f" on each of {ranks.world} ranks" if ranks.world > 1 else ""
             print(f"prepared {number} of {len(share)} volumes{others}, {left} left", flush=True)
             told = now
+    tell_of_all(odd, ranks)
     raise_problems([problem for part in ranks.gather(problems) for problem in part])
+
+
+def tell_of_all(odd, ranks):
+    """Tell the concerns of all ranks, which the first one prints. Every rank must call it."""
+    concerns.tell([Concern(*fields) for part in ranks.gather(odd) for fields in part])
 
 
 def prepare_one(case, settings, folder, with_label, num_classes):
