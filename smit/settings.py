@@ -244,7 +244,7 @@ METHODS = {   # loss weights of the rows of Table 2 and Fig. 4 on the Swin backb
     "mpd": dict(mip=0.0, mpd=1.0, itd=0.0),
     "itd": dict(mip=0.0, mpd=0.0, itd=1.0),
     "full": dict(mip=1.0, mpd=0.0, itd=0.0, mask_ratio=0.0, mip_on="all"),  # the whole image
-    "ml-mip": dict(mip=1.0, mpd=0.1, itd=0.1, voxel_head="multilayer"),   # Fig. 5's decoder
+    "ml-smit": dict(mip=1.0, mpd=0.1, itd=0.1, voxel_head="multilayer"),  # Fig. 5's decoder
 }
 PRETRAINING_FREE = FREE_ON_RESUME | {"method", "max_bad", "batch", "accumulate", "val_every",
                                        "monitor_every"}

@@ -156,7 +156,7 @@ def test_center_counts_micro_batches_as_one_batch():
     torch.testing.assert_close(discarded.update(logits), whole.value)
 
 
-# -------------------------------------------------------------------------- the comparisons' losses
+# -------------------------------------------------------------------------- fine-tuning
 def test_dice_ce_by_hand():
     logits, label = torch.zeros(1, 2, 1, 1, 2), torch.tensor([0, 1]).view(1, 1, 1, 2)
     dice = 1 - 2 * .5 / (2 * .25 + 1)  # per class: overlap .5, squares .5, truth 1

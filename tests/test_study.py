@@ -1,5 +1,9 @@
 """The study: its plan, what it runs and does not run again, and its tables from known scores."""
 import json
+import os
+import shlex
+import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +17,10 @@ import torch
 from smit.baselines import __main__ as baselines
 from smit.data import Preparation, load_case
 from smit.data.organs import ORGANS, case_name
-from smit.settings import check_finetuning, parse_finetuning
+from smit.settings import check_finetuning, parse_finetuning, parse_pretraining
 from smit.study import plan as planning
 from smit.study import probe, recipes, reconstruction, run, tables
-from smit.study.__main__ import parse_arguments
+from smit.study.__main__ import main, parse_arguments
 from smit.study.plan import plan
 from smit.study.scores import Run, Score
 
@@ -34,6 +38,13 @@ def arguments(experiment, *flags):
 def score(row, case, organ, dice, seed=0, draw=None, recipe=None):
     return Score(row=row, labels=3, seed=seed, fold=None, ratio=None, modality="ct", draw=draw,
                  recipe=recipe, case=case, organ=organ, dice=dice)
+
+
+def record_step(args, step, **facts):
+    """Record a step as finished, with these facts beside its flags."""
+    folder = Path(args.out, step.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "step.json").write_text(json.dumps({"flags": run.signature(step), **facts}))
 
 
 def markdown_rows(path):
@@ -103,6 +114,53 @@ def test_a_row_without_a_seed_leaves_the_others_theirs(tmp_path):
     tables.table2(tmp_path, scores, [])
     lines = markdown_rows(tmp_path / "table2.md")
     assert lines["AVG, seed 1, 95 % over cases"][1].startswith("0.800")
+    assert lines["seeds"] == ["0", "0 1"]
+
+
+def test_a_difference_is_of_the_runs_that_both_rows_have(tmp_path):
+    scores = [score("rand", "a", "liver", .5, 0), score("rand", "a", "liver", .7, 1),
+              score("smit", "a", "liver", .5, 0)]          # seed 1 is still to come
+    tables.table2(tmp_path, scores, [])
+    lines = markdown_rows(tmp_path / "table2.md")
+    for kind in ("95 % over cases", "95 % over seeds and cases"):
+        assert lines[f"SMIT less this, {kind}"][0].startswith("+0.000"), kind
+    assert lines["seeds"] == ["0 1", "0"]
+
+
+def test_an_organ_that_no_label_has_stands_where_a_row_invented_it(tmp_path):
+    nan = float("nan")
+    scores = [score("rand", "a", "liver", .5), score("rand", "a", "spleen", 0.),
+              score("smit", "a", "liver", .5), score("smit", "a", "spleen", nan)]
+    for order in (scores, scores[::-1]):
+        tables.table2(tmp_path, order, [])
+        lines = markdown_rows(tmp_path / "table2.md")
+        assert [cell.split()[0] for cell in lines["spleen"]] == ["0.000", "-"]
+        assert lines["AVG"] == ["0.250", "0.500"]
+
+
+def test_an_average_is_one_number_whatever_its_interval_is_over(tmp_path):
+    nan = float("nan")                                     # seed 1 predicts no spleen, rightly
+    scores = [score("rand", "a", "liver", .8, 0), score("rand", "a", "spleen", 0., 0),
+              score("rand", "a", "liver", .8, 1), score("rand", "a", "spleen", nan, 1)]
+    tables.table2(tmp_path, scores, [])
+    lines = markdown_rows(tmp_path / "table2.md")
+    assert lines["AVG"] == ["0.600"]
+    assert lines["AVG, 95 % over cases"][0].startswith("0.600")
+    assert lines["AVG, 95 % over seeds and cases"][0].startswith("0.600")
+
+
+def test_draws_are_averaged_within_a_seed(tmp_path):
+    dices = {(0, 0): (.3, .5), (0, 1): (.5, .7), (1, 0): (.4, .5), (1, 1): (.6, .7)}
+    scores = []
+    for (seed, draw), (rand, smit) in dices.items():
+        scores += [score("rand", "a", "liver", rand, seed, draw),
+                   score("smit", "a", "liver", smit, seed, draw)]
+    tables.table2(tmp_path, scores, [])
+    lines = markdown_rows(tmp_path / "table2.md")
+    # seeds differ by .2 and .1: two numbers, not four
+    assert lines["SMIT less this, 95 % over seeds and cases"][0] == "+0.150, +0.100 to +0.200"
+    assert lines["SMIT less this, deviation over seeds"][0] == "0.071"
+    assert lines["seeds"] == ["0 1, draws 0 1", "0 1, draws 0 1"]
 
 
 def test_a_row_s_own_flags_reach_its_pre_training_alone():
@@ -196,6 +254,88 @@ def test_a_folder_made_with_other_flags_is_not_taken_for_finished(tmp_path):
         run.finished(args, step)
 
 
+@pytest.mark.parametrize("needs", [None, {}])
+def test_a_record_of_an_older_study_counts(tmp_path, needs):
+    args = arguments("table2", "--rows", "smit", "--labels", 7, "--out", tmp_path, "--ranks", 4)
+    for step in plan(args)[0].steps:
+        record_step(args, step, **({} if needs is None else {"needs": needs}))
+        assert run.finished(args, step)
+
+
+def test_a_training_with_other_ranks_is_not_taken_for_finished(tmp_path):
+    args = arguments("table2", "--rows", "smit", "--labels", 7, "--out", tmp_path, "--ranks", 4)
+    first, tune, evaluate = plan(args)[0].steps
+    for step in (first, tune, evaluate):
+        record_step(args, step, ranks=1)
+    assert run.finished(args, evaluate)                    # it has one process, whatever --ranks
+    for step in (first, tune):
+        with pytest.raises(ValueError, match="made with --ranks 1"):
+            run.finished(args, step)
+
+
+def test_what_came_from_a_pre_training_with_other_flags_is_not_taken_for_finished(tmp_path):
+    flags = ["--rows", "smit", "--labels", 7, "--out", tmp_path]
+    args = arguments("table2", *flags, "--pretrain_flags=--lr 1e-3")
+    for step in plan(args)[0].steps:
+        record_step(args, step, needs=run.signatures_before(step))
+        assert run.finished(args, step)
+
+    args = arguments("table2", *flags, "--pretrain_flags=--lr 2e-3")
+    first, tune, evaluate = plan(args)[0].steps            # only the first has other flags itself
+    for step in (tune, evaluate):
+        with pytest.raises(ValueError, match="from pretrain/smit-seed0 with other flags"):
+            run.finished(args, step)
+
+
+@pytest.mark.parametrize("words, told", [
+    ("fig3b --rows smit simmim", "one row"),
+    ("fig3b --labels 3 7", "one number"),
+    ("fig3b --rows rand", "pre-trained here"),
+    ("fig3b --rows mg", "pre-trained here"),
+    ("fig3b --rows dino", "predict hidden voxels"),
+    ("fig3b --rows full", "predict hidden voxels"),        # its ratio of .7 would be 0
+    ("fig3b --checkpoint smit=x.pt", "without a --checkpoint"),
+    ("fig3b --row_flags 'smit=--mask_ratio .5'", "--ratios"),
+    ("table2 --checkpoint smit", "write ROW=PATH"),
+    ("table2 --checkpoint smit=", "name a student.pt"),
+    ("table2 --checkpoint Smit=x.pt", "not one of --rows"),
+    ("table2 --row_flags smit", "write ROW=FLAGS"),
+    ("table2 --row_flags 'rand=--lr 1'", "nothing is pre-trained in this row"),
+    ("table2 --checkpoint smit=x.pt --row_flags 'smit=--lr 1'", "nothing is pre-trained"),
+    ("recipe --recipes organs-first", "write NAME=FLAGS"),
+    ("probe --rows rand", "architecture from another row"),
+    ("probe --rows smit moco", "--rows moco"),
+    ("probe --rows rand-cnn smit", "--rows rand-cnn"),
+    ("fig5 --rows mg", "--rows mg"),
+    ("fig5 --rows smit dino", "predicts none"),
+    ("fig5 --rows rand smit", "--rows rand"),
+])
+def test_what_would_fail_after_the_trainings_or_have_no_effect_is_refused(words, told, capsys):
+    with pytest.raises(SystemExit):
+        arguments(*shlex.split(words))
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_frozen_experiments_take_rows_that_train_ssl_made():
+    arguments("probe", "--rows", "rand", *tables.SWIN)
+    arguments("probe", "--rows", "rand", "half", "--checkpoint", "half=x.pt")
+    arguments("fig5", "--rows", "simmim", "ml-mip", "full", "dino", "--checkpoint", "dino=x.pt")
+    arguments("fig3b", "--rows", "simmim", "--labels", 7)
+
+
+def test_rows_of_the_paper_s_preset_take_as_many_steps_an_epoch():
+    pairs = set()
+    for cell in plan(arguments("fig4")):
+        first = cell.steps[0]
+        flags = list(map(str, first.flags))
+        if first.script == "train_ssl.py":
+            given = parse_pretraining("", flags)
+        else:
+            given = baselines.parse_arguments(flags)
+        pairs.add(given.batch * given.accumulate)
+    assert len(pairs) == 1
+
+
 # ----------------------------------------------------------------------------------------- tables
 def test_table2_averages_seeds_case_by_case_and_then_cases(tmp_path):
     pairs = [("liver", "a"), ("liver", "b"), ("spleen", "a"), ("spleen", "b")]
@@ -224,10 +364,10 @@ def test_table2_averages_seeds_case_by_case_and_then_cases(tmp_path):
     assert len((tmp_path / "cases.csv").read_text().splitlines()) == 1 + len(scores)
 
     # seed 0: .2, .15, seed 1: .1, .15. Seeds' means are .175 and .125: a deviation of .0354, and
-    # (2.8016 * .0354 / .03)^2 = 10.9
+    # (2.8016 * .0354 / .03)^2 + 1.92 = 12.8
     assert lines[f"{less}, 95 % over seeds and cases"][0] == "+0.150, +0.100 to +0.200"
     assert lines[f"{less}, deviation over seeds"][0] == "0.035"
-    assert lines["seeds to show 0.03"][0] == "11"
+    assert lines["seeds to show 0.03"][0] == "13"
 
 
 def test_table2_has_a_table_for_each_network_and_one_smit(tmp_path):
@@ -280,10 +420,10 @@ def test_a_recipe_s_noise_is_told_from_the_draw_of_its_volumes(tmp_path):
         markdown_rows(tmp_path / "recipe.md")["now"]
 
     assert (row, labels, n, mean) == ("rand", "3", "4", "0.500")
-    assert (noise, of_draw) == ("0.141", "0.100")                  # sqrt(.02); sqrt(.02 - .02 / 2)
+    assert (noise, of_draw) == ("0.141", "0.141")                  # sqrt(.02) both
     assert all_runs == "0.163"                                     # sqrt(.08 / 3)
     assert (half_way, end) == ("0.300", "0.500")
-    assert seeds == "349"                                          # (2.8016 * .2 / .03)^2 = 348.8
+    assert seeds == "351"                              # (2.8016 * .2 / .03)^2 + 1.92 = 350.8
 
 
 # ----------------------------------------------------------------------------------------- frozen
@@ -300,6 +440,40 @@ def test_interpolation_restores_a_ramp_and_leaves_what_is_visible():
     steps = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
     around = [filled[0, 0, d + i, h + j, w + k] for i, j, k in steps]
     assert abs(filled[0, 0, d, h, w] - sum(around) / 6) < 1e-3
+
+
+def write_list(path, **splits):
+    """Write a dataset.json of images by split."""
+    cases = {}
+    for split, names in splits.items():
+        cases[split] = [{"image": f"{name}.nii.gz"} for name in names]
+    path.write_text(json.dumps(cases))
+    return path
+
+
+def test_fig5_takes_ct_of_the_validation_split_alone(tmp_path):
+    listed = write_list(tmp_path / "both.json", training="ab", validation="c")
+    (case,) = reconstruction.unseen(listed, "ct")
+    assert case_name(case["image"]) == "c"
+
+    twice = write_list(tmp_path / "twice.json", training="ab", validation="cc")
+    for modality in ("ct", "mr"):
+        with pytest.raises(ValueError, match="listed twice"):
+            reconstruction.unseen(twice, modality)
+
+    one_split = write_list(tmp_path / "training.json", training="ab")
+    assert len(reconstruction.unseen(one_split, "mr")) == 2
+    with pytest.raises(ValueError, match="has no validation split"):
+        reconstruction.unseen(one_split, "ct")
+
+
+def test_fig5_refuses_a_list_before_any_training(tmp_path):
+    listed = write_list(tmp_path / "training.json", training="ab")
+    args = parse_arguments(["fig5", "--data", str(listed), "--pretrain_data", str(tmp_path),
+                            "--out", str(tmp_path / "study")])
+    with pytest.raises(ValueError, match="has no validation split"):
+        main(args)
+    assert not (tmp_path / "study").exists()
 
 
 def test_a_linear_probe_finds_rare_organs_that_a_plane_parts_from_the_rest():
@@ -433,9 +607,11 @@ def test_a_recipe_runs_on_training_volumes_alone(phantoms, tmp_path):
 
 
 def test_a_step_that_was_cut_off_is_recorded_with_the_time_of_all_its_calls(tmp_path):
-    args = arguments("table2", "--rows", "rand", "--labels", 2, "--out", tmp_path)
-    step = plan(args)[0].steps[0]
+    args = arguments("table2", "--rows", "smit", "--labels", 2, "--out", tmp_path)
+    first, step, _ = plan(args)[0].steps
     (tmp_path / step.name).mkdir(parents=True)
+    (tmp_path / step.name / "config.json").write_text('{"total": 3}')
+    (tmp_path / step.name / "log.csv").write_text("step,loss\n3,.5\n")
     call = run.Running(step, SimpleNamespace(returncode=None), time.monotonic() - 10, threads=1)
     run.add_up(args, call, SimpleNamespace(ru_utime=3, ru_stime=1, ru_maxrss=2048))
     assert run.finish(args, call, 0, SimpleNamespace(ru_utime=5, ru_stime=0, ru_maxrss=1024))
@@ -443,6 +619,7 @@ def test_a_step_that_was_cut_off_is_recorded_with_the_time_of_all_its_calls(tmp_
     record = run.finished(args, step)
     assert (record["cpu_s"], record["peak_mb"]) == (9, 2)
     assert record["wall_s"] == pytest.approx(20, abs=1)
+    assert record["needs"] == {first.name: run.signature(first)}
 
 
 def test_a_failed_step_is_named_and_what_needs_it_is_left(phantoms, tmp_path):
@@ -451,3 +628,83 @@ def test_a_failed_step_is_named_and_what_needs_it_is_left(phantoms, tmp_path):
                  "--labels", 2, "--out", "study", check=False)
     assert done.returncode == 2 and "see study/pretrain/smit-seed0.log" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# A training of 5 steps that somebody stops after 2, and that goes on with the next call.
+STOPPED_ONCE = """
+import pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+steps = 5 if out.exists() else 2
+out.mkdir(exist_ok=True)
+(out / "config.json").write_text('{"total": 5}')
+(out / "log.csv").write_text(f"step,loss\\n{steps},.5\\n")
+"""
+# A training that is asked to stop and saves, which takes until there is a file "go".
+SLOW_TO_SAVE = """
+import pathlib, signal, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+def save(number, frame):
+    (out / "asked").touch()
+    while not (out / "go").exists():
+        time.sleep(.01)
+    (out / "saved").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+out.mkdir()
+time.sleep(60)
+"""
+
+
+def wait_for(path, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(.01)
+    assert path.exists()
+
+
+def test_a_training_that_was_stopped_is_not_finished_and_goes_on(tmp_path, capsys):
+    (tmp_path / "train.py").write_text(STOPPED_ONCE)
+    args = arguments("table2", "--out", tmp_path / "study")
+    first = planning.Step("pretrain/x", str(tmp_path / "train.py"), [])
+    second = planning.Step("finetune/x", str(tmp_path / "train.py"), [], (first,))
+    with pytest.raises(ValueError, match="1 steps failed or were stopped, and 1 .* pretrain/x"):
+        run.run(args, [first, second])
+    assert "pretrain/x stopped at step 2 of 5" in capsys.readouterr().err
+    assert not run.finished(args, first) and not (tmp_path / "study/finetune").exists()
+
+    run.run(args, [first])
+    assert run.finished(args, first)
+
+
+def test_every_command_that_trains_tells_how_far_it_came(whole, phantoms, tmp_path):
+    folder, _ = whole
+    for step in ("pretrain/smit-seed0", "finetune/smit-ct2-seed0"):
+        assert run.steps_taken(folder / "study" / step) == (3, 3)
+    forked.run("-m", "smit.baselines", "rotation", *NETWORK.split(), "--crop", 24, "--view", 16,
+               "--steps", 3, "--data", phantoms, "--out", "run", folder=tmp_path)
+    assert run.steps_taken(tmp_path / "run") == (3, 3)
+
+
+def test_a_study_told_twice_to_leave_waits_for_its_trainings(tmp_path):
+    (tmp_path / "train.py").write_text(SLOW_TO_SAVE)
+    args = arguments("table2", "--out", tmp_path / "study")
+    step = planning.Step("pretrain/x", str(tmp_path / "train.py"), [])
+    out = tmp_path / "study" / step.name
+
+    def tell_twice():
+        wait_for(out)
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(out / "asked")                            # the study waits for its training now
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(.2)
+        (out / "go").touch()
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    teller = threading.Thread(target=tell_twice)
+    teller.start()
+    with pytest.raises(KeyboardInterrupt):
+        run.run(args, [step])
+    saved = (out / "saved").exists()
+    teller.join()
+    assert saved and run.spent_path(args, step).exists() and not run.finished(args, step)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

@@ -12,9 +12,10 @@
 
 A study is a list of steps, and a step is one command with its flags: pre-train a row of the
 paper's comparisons, fine-tune it on the first n labelled volumes of a shuffle, score the last
-checkpoint on volumes held back. No checkpoint is picked by its score. All rows share data order,
-decoder weights and budget. Steps are named for what they depend on, so experiments with one --out
-share them. Finished steps are not run again, and one that was cut off goes on.
+checkpoint on volumes held back. No checkpoint is picked by its score. All rows share data order and
+budget. Rows of one network share the decoder's first weights, too, but for mg, cub++ and pcrl,
+which bring a pre-trained decoder. Steps are named for what they depend on, so experiments with one
+--out share them. Finished steps are not run again, and one that was cut off goes on.
 
 The rows rand-cnn, mg, cpc, cub++ and pcrl are a 3-D U-Net. At the paper's sizes it takes 824 GMAC
 for a crop of 96^3, 9.6 times the Swin network with its decoder, so Table 2's five CNN columns take
@@ -34,10 +35,11 @@ import shlex
 from pathlib import Path
 
 from smit import runtime
-from smit.settings import Help
+from smit.settings import Help, require
 from smit.study import probe, recipes, reconstruction, scores, tables
 from smit.study.plan import (
-    EXPERIMENTS, FROZEN, PRESETS, RECIPES, ROWS, labelled_volumes, plan, pretrainings, student_path)
+    EXPERIMENTS, FROZEN, PRESETS, RECIPES, ROWS, is_pretrained, labelled_volumes, own_settings,
+    plan, predicts_voxels, pretrainings, student_path)
 from smit.study.run import command, estimate, finished, run
 
 WRITERS = {**tables.WRITERS, "recipe": recipes.recipe}
@@ -93,33 +95,89 @@ def parse_arguments(argv=None):
 
     args = parser.parse_args(argv)
     experiment = EXPERIMENTS[args.experiment]
-    args.checkpoint = dict(entry.split("=", 1) for entry in args.checkpoint if "=" in entry)
-    args.row_flags = dict(entry.partition("=")[::2] for entry in args.row_flags)
     args.rows = args.rows or experiment.rows
     args.draws = args.draws or experiment.draws
-    unknown = [row for row in args.rows if row not in ROWS and row not in args.checkpoint]
-    if unknown:
-        parser.error(f"--rows {unknown[0]}: choose from {', '.join(ROWS)}, or give its "
-                     "--checkpoint")
-    recipes = dict(entry.partition("=")[::2] for entry in args.recipes)
-    args.recipes = recipes or RECIPES
-    if not all(re.fullmatch(r"[\w.+-]+", name) for name in args.recipes):
-        parser.error("--recipes NAME=FLAGS: a NAME has letters, digits, and . + - _ alone")
-    unknown = set(args.row_flags) - set(args.rows)
-    if unknown:
-        parser.error(f"--row_flags {min(unknown)}: not one of --rows {' '.join(args.rows)}")
-    if not args.pretrain_data and set(args.rows) - {"rand", "rand-cnn", *args.checkpoint}:
-        parser.error("--pretrain_data is missing; only --rows rand and rand-cnn, and those with a "
-                     "--checkpoint, do without")
-    if args.experiment == "fig3b" and "--mask_ratio" in args.pretrain_flags:
-        parser.error("fig3b sets --mask_ratio itself: name the ratios with --ratios")
+    try:
+        args.checkpoint = by_name("--checkpoint", "ROW=PATH", args.checkpoint)
+        args.row_flags = by_name("--row_flags", "ROW=FLAGS", args.row_flags)
+        args.recipes = by_name("--recipes", "NAME=FLAGS", args.recipes) or RECIPES
+        check_arguments(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
+
+
+def by_name(option, form, entries):
+    """Part the entries NAME=VALUE of an option: {name: value}. ValueError for one without "="."""
+    for entry in entries:
+        require("=" in entry, f"{option} {entry}: has no =; write {form}")
+    return dict(entry.split("=", 1) for entry in entries)
+
+
+def check_arguments(args):
+    """Refuse what has no effect or does not fit, before any work is done: ValueError."""
+    for row in args.rows:
+        require(row in ROWS or row in args.checkpoint,
+                f"--rows {row}: choose from {', '.join(ROWS)}, or give its --checkpoint")
+    for row, path in args.checkpoint.items():
+        require(row in args.rows, f"--checkpoint {row}: not one of --rows {' '.join(args.rows)}; "
+                                  "name it there, too")
+        require(path, f"--checkpoint {row}=: name a student.pt after the =")
+    for row in args.row_flags:
+        require(row in args.rows, f"--row_flags {row}: not one of --rows {' '.join(args.rows)}")
+        require(is_pretrained(args, row),
+                f"--row_flags {row}: nothing is pre-trained in this row; drop them, or give "
+                "--finetune_flags, which all rows share")
+    require(all(re.fullmatch(r"[\w.+-]+", name) for name in args.recipes),
+            "--recipes NAME=FLAGS: a NAME has letters, digits, and . + - _ alone")
+    require(args.pretrain_data or not any(is_pretrained(args, row) for row in args.rows),
+            "--pretrain_data is missing; only --rows rand and rand-cnn, and those with a "
+            "--checkpoint, do without")
+    if args.experiment == "fig3b":
+        check_fig3b(args)
+    if args.experiment in FROZEN:
+        check_frozen(args)
+
+
+def check_fig3b(args):
+    """Refuse what Fig. 3b cannot show: one row's errors on hidden voxels against the mask ratio."""
+    require(len(args.rows) == 1,
+            "fig3b is of one row; name one with --rows")
+    require(not args.labels or len(args.labels) == 1,
+            "fig3b is of one number of labelled volumes; name one with --labels")
+    (row,) = args.rows
+    require(is_pretrained(args, row) and predicts_voxels(row) and own_settings(row).mask_ratio,
+            f"--rows {row}: fig3b is of a row that is pre-trained here, without a --checkpoint, to "
+            "predict hidden voxels; choose smit, simmim, ml-mip or ml-smit")
+    for flags in (args.pretrain_flags, *args.row_flags.values()):
+        require("--mask_ratio" not in flags,
+                "fig3b sets --mask_ratio itself: name the ratios with --ratios")
+
+
+def check_frozen(args):
+    """Refuse rows whose encoders fig5 and probe could not read once they are pre-trained."""
+    way_out = "leave it out, or give it a student.pt of train_ssl.py with --checkpoint"
+    random = {"rand"} if args.experiment == "probe" else set()
+    for row in args.rows:
+        if row in args.checkpoint or row in random:
+            continue
+        require(ROWS[row].script == "train_ssl.py",
+                f"--rows {row}: {args.experiment} reads what train_ssl.py pre-trained, and this "
+                f"row is not; {way_out}")
+        require(args.experiment == "probe" or predicts_voxels(row),
+                f"--rows {row}: fig5 is of predicted voxels, and this row predicts none; {way_out}")
+    require(set(args.rows) - random,
+            "--rows rand: rand takes its architecture from another row: name one, or a row with a "
+            "--checkpoint")
 
 
 def main(args):
     suffix = "-mr" if args.modality == "mr" else ""
     out = Path(args.out, args.experiment + suffix)
     frozen = args.experiment in FROZEN
+    if args.experiment == "fig5":                      # refuse a list before hours of training
+        for modality, path in fig5_lists(args).items():
+            reconstruction.unseen(path, modality)
     if frozen:
         first = pretrainings(args)
         steps = [step for step in first.values() if step]
@@ -164,6 +222,12 @@ def write_tables(args, out, cells):
     WRITERS[args.experiment](out, *scores.read_cells(args.out, whole))
 
 
+def fig5_lists(args):
+    """Name the volumes that Fig. 5 reconstructs: {modality: path}."""
+    lists = {"ct": args.data, "mr": args.mr_data}
+    return {modality: path for modality, path in lists.items() if path}
+
+
 def write_frozen(args, out, first):
     """Write the table of an experiment on frozen students, from the finished pre-trainings."""
     students = {}
@@ -172,7 +236,7 @@ def write_frozen(args, out, first):
             students[row, seed] = student_path(args, row, seed, step)
     cache = f"{args.out}/cache"
     if args.experiment == "fig5":
-        reconstruction.fig5(out, students, {"ct": args.data, "mr": args.mr_data}, cache)
+        reconstruction.fig5(out, students, fig5_lists(args), cache)
     else:
         settings = probe.Settings(args.data, args.modality, labelled_volumes(args), args.draws,
                                   cache)

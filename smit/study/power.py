@@ -15,8 +15,8 @@ def bootstrap_seeds_and_cases(values, level=.95, draws=10_000, seed=0):
     values (seeds, cases): scores, or differences of two rows by the same seed and case; nan where
     there is none. All seeds of a draw share its cases. (nan, nan) if there is no value at all.
 
-    With one seed this is the bootstrap over cases. With few it is too narrow: among m seeds the
-    bootstrap finds (m - 1) / m of their variance, half of it with two.
+    With one seed this is the bootstrap over cases. With few it is too narrow: of m seeds the
+    bootstrap underestimates the variance by 1 / m, by half with two.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or np.isinf(values).any():

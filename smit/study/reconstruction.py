@@ -40,7 +40,7 @@ class Errors(NamedTuple):
 def fig5(out, checkpoints, lists, cache):
     """Measure masked image prediction on unseen volumes [SMIT Fig. 5].
 
-    checkpoints {(row, seed): student.pt}; lists {modality: dataset.json, folder or None}. Writes
+    checkpoints {(row, seed): student.pt}; lists {modality: dataset.json or folder}. Writes
     fig5.md, cases.csv, and a panel of the first volume for each row and modality.
     """
     rows = []
@@ -48,9 +48,7 @@ def fig5(out, checkpoints, lists, cache):
     for (row, seed), path in checkpoints.items():
         student, config = load_student(path)
         for modality, volumes in lists.items():
-            if not volumes:
-                continue
-            samples = masked_views(unseen(volumes), config, modality, cache)
+            samples = masked_views(unseen(volumes, modality), config, modality, cache)
             for number, case in enumerate(samples.cases):
                 views, hidden, voxels = reconstruct(student, samples[number], config["mask_cell"])
                 rows.append(Errors(row, seed, modality, case_name(case["image"]),
@@ -83,12 +81,18 @@ def mean_of(rows, name):
     return np.mean([getattr(row, name) for row in rows])
 
 
-def unseen(path):
-    """List the volumes to reconstruct: a dataset.json's validation split, or where it lacks all."""
-    try:
+def unseen(path, modality):
+    """List volumes that no pre-training on CT has seen: the validation split, if there is one.
+
+    MR may do without: then all volumes. ValueError for CT without, and for a faulty list.
+    """
+    if data.has_split(path, "validation"):
         return data.read_list(path, "validation")
-    except ValueError:
-        return data.read_list(path)
+    cases = data.read_list(path)
+    if modality == "ct":
+        raise ValueError(f"{path}: has no validation split, and pre-training may have seen the "
+                         "rest; give fig5 a dataset.json with cases under 'validation'")
+    return cases
 
 
 # ------------------------------------------------------------------------------------- one volume

@@ -1,6 +1,6 @@
 """Run the steps of a study, several at a time, each once [ours].
 
-Reading order: commands and records, the estimate, one step, all steps.
+Reading order: commands and records, the estimate, one step, stop signals, all steps.
 """
 import contextlib
 import json
@@ -18,15 +18,21 @@ import torch
 from tqdm import tqdm
 
 from smit.study.plan import Step
-from smit.study.scores import write
+from smit.study.scores import read_log, write
 
 ROOT = Path(__file__).resolve().parents[2]
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def is_training(step):
+    """Tell whether a step trains: it may have several ranks, and a stopped one goes on."""
+    return step.script != "evaluate.py"
 
 
 def command(args, step):
     """List the words that start a step, by torchrun where a training has more than one rank."""
     words = [sys.executable]
-    if args.ranks > 1 and step.script != "evaluate.py":
+    if args.ranks > 1 and is_training(step):
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
     if step.script.endswith(".py"):
         words.append(str(ROOT / step.script))
@@ -40,10 +46,18 @@ def signature(step):
     return [step.script, *map(str, step.flags)]
 
 
+def signatures_before(step):
+    """Map the name of each step that this one builds on, directly or not, to its signature."""
+    signatures = {}
+    for needed in step.needs:
+        signatures |= {needed.name: signature(needed), **signatures_before(needed)}
+    return signatures
+
+
 def finished(args, step):
     """Read the record of a finished step, or None.
 
-    ValueError if its folder was made with other flags.
+    ValueError if it was made with other flags or ranks, or from steps with other flags.
     """
     path = Path(args.out, step.name, "step.json")
     if not path.exists():
@@ -52,6 +66,17 @@ def finished(args, step):
     if record["flags"] != signature(step):
         raise ValueError(f"{path.parent} was made with other flags, {shlex.join(record['flags'])}: "
                          "give another --out")
+    if is_training(step) and record.get("ranks", args.ranks) != args.ranks:
+        raise ValueError(f"{path.parent} was made with --ranks {record['ranks']}, and so with "
+                         "another batch: give as many --ranks, or another --out")
+
+    # records of older studies have no "needs"
+    needs_then = record.get("needs", {})
+    for name, flags in signatures_before(step).items():
+        if needs_then.get(name, flags) != flags:
+            raise ValueError(f"{path.parent} was made from {name} with other flags, "
+                             f"{shlex.join(needs_then[name])}: delete {path.parent} to make it "
+                             "anew, or give another --out")
     return record
 
 
@@ -92,7 +117,7 @@ def start(args, step):
     if not out.exists():                               # someone wants it from the beginning
         spent_path(args, step).unlink(missing_ok=True)
     words = [*command(args, step), "--out", str(out)]
-    if step.script != "evaluate.py":
+    if is_training(step):
         words += ["--cache", str(Path(args.out, "cache")), "--resume"]
 
     threads = max(1, (os.cpu_count() or 1) // (args.parallel * args.ranks))
@@ -122,21 +147,40 @@ def add_up(args, running, usage):
     return spent
 
 
+def steps_taken(folder):
+    """Read how far a training came: (last step in its log.csv, steps of the whole run).
+
+    Of a run that came to its end the last step is always logged.
+    """
+    log = read_log(folder / "log.csv")
+    total = json.loads((folder / "config.json").read_text())["total"]
+    return int(log["step"][-1]) if log else 0, total
+
+
 def finish(args, running, status, usage):
-    """Record a step that ended, and return whether it ended well; tell where to look if not.
+    """Record a step that came to its end, and return whether it did; tell about it if not.
 
     status, usage: of os.wait4.
     """
     step = running.step
     out = Path(args.out, step.name)
     code = os.waitstatus_to_exitcode(status)
-    running.process.returncode = code                  # else Popen waits for the process once more
+    running.process.returncode = code                  # os.wait4 took it, so Popen is told
     spent = add_up(args, running, usage)
     if code:
         tqdm.write(f"{step.name} failed with exit code {code}; see {out}.log", file=sys.stderr)
         return False
+    if is_training(step):
+        # a training that a signal stopped has saved, and its exit code is 0, too
+        taken, total = steps_taken(out)
+        if taken < total:
+            tqdm.write(f"{step.name} stopped at step {taken} of {total}, by its log.csv; the same "
+                       "command goes on", file=sys.stderr)
+            return False
+
     record = {
         "flags": signature(step),
+        "needs": signatures_before(step),
         **spent,
         "ranks": args.ranks,
         "threads": running.threads,
@@ -147,20 +191,40 @@ def finish(args, running, status, usage):
     return True
 
 
+def interrupt_once(number, frame):
+    """Raise KeyboardInterrupt at the first stop signal, and ignore those that follow.
+
+    GNU timeout sends two at once: to the study, then to its whole process group.
+    """
+    ignore_stop_signals()
+    raise KeyboardInterrupt
+
+
+def ignore_stop_signals():
+    for number in STOP_SIGNALS:
+        signal.signal(number, do_nothing)
+
+
+def do_nothing(number, frame):
+    """Handle a signal. Python would complain of SIG_IGN if a signal is on its way already."""
+
+
 def run(args, steps):
     """Run what is not finished, in order, `parallel` steps at a time.
 
-    A failure stops only the steps that need it. ValueError names what failed, after all the rest.
+    A failure, or a training that somebody stopped, keeps only the steps that need it from running.
+    ValueError names them, after all the rest. KeyboardInterrupt after SIGTERM and Ctrl-C.
     """
     waiting = [step for step in steps if not finished(args, step)]
     done = {step.name for step in steps} - {step.name for step in waiting}
     failed = []
     running = {}                                                        # process id: Running
     bar = tqdm(total=len(steps), initial=len(done), unit="step", disable=None)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    handlers = {number: signal.signal(number, interrupt_once) for number in STOP_SIGNALS}
     try:
         while waiting or running:
-            ready = [step for step in waiting if done.issuperset(step.needs)]
+            ready = [step for step in waiting
+                     if all(needed.name in done for needed in step.needs)]
             for step in ready[:args.parallel - len(running)]:
                 waiting.remove(step)
                 begun = start(args, step)
@@ -178,15 +242,18 @@ def run(args, steps):
                 failed.append(ended.step.name)
             bar.update()
     finally:
+        ignore_stop_signals()
         # trainings that are asked to leave save, and go on with the next call
         for step in running.values():
             step.process.terminate()
         for step in running.values():
-            with contextlib.suppress(ChildProcessError):       # it had just ended, and was waited for
+            with contextlib.suppress(ChildProcessError):   # it had just ended, and was waited for
                 _, status, usage = os.wait4(step.process.pid, 0)
                 step.process.returncode = os.waitstatus_to_exitcode(status)
                 add_up(args, step, usage)
         bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if failed:
-        raise ValueError(f"{len(failed)} steps failed and {len(waiting)} that need them were left: "
-                         f"{', '.join(failed)}")
+        raise ValueError(f"{len(failed)} steps failed or were stopped, and {len(waiting)} that "
+                         f"need them were left: {', '.join(failed)}")

@@ -82,8 +82,8 @@ def save(out, name, text, rows):
 # ---------------------------------------------------------------------------------------- Table 2
 EFFECT = .03                           # the difference in Dice that a study should be able to show
 INTERVALS = f"""Over cases: bootstrap over cases of the mean over seeds, and p by Wilcoxon's signed
-rank over cases, two-sided. It is about these trained networks. Over seeds and cases: bootstrap over
-both, and so about other trainings as well; too narrow with few seeds (with two, half the variance
+rank over cases, two-sided. Both speak of these trained networks alone. Over seeds and cases:
+bootstrap over both, and so about other trainings as well; too narrow with few seeds (with two, half the variance
 of seeds). Deviation: of the mean over cases, from seed to seed. Seeds: as many would show a
 difference of {EFFECT:g} with probability .8 if it deviates as here; rough with few. Draws of
 labelled volumes are averaged within a seed: all intervals are about the draws that there are.
