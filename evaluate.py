@@ -8,18 +8,20 @@
     python evaluate.py --compare DIR_A DIR_B                                   # paired test
 
 Writes OUT/{case}.nii.gz (uint8, on the grid of its image), OUT/cases.csv (a row per case and
-organ), OUT/results.json, OUT/table.md and OUT/index.html (the worst, median and best case). Organs
-are matched by name, never by number. Cases that cannot be predicted or scored are listed, and the
-exit code is 2. Killed at any time it leaves whole predictions and no results.json; the same command
-makes everything anew.
+organ), OUT/results.json, OUT/table.md and OUT/index.html (the worst, median and best case; in the
+folder of a training run OUT/evaluation.html). Organs are matched by name, never by number. Cases
+that cannot be predicted or scored are listed, and the exit code is 2. Killed at any time it leaves
+whole predictions and no results.json; the same command makes everything anew.
 """
 import hashlib
+import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from smit import data, figures, inference, runtime, scoring, settings
+from smit.data import cases as case_files
 from smit.data.organs import btcv_numbers, case_key, case_names, is_among, numbered
 
 # settings of the network's run that results.json records
@@ -38,23 +40,29 @@ def load_networks(paths, device):
     return nets
 
 
-def class_names(config):
-    """Name a network's classes, {number: organ}; None if its run knew no names."""
-    if not config["labels"]:
-        return None
-    return {**numbered(config["num_classes"]), **config["labels"]}
+def class_names(config, names_path=None):
+    """Name a network's classes, {number: organ}: as its run did, or as the JSON --names does.
+
+    None if neither has names.
+    """
+    labels = config["labels"]
+    if not labels and names_path:
+        labels = scoring.given_names(names_path)
+    return {**numbered(config["num_classes"]), **labels} if labels else None
 
 
 def select_cases(args, nets):
     """Choose the cases to predict: (cases, names of those that training has seen).
 
-    A case has a "name" of its own, and the "names" of its list's labels, {number: organ} or None.
+    A case has a "name" of its own, its list as "source", and the "names" of the list's labels,
+    {number: organ} or None.
     """
+    given = scoring.given_names(args.names) if args.names else None
     cases = []
     for path in args.data:
-        names = data.label_names(args.names or path, ignore=True)
-        for case in data.read_list(path, args.key, args.data_root):
-            case["names"] = names
+        names = given or data.label_names(path, ignore=True)
+        for case in data.read_list(path, args.key, args.data_root, nets[0].config["modality"]):
+            case |= {"names": names, "source": path}
             cases.append(case)
 
     for net in nets if args.held_out else ():
@@ -73,11 +81,24 @@ def select_cases(args, nets):
     return cases, seen
 
 
+def name_problems(cases, names, weights):
+    """Return what keeps labels from being scored by name, a line for each list that has some."""
+    names_of = {case["source"]: case["names"] for case in cases if case["label"]}
+    problems = []
+    for source, label_names in names_of.items():
+        try:
+            scoring.check_names(label_names, names, source, ", ".join(weights))
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
 def check(args):
     """Read the weights, and every case of --data; ValueError names all that is wrong."""
     nets = load_networks(args.weights, "cpu")
     cases, _ = select_cases(args, nets)
-    data.check_voxels(cases, nets[0].preparation, labels=None)
+    problems = name_problems(cases, class_names(nets[0].config, args.names), args.weights)
+    data.check_voxels(cases, nets[0].preparation, labels=None, problems=problems)
     print(f"checked: {data.count(len(cases), 'case')}, {data.verdict()}")
 
 
@@ -103,8 +124,20 @@ class Export:
 
 
 def check_files(case):
-    """Raise BadVolume unless the headers of a case's image, and of its label if any, are good."""
-    data.check_case(case, labels=bool(case["label"]))
+    """Return what is odd about the headers of a case's image, and of its label if it has one.
+
+    BadVolume unless they are good.
+    """
+    return case_files.check_headers(case, labels=bool(case["label"]))
+
+
+def tell_before(cases):
+    """Tell what is odd or wrong about the cases' headers: now, not after an hour's predictions."""
+    results = case_files.examine(cases, check_files)
+    data.tell([concern for _, found in results for concern in found or ()], names=None)
+    for problem, _ in results:
+        if problem:
+            print(f"warning: {problem}", flush=True)
 
 
 def refuse_overwriting(cases, targets):
@@ -120,7 +153,8 @@ def refuse_overwriting(cases, targets):
 def predict_all(args, device):
     """Predict and write every case: (cases that have a "prediction", what failed, facts).
 
-    What failed is {case: reason}; facts are what results.json records.
+    What failed is {case: reason}; facts are what results.json records. ValueError before the first
+    prediction if labels could not be scored for want of names.
     """
     nets = load_networks(args.weights, device)
     # now: a run that goes on may replace its best.pt
@@ -128,14 +162,16 @@ def predict_all(args, device):
     config = nets[0].config
     precision = runtime.Precision(args.precision, device).name
     cases, seen = select_cases(args, nets)
+    names = class_names(config, args.names)
+    problems = name_problems(cases, names, args.weights)
+    settings.require(not problems, "\n".join(problems))
 
     out = Path(args.out)
-    export = Export(args.export_test, class_names(config), cases)
+    export = Export(args.export_test, names, cases)
     targets = [out / f"{case['name']}.nii.gz" for case in cases]
     exported = [export.target(case) for case in cases] if export.folder else []
     refuse_overwriting(cases, targets + exported)
-    for problem in data.find_problems(cases, check_files):
-        print(f"warning: {problem}", flush=True)          # now, not after an hour's predictions
+    tell_before(cases)
 
     scoring.clear(out)
     size = sum(parameter.numel() for parameter in nets[0].parameters())
@@ -155,6 +191,9 @@ def predict_all(args, device):
         except data.BadVolume as error:
             failed[case["name"]] = str(error)
             continue
+        except ValueError as error:                      # of the network, which names no file
+            failed[case["name"]] = f"{case['image']}: {error}"
+            continue
         data.write_label(target, label, case["image"])
         export.write(case, label)
         case["prediction"] = target
@@ -166,7 +205,7 @@ def predict_all(args, device):
              "seen_in_training": seen, **{name: config[name] for name in RECORDED},
              "overlap": args.overlap, "blend": args.blend, "tta": args.tta, "precision": precision}
     predicted = [case for case in cases if "prediction" in case]
-    return predicted, class_names(config), failed, facts
+    return predicted, names, failed, facts
 
 
 # ------------------------------------------------------------------------------ score
@@ -180,12 +219,16 @@ def evaluate(args, out, device):
     labelled = [case for case in cases if case["label"]]
     facts["unmatched"] = scoring.unmatched(labelled, names)
 
-    rows = []
+    rows, odd = [], []
     for case in labelled:
         try:
-            rows += scoring.score_case(case, names, args.tolerance_mm)
+            rows_of_case = scoring.score_case(case, names, args.tolerance_mm)
         except ValueError as error:
             failed[case["name"]] = str(error)
+            continue
+        rows += rows_of_case
+        odd += scoring.case_concerns(case, rows_of_case)
+    data.tell(odd, names=None)
 
     text = scoring.write_results(out, rows, names, failed, facts, args.tolerance_mm)
     figures.evaluation_report(out, cases, rows, names, facts)
@@ -200,6 +243,8 @@ def evaluate(args, out, device):
 
 
 def main(args):
+    # names of files that are no UTF-8 must not end the run
+    sys.stdout.reconfigure(errors="backslashreplace")
     out = Path(args.out)
     if args.compare:
         print(scoring.compare(args.compare, out))

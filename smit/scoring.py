@@ -15,16 +15,18 @@ import torch
 
 from smit import data, metrics, runtime, transforms
 from smit.data import cases as case_files
+from smit.data import concerns
 from smit.data.organs import (
-    CODES, ORGANS, case_key, case_name, case_names, numbered, organ, organ_ids)
+    CODES, ORGANS, case_key, case_name, case_names, is_abdomen, numbered, organ, organ_ids)
 
 ABSENT = ("absent from prediction and label: not scored; in one of them alone: a miss, Dice and "
           "surface Dice 0, HD95 inf; the mean HD95 leaves misses out and stands beside their "
           "number; the background is not scored")
-FILES = ("cases.csv", "table.md", "index.html", "results.json")
+FILES = ("cases.csv", "table.md", "results.json")      # beside the page, which is `page_of`
 COLUMNS = "case organ dice hd95_mm surface_dice prediction_ml label_ml".split()
 SCORES = {"dice": ("DSC", 3), "hd95_mm": ("HD95, mm", 1), "surface_dice": ("surface Dice", 3)}
 MEANS = ("AG", "AVG", "AVG12")         # columns that are means of others
+NO_INTERVAL = (math.nan, math.nan)     # of a single case
 SKEW_DEGREES = .05                     # beyond it distances are measured on the skewed grid
 NAMELESS = ("no names for its numbers, while the other side's have names; give the JSON that has "
             "them with --names")
@@ -36,8 +38,8 @@ def find_predictions(predictions, labels, key, names_path=None):
     """Pair another system's files with labels: (cases, names of its numbers, what failed, facts).
 
     predictions: a folder; labels: a folder of label files, or a list whose `key` has labels;
-    names_path: a JSON that names the numbers of both. A case has a "prediction", too.
-    ValueError if one side has names and the other none.
+    names_path: a JSON that names the numbers of both. A case has a "prediction", too. Tells of
+    predictions without a label. ValueError as `check_names`.
     """
     label_files = by_key(labelled_files(labels, key), labels)
     files = by_key(data.find_volumes(predictions), predictions)
@@ -45,13 +47,18 @@ def find_predictions(predictions, labels, key, names_path=None):
         if case not in files and f"{case}_0000" in files:
             files[case] = files.pop(f"{case}_0000")
 
+    extra = [os.path.basename(path) for case, path in files.items() if case not in label_files]
+    if extra:
+        concerns.note(f"{predictions}: {data.count(len(extra), 'file')} not scored, for want of a "
+                      f"label in {labels}: {concerns.enumerate_names(extra)}")
+
     if names_path:
-        label_names = prediction_names = data.label_names(names_path, ignore=True)
+        label_names = prediction_names = given_names(names_path)
     else:
-        label_names, prediction_names = folder_names(labels), folder_names(predictions)
-        for names, path in ((label_names, labels), (prediction_names, predictions)):
-            if (label_names or prediction_names) and not names:
-                raise ValueError(f"{path}: {NAMELESS}")
+        # predictions are often kept below the data set, and rarely numbered as it is
+        label_names = folder_names(labels, or_parent=True)
+        prediction_names = folder_names(predictions)
+    check_names(label_names, prediction_names, labels, predictions)
     titles = dict(zip(files.values(), case_names(list(files.values()))))
     cases, failed = [], {}
     for case, label in label_files.items():
@@ -87,14 +94,43 @@ def by_key(paths, where):
     return files
 
 
-def folder_names(path):
-    """Return {id: name} for a folder of label files, of its own JSON or its parent's; or None."""
+def folder_names(path, or_parent=False):
+    """Return {id: name} for a folder of label files, or None: of its own JSON, or its parent's."""
     folder = Path(path)
-    for file in (folder, folder / "results.json", folder / "dataset.json",
-                 folder.parent / "dataset.json"):
+    files = [folder, folder / "results.json", folder / "dataset.json"]
+    if or_parent:
+        files.append(folder.parent / "dataset.json")
+    for file in files:
         if file.is_file() and file.suffix == ".json":
             return data.label_names(file, ignore=True)
     return None
+
+
+def given_names(path):
+    """Return {id: name} of the JSON that --names gives; ValueError if it names no organ."""
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: there is no such file; give --names a dataset.json")
+    names = data.label_names(path, ignore=True)
+    if not set(names or ()) - {0}:
+        raise ValueError(f"{path}: names no organ; give --names a dataset.json with 'labels'")
+    return names
+
+
+def check_names(label_names, names, labels, predictions):
+    """Raise ValueError unless numbers can be matched by their names, or neither side has any.
+
+    One side's names never name the other's numbers: a perfect prediction could score as a bad one.
+    labels, predictions: the places whose names they are, for the message.
+    """
+    if not label_names and not names:
+        return
+    for known, place in ((label_names, labels), (names, predictions)):
+        if not known:
+            raise ValueError(f"{place}: {NAMELESS}")
+    if not organ_ids(label_names, labels).keys() - {"ignore"}:
+        raise ValueError(f"{labels}: its names have no organ; give the JSON that names its "
+                         "numbers")
+    organ_ids(names, predictions)                        # refuses two numbers of one organ
 
 
 def unmatched(cases, names):
@@ -136,9 +172,13 @@ def score_case(case, names, tolerance_mm):
     """
     truth, affine = data.read_label(case["label"])
     pred = on_grid_of_label(case, truth.shape, affine)
-    data.tell(case_files.empty_concerns(case["label"], truth))
     truth, pred = truth.numpy(), pred.numpy()
-    label_names, names = names_of_both(case, names, int(max(truth.max(), pred.max())))
+    label_names = case["names"]
+    check_names(label_names, names, case["label"], case["prediction"])
+    if not label_names:
+        # one organ at least, so that a case that is rightly all background has its row
+        highest = max(1, int(truth.max()), int(pred.max()))
+        label_names = names = numbered(highest + 1)
     check_named(truth, label_names, case["label"])
     check_named(pred, names, case["prediction"])
 
@@ -146,9 +186,6 @@ def score_case(case, names, tolerance_mm):
     if "ignore" in label_ids:
         counted = truth != label_ids.pop("ignore")
         truth, pred = truth * counted, pred * counted
-    if not label_ids:
-        raise ValueError(f"{case['label']}: its names have no organ; give the JSON that names its "
-                         "numbers")
 
     rows, millilitres = [], abs(np.linalg.det(affine[:3, :3])) / 1000
     for name, number in sorted(label_ids.items(), key=order_of_rows(ids)):
@@ -162,6 +199,15 @@ def score_case(case, names, tolerance_mm):
                      "prediction_ml": float(p.sum() * millilitres),
                      "label_ml": float(t.sum() * millilitres)})
     return rows
+
+
+def case_concerns(case, rows):
+    """Return what is odd about the files of a case that was scored; rows: of `score_case`."""
+    found = case_files.header_concerns(case["label"])
+    found += case_files.header_concerns(case["prediction"])
+    # a label is empty if no organ has a volume
+    return found + case_files.empty_concerns(case["label"],
+                                             np.array([row["label_ml"] for row in rows]))
 
 
 def case_title(case):
@@ -186,21 +232,6 @@ def on_grid_of_label(case, shape, affine):
                          f"{case_files.describe_grid(tuple(pred.shape), pred_affine)}; "
                          "resample one")
     return turned
-
-
-def names_of_both(case, names, highest):
-    """Return the names of the label's numbers and of the prediction's.
-
-    Given for both, or for neither. One side's names never name the other's numbers: a perfect
-    prediction could score as a bad one.
-    """
-    label_names = case["names"]
-    if not label_names and not names:
-        return numbered(highest + 1), numbered(highest + 1)
-    for known, kind in ((label_names, "label"), (names, "prediction")):
-        if not known:
-            raise ValueError(f"{case[kind]}: {NAMELESS}")
-    return label_names, names
 
 
 def check_named(array, names, path):
@@ -264,25 +295,34 @@ def columns(rows, score):
 def summary(rows, score):
     """Return {column: mean, 95 % bootstrap interval over cases, n, misses}.
 
-    AG and AVG are the means of their columns. AVG tells over how many organs, and how many there
-    should be: one that is nowhere to be scored has no mean.
+    AG and AVG are the means of their columns, in every draw of the bootstrap as well. AVG tells
+    over how many organs, and how many there should be: one that is nowhere to be scored has no
+    mean. A miss is an organ that label or prediction alone has, whatever the score.
     """
-    result = {}
-    for name, values in columns(rows, score).items():
-        finite = values[np.isfinite(values)]
-        low, high = metrics.bootstrap_interval(finite)
-        result[name] = {"mean": float(finite_mean(values)), "low": low, "high": high,
-                        "n": len(finite), "misses": int(np.isinf(values).sum())}
+    table, missed = columns(rows, score), columns(rows, "hd95_mm")
+    organs = [name for name in table if name not in MEANS]
+    drawn = metrics.bootstrap_means(np.stack([table[name] for name in organs], axis=1))
+    drawn = dict(zip(organs, drawn.T))                               # {organ: mean in each draw}
 
-    organs = [name for name in result if name not in MEANS]
+    result = {}
+    for name in organs:
+        finite = table[name][np.isfinite(table[name])]
+        low, high = metrics.bootstrap_interval(finite) if len(finite) > 1 else NO_INTERVAL
+        result[name] = {"mean": float(finite_mean(table[name])), "low": low, "high": high,
+                        "n": len(finite), "misses": int(np.isinf(missed[name]).sum())}
+
     others = [name for name in organs if name not in ("RA", "LA")]
     parts = {"AG": ["RA", "LA"], "AVG": organs, "AVG12": [*others, "AG"]}
-    for name in (name for name in parts if name in result):
+    for name in (name for name in parts if name in table):
         means = [result[part]["mean"] for part in parts[name]]
-        result[name]["mean"] = float(finite_mean(means))
-        result[name]["misses"] = sum(result[part]["misses"] for part in parts[name])
-        result[name]["organs"] = int(np.isfinite(means).sum())
-        result[name]["of"] = len(means)
+        drawn[name] = finite_mean([drawn[part] for part in parts[name]])
+        cases = int(np.isfinite(table[name]).sum())
+        low, high = NO_INTERVAL
+        if cases > 1:
+            low, high = np.nanquantile(drawn[name], [.025, .975]).tolist()
+        result[name] = {"mean": float(finite_mean(means)), "low": low, "high": high, "n": cases,
+                        "misses": sum(result[part]["misses"] for part in parts[name]),
+                        "organs": int(np.isfinite(means).sum()), "of": len(means)}
     return result
 
 
@@ -323,19 +363,26 @@ def interval_text(cell, digits):
     return f"{cell['low']:.{digits}f}-{cell['high']:.{digits}f}"
 
 
+def page_of(out):
+    """Return the path of an evaluation's page: OUT/index.html, unless that is a training run's."""
+    is_run = (out / "config.json").exists()
+    return out / ("evaluation.html" if is_run else "index.html")
+
+
 def clear(out):
-    """Remove the results of an earlier run: they belong to its predictions."""
-    for name in FILES:
-        (out / name).unlink(missing_ok=True)
+    """Remove the results of an earlier evaluation: they belong to its predictions."""
+    for path in (*(out / name for name in FILES), page_of(out)):
+        path.unlink(missing_ok=True)
 
 
 def write_results(out, rows, names, failed, facts, tolerance_mm):
     """Write cases.csv, table.md and, last, results.json; return the table."""
     clear(out)
-    runtime.atomic_write(out / "cases.csv", csv_text(rows).encode())
+    # names of files and organs may hold what is no UTF-8
+    runtime.atomic_write(out / "cases.csv", csv_text(rows).encode("utf-8", "backslashreplace"))
     scores = {score: summary(rows, score) for score in SCORES} if rows else {}
     text = table_text(scores, tolerance_mm) if rows else "no case was scored\n"
-    runtime.atomic_write(out / "table.md", text.encode())
+    runtime.atomic_write(out / "table.md", text.encode("utf-8", "backslashreplace"))
 
     scored = list(dict.fromkeys(row["case"] for row in rows))
     results = json.dumps({
@@ -362,13 +409,20 @@ def csv_text(rows):
 
 
 # ------------------------------------------------------------------------------------------ compare
+COMPARE_NOTE = """Means are over the n cases in which both have a Dice. AVG is the mean of a case's
+organs, so that it can be paired; in table.md it is the mean of the organs' means.
+"""
+
+
 def read_dice(folder):
     """Return {(key of the case, organ): Dice} of a folder's cases.csv; ValueError if unreadable."""
     scores = {}
     try:
         with open(Path(folder, "cases.csv"), newline="") as file:
-            for row in csv.DictReader(file):
-                place = case_key(row["case"]), organ(row["organ"])
+            rows = list(csv.DictReader(file))
+            codes_count = is_abdomen(row["organ"] for row in rows)
+            for row in rows:
+                place = case_key(row["case"]), organ(row["organ"], codes_count)
                 if place in scores:
                     raise ValueError(f"case {place[0]}, {place[1]} is there twice")
                 scores[place] = float(row["dice"])
@@ -379,7 +433,11 @@ def read_dice(folder):
 
 
 def compare(folders, out):
-    """Test the Dice of two result folders case by case, per organ; write and return compare.md."""
+    """Test the Dice of two result folders case by case, per organ; write and return compare.md.
+
+    A scan without the organ has a Dice where a side invented one, and none where it did not. So
+    it pairs with nothing, and is counted as a false alarm.
+    """
     first, second = (read_dice(folder) for folder in folders)
     common = [place for place in first if place in second]
     if not common:
@@ -390,8 +448,9 @@ def compare(folders, out):
         sides.append(columns(rows, "dice"))
 
     rows = [compared_row(name, sides[0][name], sides[1][name]) for name in sides[0]]
-    header = ["", "n", *folders, "difference", "95 % interval (paired bootstrap)", "p (Wilcoxon)"]
-    text = markdown(header, rows)
+    header = ["", "n", *folders, "difference", "95 % interval (paired bootstrap)", "p (Wilcoxon)",
+              "false alarms of each alone"]
+    text = markdown(header, rows) + "\n" + COMPARE_NOTE
     out.mkdir(parents=True, exist_ok=True)
     runtime.atomic_write(out / "compare.md", text.encode())
     alone = len(first) + len(second) - 2 * len(common)
@@ -401,11 +460,19 @@ def compare(folders, out):
 
 
 def compared_row(name, values, others):
-    """Return a column's cells in compare.md: n, both means, difference, its interval, p."""
+    """Return a column's cells in compare.md: n, means of these n cases, difference, its interval, p.
+
+    Last, in how many cases each side alone has a Dice: false alarms.
+    """
     test = metrics.paired_test(values, others)
-    means = [f"{float(finite_mean(side)):.3f}" for side in (values, others)]
+    there, there_too = np.isfinite(values), np.isfinite(others)
+    alarms = f"{(there & ~there_too).sum()}, {(there_too & ~there).sum()}"
     if not test["n"]:
-        return [name, 0, "-", "-", "-", "-", "-"]
-    interval = f"{test['low']:+.3f} to {test['high']:+.3f}"
+        return [name, 0, "-", "-", "-", "-", "-", alarms]
+    paired = there & there_too
+    means = [f"{side[paired].mean():.3f}" for side in (values, others)]
+    interval = "-"
+    if test["n"] > 1:
+        interval = f"{test['low']:+.3f} to {test['high']:+.3f}"
     return [name, test["n"], *means, f"{test['mean_difference']:+.3f}", interval,
-            f"{test['p']:.3g}"]
+            f"{test['p']:.3g}", alarms]

@@ -337,11 +337,14 @@ def prepare(image, affine, settings):
     ct = settings.modality == "ct"
     shape, _ = resampled_grid(*ras_grid(image.shape, affine), settings.spacing_mm)
     voxels = np.prod(shape, dtype=float)
-    limit = int(os.environ.get("SMIT_MAX_VOXELS", MAX_VOXELS))
-    if max(shape) > MAX_SIDE or voxels > limit:
-        allowed = f", or allow it with SMIT_MAX_VOXELS={voxels:.0f}"
-        raise ValueError(f"would be {shape} voxels at {settings.spacing_mm} mm; crop it, or "
-                         f"prepare it coarser{allowed if max(shape) <= MAX_SIDE else ''}")
+    limit = int(os.environ.get("SMIT_MAX_VOXELS", MAX_VOXELS))     # as the header's, nifti.py
+    if max(shape) > MAX_SIDE:
+        raise ValueError(f"would be {shape} voxels at {settings.spacing_mm} mm, more than "
+                         f"{MAX_SIDE} a side; crop it, or prepare it coarser")
+    if voxels > limit:
+        raise ValueError(f"would be {shape} voxels at {settings.spacing_mm} mm, more than "
+                         f"{limit}; crop it, prepare it coarser, or allow it with the "
+                         f"environment's SMIT_MAX_VOXELS={voxels:.0f}")
     image, affine = to_ras(image, affine)
     image, affine = resample(image, affine, settings.spacing_mm)
     threshold = 0. if ct else .05
@@ -377,7 +380,7 @@ def to_file_grid(logits, affine, file_shape, file_affine):
     for axis in range(3):
         side = logits.shape[1 + axis]
         place = index[axis, 3] + index[axis, axis] * np.arange(shape[axis])
-        inside = np.flatnonzero(np.abs(place - (side - 1) / 2) < (side + 1) / 2)
+        inside = np.flatnonzero((place > -1) & (place < side))
         first.append(int(inside[0]))
         size.append(len(inside))
 

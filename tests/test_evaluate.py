@@ -279,16 +279,103 @@ def test_bad_cases_are_told_before_the_first_prediction_and_by_check_alone(
     listing = tmp_path / "list.txt"
     listing.write_text(f"absent.nii.gz\n{first}\tno_label.nii.gz\n{second}\n")
     with pytest.raises(ValueError, match="2 problems:\n.*absent.nii.gz.*\n.*no_label.nii.gz"):
-        run("--weights", weights, "--data", listing, "--out", tmp_path / "out", "--check")
+        run("--weights", weights, "--data", listing, "--names", phantoms, "--out",
+            tmp_path / "out", "--check")
     assert not (tmp_path / "out").exists()
 
     capsys.readouterr()
     with pytest.raises(ValueError, match="2 of 3 cases failed: absent, phantom0000"):
-        run("--weights", weights, "--data", listing, "--out", tmp_path / "out")
+        run("--weights", weights, "--data", listing, "--names", phantoms,
+            "--out", tmp_path / "out")
 
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(told) >= 2 and "absent.nii.gz" in told[-2] and "no_label.nii.gz" in told[-1]
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2  # an image whose label is bad, too
+
+
+def listed(phantoms, path, cases=(0,)):
+    """Write a text list of phantoms and their labels, which names no organs."""
+    folder = phantoms.parent
+    path.write_text("".join(f"{folder}/imagesTr/phantom000{n}.nii.gz\t"
+                            f"{folder}/labelsTr/phantom000{n}.nii.gz\n" for n in cases))
+    return path
+
+
+def test_labels_that_no_name_can_match_are_refused_before_the_first_prediction(
+        weights, phantoms, tmp_path, capsys):
+    listing = listed(phantoms, tmp_path / "list.txt", (0, 1))
+    flags = ["--weights", weights, "--data", listing, "--out", tmp_path / "out"]
+    for more in ([], ["--check"]):
+        with pytest.raises(ValueError, match=r"list.txt: no names for its numbers, .* --names$"):
+            run(*flags, *more)
+    assert not list(tmp_path.glob("out/*.nii.gz"))
+    for name in (tmp_path / "gone.jsn", listing):
+        with pytest.raises(ValueError, match="no such file|names no organ"):
+            run(*flags, "--names", name)
+
+    run(*flags, "--names", phantoms)
+    assert {row["organ"] for row in rows(tmp_path / "out")} == set(phantom.ORGANS)
+    assert len(json.loads((tmp_path / "out/results.json").read_text())["cases"]) == 2
+
+
+def test_names_can_be_given_to_a_network_that_has_none(weights, phantoms, tmp_path):
+    state = runtime.load_checkpoint(weights)
+    state["config"]["labels"] = {}
+    runtime.save_checkpoint(tmp_path / "nameless.pt", state)
+    flags = ["--weights", tmp_path / "nameless.pt", "--data", phantoms, "--check"]
+    with pytest.raises(ValueError, match="nameless.pt: no names for its numbers"):
+        run(*flags)
+    run(*flags, "--names", phantoms)
+
+
+def test_what_is_odd_about_headers_is_told_of_all_files_before_the_first_prediction(
+        weights, phantoms, tmp_path, capsys):
+    source = nib.load(phantoms.parent / "imagesTr" / "phantom0000.nii.gz")
+    source.set_sform(source.affine, 0)
+    source.set_qform(source.affine, 0)
+    for name in "abc":
+        nib.save(source, tmp_path / f"{name}.nii.gz")
+    run("--weights", weights, "--data", tmp_path, "--out", tmp_path / "out")
+    told = [line for line in capsys.readouterr().err.splitlines() if "are unknown" in line]
+    assert len(told) == 1 and "a.nii.gz: left and right" in told[0]
+    assert "[2 more: b.nii.gz, c.nii.gz]" in told[0]
+
+
+def test_a_list_of_another_modality_than_the_networks_is_told(weights, phantoms, tmp_path, capsys):
+    content = {"modality": {"0": "MRI"},
+               "validation": [str(phantoms.parent / "imagesTr" / "phantom0000.nii.gz")]}
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    run("--weights", weights, "--data", tmp_path / "list.json", "--out", tmp_path / "out")
+    assert "list.json: the list says MR, and it is read as CT" in capsys.readouterr().err
+
+
+def test_an_output_that_is_not_finite_is_one_failed_case(weights, phantoms, tmp_path, monkeypatch):
+    segmented = inference.segment
+
+    def segment_all_but_one(nets, image, **settings):
+        if "phantom0001" in str(image):
+            raise ValueError("the network's output is not finite")
+        return segmented(nets, image, **settings)
+
+    monkeypatch.setattr(inference, "segment", segment_all_but_one)
+    listing = listed(phantoms, tmp_path / "list.txt", (0, 1))
+    with pytest.raises(ValueError, match="1 of 2 cases failed: phantom0001"):
+        run("--weights", weights, "--data", listing, "--names", phantoms,
+            "--out", tmp_path / "out")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["cases"] == ["phantom0000"] and "not finite" in results["failed"]["phantom0001"]
+
+
+def test_an_evaluation_leaves_the_files_of_the_run_whose_folder_it_is_in(
+        weights, phantoms, tmp_path):
+    shutil.copytree(weights.parent, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()
+              if not path.name.startswith(".")}
+    assert {"index.html", "overlay.svg", "config.json"} <= before.keys()
+    run("--weights", weights, "--data", phantoms, "--out", tmp_path / "run")
+    for name, content in before.items():
+        assert (tmp_path / "run" / name).read_bytes() == content, name
+    assert "Segmentation." not in (tmp_path / "run/evaluation.html").read_text()
 
 
 def test_cases_named_alike_are_told_apart_by_their_folders(weights, phantoms, tmp_path, capsys):

@@ -363,7 +363,31 @@ def test_splits_final_json_gives_the_folds(tmp_path):
 
     (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))
     with pytest.raises(ValueError, match="splits_final.json: fold 0 leaves cases of the list out"):
-        data.read_list(path)
+        samples.fold_split(data.read_list(path), 0, 5)
+
+
+@pytest.mark.parametrize("splits", [
+    '[{"train": ["a"], "val": ["b"]}, {"train": ["a"], "val": ["b"]}]',      # drawn with repetition
+    "[", '[{"train": [[]], "val": 3}]'])
+def test_splits_that_are_no_folds_stop_who_asks_for_a_fold_and_nobody_else(splits, tmp_path):
+    path = write_list(tmp_path, **NNUNET)
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/b_0000.nii.gz")
+    (tmp_path / "splits_final.json").write_text(splits)
+    cases, problems = data.read_lists([path])
+    assert len(cases) == 2 and not problems
+    with pytest.raises(ValueError, match="splits_final.json: .*move it away to have folds made"):
+        samples.fold_split(cases, 0, 2)
+
+
+def test_splits_final_json_names_cases_whatever_their_files_are_called(tmp_path):
+    files = {name: {"images": [f"f/{name}_img.nii.gz"], "label": f"f/{name}_seg.nii.gz"}
+             for name in "ab"}
+    path = write_list(tmp_path, **NNUNET, dataset=files)
+    splits = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
+    (tmp_path / "splits_final.json").write_text(json.dumps(splits))
+    train, held_back = samples.fold_split(data.read_list(path), 0, 5)
+    assert names_of(train, tmp_path) == ["f/a_img.nii.gz"]
+    assert names_of(held_back, tmp_path) == ["f/b_img.nii.gz"]
 
 
 # ----------------------------------------------------------------------------------------- identity
@@ -463,3 +487,49 @@ def test_an_empty_file_and_one_packed_twice_are_named_so(tmp_path):
     (tmp_path / "twice.nii.gz").write_bytes(gzip.compress(gzip.compress(bytes(1000))))
     with pytest.raises(data.BadVolume, match="is packed twice, which gunzip"):
         data.cases.read_header(tmp_path / "twice.nii.gz")
+
+
+# ---------------------------------------------------------------------------- splits to validate on
+def find_cases(path, *flags):
+    """The names of cases to train on and of those held back, as finetune.py finds them."""
+    args = finetune.parse_arguments(["--data", str(path), *flags])
+    return [[os.path.basename(case["image"]) for case in part]
+            for part in labelled.find_cases(args, args.data)[:2]]
+
+
+def test_the_test_files_of_nnunet_can_be_validated_on(tmp_path):
+    path = write_list(tmp_path, **NNUNET)
+    for part, names in (("Tr", "ab"), ("Ts", "t")):
+        for name in names:
+            touch(tmp_path, f"images{part}/{name}_0000.nii.gz", f"labels{part}/{name}.nii.gz")
+    train, held_back = find_cases(path, "--val_key", "test")
+    assert held_back == ["t_0000.nii.gz"] and train == ["a_0000.nii.gz", "b_0000.nii.gz"]
+
+    moved = write_list(tmp_path / "jsons", **NNUNET)
+    assert not data.has_split(moved, "test") and data.has_split(moved, "test", tmp_path)
+    named = write_list(tmp_path, "named.json", **NNUNET, test=[])
+    assert not data.has_split(named, "test") and data.has_split(named, "training")
+
+
+def test_a_val_key_that_no_list_has_is_refused_and_a_random_share_is_told(tmp_path, capsys):
+    path = write_list(tmp_path, training=["a.nii", "b.nii"], val=["c.nii"], validation=[])
+    with pytest.raises(ValueError, match="no cases under 'validaton', the --val_key; the keys "
+                                         "with cases are 'training', 'val'; name one"):
+        find_cases(path, "--val_key", "validaton")
+    assert find_cases(path, "--val_key", "val")[1] == ["c.nii"]
+    assert "random" not in capsys.readouterr().err
+
+    assert len(find_cases(path)[1]) == 1
+    told = capsys.readouterr().err
+    assert "no list has cases under 'validation': 1 of 2, drawn at random" in told
+    (tmp_path / "list.txt").write_text("a.nii\tl.nii\n")
+    with pytest.raises(ValueError, match="the --val_key; no key has cases"):
+        find_cases(tmp_path / "list.txt", "--val_key", "test")
+
+
+def test_a_name_that_is_no_utf_8_is_refused_as_that(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.nii.gz")).touch()
+    with pytest.raises(ValueError, match=r"caf.udce9.nii.gz' is no UTF-8 .* rename the file"):
+        data.read_list(tmp_path)
+    with pytest.raises(ValueError, match="holds control characters"):
+        data.read_list(write_list(tmp_path, training=["a\tb.nii"]))

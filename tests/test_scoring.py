@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import evaluate
 from smit import metrics, phantom, scoring
 from smit.data import concerns, organs
+from smit.figures import canvas, report
 
 AFFINE = np.diag([2.0, 2, 2, 1])
 
@@ -284,3 +286,111 @@ def test_two_results_are_compared_whatever_prefix_their_cases_have(tmp_path):
     text = scoring.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
 
     assert "| right adrenal gland | 3 | 0.600 | 0.600 | +0.000 |" in text
+
+
+# ------------------------------------------------------------------------ whose names, and of which
+def test_names_that_name_nothing_are_refused(tmp_path):
+    save(tmp_path / "label/a.nii.gz", blocks(1, 2))
+    save(tmp_path / "pred/a.nii.gz", blocks(2, 1))       # perfect, by the names beside it
+    name_numbers(tmp_path / "label", liver=1, spleen=2)
+    name_numbers(tmp_path / "pred", liver=2, spleen=1)
+    name_numbers(tmp_path / "none")
+    (tmp_path / "names.txt").write_text("liver\n")
+    for flag, why in (("none/dataset.json", "names no organ"), ("names.txt", "names no organ"),
+                      ("gone.jsn", "no such file"), ("gone.json", "no such file")):
+        with pytest.raises(ValueError, match=why):
+            score(tmp_path, "--names", tmp_path / flag)
+
+
+def test_predictions_below_a_data_set_are_not_numbered_as_it_is(tmp_path):
+    save(tmp_path / "labelsTr/a.nii.gz", blocks(1, 2))
+    save(tmp_path / "totalseg/a.nii.gz", blocks(5, 1))   # perfect, in numbers of its own
+    name_numbers(tmp_path, liver=1, spleen=2, aorta=5)
+    for side, folder in (("label", "labelsTr"), ("pred", "totalseg")):
+        (tmp_path / side).symlink_to(tmp_path / folder)
+    with pytest.raises(ValueError, match="pred: no names for its numbers.* --names"):
+        score(tmp_path)
+
+    name_numbers(tmp_path / "totalseg", liver=5, spleen=1)
+    rows, _ = score(tmp_path)
+    assert [row["dice"] for row in rows if row["organ"] != "aorta"] == ["1", "1"]
+
+
+def test_two_numbers_of_one_organ_are_refused_before_any_scoring(tmp_path):
+    for side in ("label", "pred"):
+        save(tmp_path / side / "a.nii.gz", blocks(1))
+    name_numbers(tmp_path / "label", liver=1)
+    name_numbers(tmp_path / "pred", liver=1, Liver=2)
+    with pytest.raises(ValueError, match="pred: labels 1 and 2 are both liver"):
+        score(tmp_path)
+
+
+def test_a_case_that_is_rightly_all_background_is_no_failure_without_names(tmp_path):
+    for side in ("label", "pred"):
+        save(tmp_path / side / "a.nii.gz", blocks(0, 0))
+        save(tmp_path / side / "b.nii.gz", blocks(1, 0))
+    rows, results = score(tmp_path)
+    assert [(row["case"], row["organ"], row["dice"]) for row in rows] == [
+        ("a", "label 1", "nan"), ("b", "label 1", "1")]
+    assert results["failed"] == {} and results["cases"] == ["a", "b"]
+
+
+def test_all_files_of_one_oddity_are_named_in_one_line(tmp_path, capsys):
+    for name in "abc":
+        save(tmp_path / f"label/{name}.nii.gz", blocks(0, 0))
+        save(tmp_path / f"pred/{name}.nii.gz", blocks(0, 1))
+        image = nib.load(tmp_path / f"label/{name}.nii.gz")
+        image.set_sform(AFFINE, 0)
+        image.set_qform(AFFINE, 0)
+        for side in ("label", "pred"):
+            voxels = np.asarray(nib.load(tmp_path / side / f"{name}.nii.gz").dataobj)
+            nib.save(nib.Nifti1Image(voxels, None, image.header), tmp_path / f"{side}/{name}.nii.gz")
+    score(tmp_path)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and all(line.startswith("warning: ") for line in told)
+    by_kind = {"empty" if "the label is empty" in line else "unknown": line for line in told}
+    assert "[2 more: b.nii.gz, c.nii.gz]" in by_kind["empty"]
+    assert "left and right are unknown" in by_kind["unknown"] and "[5 more: " in by_kind["unknown"]
+
+
+def test_predictions_without_a_label_are_told(tmp_path, capsys):
+    for name in "abcde":
+        save(tmp_path / f"pred/{name}.nii.gz", blocks(1))
+    save(tmp_path / "label/a.nii.gz", blocks(1))
+    score(tmp_path)
+    told = capsys.readouterr().err
+    assert "pred: 4 files not scored, for want of a label in" in told
+    assert "b.nii.gz, c.nii.gz, d.nii.gz, ..." in told
+
+
+def test_names_that_are_no_utf_8_end_no_run(tmp_path, capsys):
+    odd, name = os.fsdecode(b"caf\xe9.nii.gz"), os.fsdecode(b"f\xfcr.nii.gz")
+    for side in ("label", "pred"):
+        save(tmp_path / side / odd, blocks(1))
+    save(tmp_path / "label" / name, blocks(1))           # its prediction is missing, which is told
+    with pytest.raises(ValueError, match="1 of 2 cases failed"):
+        score(tmp_path)
+    with open(tmp_path / "out/cases.csv", encoding="utf-8", newline="") as file:
+        assert [row["case"] for row in csv.DictReader(file)] == ["caf\\udce9"]
+    results = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
+    assert results["n"] == 1 and (tmp_path / "out/index.html").is_file()
+    assert "f\\udcfcr.nii.gz: has no prediction" in capsys.readouterr().out
+
+
+def test_an_evaluation_in_a_runs_folder_leaves_the_runs_page_and_shows_its_own_pictures(tmp_path):
+    for side in ("label", "pred"):
+        save(tmp_path / side / "a.nii.gz", blocks(1))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    canvas.write_svg(out / "overlay.svg", 9, 9, [canvas.text(0, 0, "the run's")])
+    report.run_page(out, {}, "Fine-tuning")
+    before = (out / "index.html").read_bytes()
+    for _ in "12":
+        score(tmp_path)
+        assert (out / "index.html").read_bytes() == before
+        page = (out / "evaluation.html").read_text()
+        assert "best of 1" in page and "the run&#x27;s" not in page
+
+    report.run_page(out, {}, "Fine-tuning")              # nor does the run show the evaluation's
+    assert (out / "index.html").read_bytes() == before

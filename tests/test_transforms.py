@@ -229,3 +229,30 @@ def test_a_prepared_volume_does_not_depend_on_the_number_of_threads():
         made.append(T.resample(volume, np.diag([.8, .8, 1.1, 1]), (1.5, 1.5, 2))[0])
     torch.set_num_threads(threads)
     assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+def test_the_voxels_that_are_allowed_are_allowed_after_resampling_too(monkeypatch):
+    volume, settings = torch.randn(8, 9, 10) * 100, T.Preparation((.75, 1., 1.5))
+    monkeypatch.setenv("SMIT_MAX_VOXELS", "5759")
+    with pytest.raises(ValueError, match="more than 5759; .* SMIT_MAX_VOXELS=5760"):
+        T.prepare(volume, SCALE, settings)
+    monkeypatch.setenv("SMIT_MAX_VOXELS", "5760")
+    assert T.prepare(volume, SCALE, settings)[0].numel() <= 5760
+
+    monkeypatch.setattr(T, "MAX_VOXELS", 5759)           # a limit that is raised counts
+    assert T.prepare(volume, SCALE, settings)[0].numel()
+
+
+def test_at_45_degrees_rounding_does_not_choose_the_axes():
+    c, nudge = np.sqrt(.5), 1e-7
+    for about in range(3):
+        one, other = (way for way in range(3) if way != about)
+        turn = np.eye(4)
+        turn[one, one], turn[other, other], turn[one, other], turn[other, one] = c, c, -c, c
+        more, less = turn.copy(), turn.copy()
+        more[one, one] += nudge
+        more[other, other] += nudge
+        less[one, one] -= nudge
+        less[other, other] -= nudge
+        assert T.ras_axes(turn) == T.ras_axes(more) == T.ras_axes(less)
+        assert T.ras_axes(turn)[0] == (0, 1, 2)

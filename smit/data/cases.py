@@ -117,8 +117,8 @@ def same_grid(one, two):
     Their axes may run differently.
     """
     (shape, affine), (other_shape, other) = ras_grid(*one), ras_grid(*two)
-    apart_mm = np.abs((affine - other)[:3]) @ [*shape, 1]            # in the farthest corner
-    return shape == other_shape and apart_mm.max() <= CORNER * spacing_of(affine).min()
+    bound_mm = np.abs((affine - other)[:3]) @ [*shape, 1]            # no corner lies further apart
+    return shape == other_shape and bound_mm.max() <= CORNER * spacing_of(affine).min()
 
 
 def describe_grid(shape, affine):

@@ -8,24 +8,40 @@ import os
 import numpy as np
 
 from smit.data import concerns, samples
-from smit.data.cases import cached, cached_with_concerns, check_cases, preparation_of
-from smit.data.lists import has_split, label_names, lists_labels
+from smit.data.cases import (
+    cached, cached_with_concerns, check_cases, preparation_of, tell_of_all)
+from smit.data.lists import has_split, label_names, lists_labels, split_keys
 from smit.data.lists import read_lists as read_all
 from smit.settings import require
+
+VAL_KEY = "validation"                 # default of --val_key, which a list may lack
 
 
 def read_lists(args, sources):
     """Read all lists: (cases of --key, cases of --val_key where a list has it, what is wrong).
 
-    ValueError for a folder without a dataset.json and for a single image, which name no labels.
+    A --val_key that is not the default and is in no list is wrong. ValueError for a folder without
+    a dataset.json and for a single image, which name no labels.
     """
     for path in sources:
         require(lists_labels(path), f"{path}: names no labels; give a dataset.json, or a text list "
                                     "with an image and its label on a line")
     cases, problems = read_all(sources, args.key, args.data_root, args.modality)
-    with_val_key = [path for path in sources if has_split(path, args.val_key)]
+    with_val_key = [path for path in sources if has_split(path, args.val_key, args.data_root)]
+    if not with_val_key and args.val_key != VAL_KEY:
+        problems.append(missing_val_key(args, sources))
     listed, more_problems = read_all(with_val_key, args.val_key, args.data_root, args.modality)
     return cases, listed, problems + more_problems
+
+
+def missing_val_key(args, sources):
+    """Say that no list has the cases of --val_key, and which keys there are."""
+    keys = []
+    for path in sources:
+        keys += [key for key in split_keys(path, args.data_root) if key not in keys]
+    there = f"the keys with cases are {', '.join(map(repr, keys))}" if keys else "no key has cases"
+    return (f"{', '.join(map(str, sources))}: no cases under {args.val_key!r}, the --val_key; "
+            f"{there}; name one of them, or drop the flag to have a share held back")
 
 
 def split_cases(args, cases, listed):
@@ -36,7 +52,11 @@ def split_cases(args, cases, listed):
         return samples.fold_split(cases, args.fold, args.folds)
     if listed:
         return cases, listed
-    return samples.random_split(cases, math.ceil(args.val_fraction * len(cases)), args.seed)
+    held_back = math.ceil(args.val_fraction * len(cases))
+    if held_back:
+        concerns.note(f"no list has cases under {args.val_key!r}: {held_back} of {len(cases)}, "
+                      "drawn at random, are held back, by --val_fraction")
+    return samples.random_split(cases, held_back, args.seed)
 
 
 def organ_names(sources):
@@ -94,7 +114,7 @@ def prepare_cases(args, train, held_back, num_classes, ranks):
     check_cases(train + held_back, True, workers=args.workers)     # by the headers: a moment
     share = (train + held_back)[ranks.rank::ranks.world]
     check_cases(share, load=prepare)
-    concerns.tell(odd)
+    tell_of_all(odd, ranks)
 
     missing = [organ for organ, found in enumerate(ranks.agree(*seen)) if not found]
     if missing and ranks.is_main:

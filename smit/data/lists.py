@@ -40,20 +40,21 @@ class WalkedCase(dict):
     """
 
 
-def read_list(path, key="training", data_root=None):
+def read_list(path, key="training", data_root=None, modality=None):
     """Read the cases of one source: [{"image": path, "label": path or None}], absolute paths.
 
     Folder    its dataset.json, if it holds one; else every NIfTI file below it, naturally sorted,
               without labels and hidden files
     JSON      of MSD, MONAI or nnU-Net; `key` names the split; a case has a "fold", too, if the
-              list gives it one
+              list gives it one, and a "fold_problem" if the folds beside the list are faulty
     text      one image a line, then a tab or comma and its label, if any; # starts a comment
     A NIfTI file is a case by itself. Relative paths begin at `data_root`, or at the list's folder.
+    Prints what is odd about the list, such as a modality that is not `modality`.
 
     ValueError, a line each, for anything else, for relative paths that climb out of that folder,
     and for a case listed twice.
     """
-    cases, problems = read_lists([path], key, data_root)
+    cases, problems = read_lists([path], key, data_root, modality)
     if problems:
         raise ValueError("\n".join(problems))
     return cases
@@ -118,7 +119,7 @@ def root_of(path, data_root=None):
 def read_entries(path, key, data_root=None, modality=None):
     """Read one source: (path of the list, its entries).
 
-    An entry is a dict of image, label and fold, not yet trusted.
+    An entry is a dict of image, label, fold and the like, not yet trusted.
     """
     inside = os.path.join(path, "dataset.json")
     if os.path.isdir(path) and os.path.isfile(inside):
@@ -159,9 +160,13 @@ def make_case(path, entry, root):
     if entry["image"] is None and entry.get("keys"):
         raise ValueError(f"{path}: a case has the keys {str(entry.get('keys'))[:200]}; name its "
                          "file 'image', and its label 'label'")
-    if not all(isinstance(name, str) and re.fullmatch(PRINTABLE, name) for name in names):
+    if not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{path}: {str(names)[:200]!r} is no path of one image (one channel), or "
                          "two; repair it")
+    for name in names:
+        if not re.fullmatch(PRINTABLE, name):
+            raise ValueError(f"{path}: the name {name[:200]!r} is no UTF-8 or holds control "
+                             "characters, so it cannot be printed; rename the file or folder")
 
     names = [resolve(path, name, root) for name in names]
     if len(names) == 2 and names[0] == names[1]:
@@ -170,8 +175,9 @@ def make_case(path, entry, root):
     label = names[1] if len(names) > 1 else None
     kind = WalkedCase if os.path.isdir(path) else dict
     case = kind(image=image, label=label)
-    if entry.get("fold") is not None:
-        case["fold"] = entry["fold"]
+    for name in ("fold", "fold_problem"):
+        if entry.get(name) is not None:
+            case[name] = entry[name]
     return case
 
 
@@ -388,7 +394,7 @@ def nnunet_entries(path, content, key, root):
     if names and not cases:
         raise ValueError(f"{images}: none of its {len(names)} files is named CASE{suffix}, as "
                          f"nnU-Net has them; rename them, or name them under {key!r} in {path}")
-    entries = [{"image": f"{images}/{case}{suffix}"} for case in cases]
+    entries = [{"image": f"{images}/{case}{suffix}", "case": case} for case in cases]
     if os.path.isdir(labels):
         for entry, case in zip(entries, cases):
             entry["label"] = f"{labels}/{case}{ending}"
@@ -404,7 +410,7 @@ def nnunet_entry(path, name, files):
     if not isinstance(images, list) or len(images) != 1:
         raise ValueError(f"{path}: case {name[:200]!r} under 'dataset' has not one image (one "
                          "channel); repair it")
-    return {"image": images[0], "label": files.get("label")}
+    return {"image": images[0], "label": files.get("label"), "case": name}
 
 
 def nnunet_folders(root, key):
@@ -425,14 +431,14 @@ def visible(folder):
 def with_folds(path, entries):
     """Give entries the folds of a splits_final.json beside the list [nnU-Net].
 
-    Its k-th part holds back the cases under "val" and trains on all others. ValueError if it does
-    not.
+    Its k-th part holds back the cases under "val" and trains on all others. If it does not, each
+    entry gets a "fold_problem" in place of a fold: whoever wants no folds can read the list.
     """
     splits_path = os.path.join(os.path.dirname(path), "splits_final.json")
     images = [entry["image"] for entry in entries]
     if not os.path.isfile(splits_path) or not all(isinstance(image, str) for image in images):
         return entries
-    names = [stem(image).removesuffix("_0000") for image in images]
+    names = [entry.get("case") or stem(entry["image"]).removesuffix("_0000") for entry in entries]
     folds = {}
     try:
         for fold, split in enumerate(json.loads(read_text(splits_path))):
@@ -442,8 +448,8 @@ def with_folds(path, entries):
                                  "another fold")
             folds.update(dict.fromkeys(split["val"], fold))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{splits_path}: {error}; repair it, or move it away to have folds "
-                         "made") from None
+        problem = f"{splits_path}: {error}; repair it, or move it away to have folds made"
+        return [{**entry, "fold_problem": problem} for entry in entries]
     return [{**entry, "fold": folds.get(name)} for name, entry in zip(names, entries)]
 
 
@@ -453,7 +459,8 @@ def list_concerns(path, content, entries, key, root, modality=None):
     listed = list_modality(content)
     if modality and listed and listed != modality:
         what = f"the list says {listed.upper()}, and it is read as {modality.upper()}"
-        found.append(Concern(path, what, "", f"use --modality {listed}, or correct the list"))
+        found.append(Concern(path, what, "", f"use --modality {listed}, or a network trained with "
+                             "it, or correct the list"))
     number = content.get("numTraining")
     if key == "training" and isinstance(number, int) and number != len(entries):
         found.append(Concern(path, "numTraining is not the number of cases",
@@ -530,15 +537,37 @@ def columns_of(path, line):
 
 
 # -------------------------------------------------------------------------------- names, modalities
-def has_split(path, key):
+def has_split(path, key, data_root=None):
     """Return whether a list is a JSON with cases under this key. `read_lists` tells its faults."""
+    path, content = json_of(path)
+    if content.get(key) is not None:
+        return bool(content[key])
+    return key in nnunet_keys(content) and has_files(content, key, root_of(path, data_root))
+
+
+def split_keys(path, data_root=None):
+    """Return the keys under which a list has cases, [] for a source that is no JSON."""
+    _, content = json_of(path)
+    return [key for key in case_keys(content) if has_split(path, key, data_root)]
+
+
+def json_of(path):
+    """Return (path of a source's JSON list, its content), {} for one that cannot be read."""
     path = str(path)
     if os.path.isdir(path):
         path = os.path.join(path, "dataset.json")
     try:
-        return path.lower().endswith(".json") and bool(read_json(path).get(key))
+        return path, read_json(path) if path.lower().endswith(".json") else {}
     except ValueError:
-        return False
+        return path, {}
+
+
+def has_files(content, key, root):
+    """Return whether there are files for a split of nnU-Net's, whose lists name no cases."""
+    if key == "training" and isinstance(content.get("dataset"), dict):
+        return bool(content["dataset"])
+    images, _ = nnunet_folders(root, key)
+    return bool(visible(images))
 
 
 def lists_labels(path):

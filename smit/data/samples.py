@@ -70,7 +70,7 @@ def micro_batches(first, last, micro, rank=0, world=1):
 def published_split(cases, name):
     """Split BTCV cases by the numbers in their images' names: (train, held back).
 
-    ValueError if a case that is to be held back lacks.
+    ValueError if a case that is to be held back is missing.
     """
     train, held_back = [], []
     for case in cases:
@@ -288,8 +288,9 @@ def random_voxel(mask, rng):
     counts = np.count_nonzero(mask, axis=(1, 2)).cumsum()            # up to and with each plane
     chosen = int(torch.randint(int(counts[-1]), (), generator=rng))
     plane = int(np.searchsorted(counts, chosen, "right"))
-    in_plane = chosen - counts[plane]                    # negative: from the plane's end
-    return plane, *np.argwhere(mask[plane])[in_plane].tolist()
+    places = np.argwhere(mask[plane])
+    before = counts[plane] - len(places)                             # in the planes before
+    return plane, *places[chosen - before].tolist()
 
 
 def labelled_start(label, size, rng):

@@ -1,4 +1,4 @@
-"""Write the page of a run: index.html, which a browser shows by itself [ours].
+"""Write the page of a run or an evaluation, which a browser shows by itself [ours].
 
 The page holds its pictures, no script and no address: it may be copied alone. Reading order: what
 the pictures and numbers mean, parts of a page, the page.
@@ -27,7 +27,9 @@ PANELS = {  # pictures of volumes, in the order of the page: name and what to se
     "overlay": (
         "Segmentation",
         "Outlines of the label and, after the first validation, of the prediction. The legend has "
-        "each organ's Dice in the whole volume."),
+        "each organ's Dice in the whole volume.")}
+
+CASE_PANELS = {  # the same of an evaluation, which may lie in a run's folder
     "worst": ("Worst case", "The case of the lowest mean Dice: look for what went wrong."),
     "median": ("Median case", "The case in the middle: this is what to expect."),
     "best": ("Best case", "The case of the highest mean Dice.")}
@@ -151,10 +153,10 @@ def figure_html(svg_path, name, caption):
     return f"<figure>{svg}<figcaption>{name}{escaped(caption)}</figcaption></figure>"
 
 
-def panels_html(folder):
-    """Show the pictures of volumes that a folder has."""
+def panels_html(folder, panels):
+    """Show those of `panels`, PANELS or CASE_PANELS, that a folder has."""
     figures = []
-    for stem, (name, caption) in PANELS.items():
+    for stem, (name, caption) in panels.items():
         path = Path(folder, f"{stem}.svg")
         if path.exists():
             figures.append(figure_html(path, name, caption))
@@ -174,8 +176,8 @@ def charts_html(folder):
 
 
 # -------------------------------------------------------------------------------------------- page
-def write_page(folder, title, sections, settings):
-    """Write folder/index.html: {heading: HTML} under each other, then the settings [ours].
+def write_page(path, title, sections, settings):
+    """Write an HTML file: {heading: HTML} under each other, then the settings [ours].
 
     A section whose HTML is empty is left out.
     """
@@ -188,4 +190,4 @@ def write_page(folder, title, sections, settings):
     head = f'<meta charset="utf-8"/><title>{escaped(title)}</title><style>{STYLE}</style>'
     html = ('<!DOCTYPE html>\n<html lang="en"><head>' + head + "</head>\n<body>\n"
             + "\n".join(parts) + "\n</body></html>\n")
-    atomic_write(Path(folder, "index.html"), html.encode("utf-8", "replace"))
+    atomic_write(path, html.encode("utf-8", "replace"))

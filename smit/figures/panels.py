@@ -30,6 +30,9 @@ HOT = (0, 0, 0), (70, 10, 115), (190, 45, 85), (250, 150, 40), (255, 255, 200)  
 ORGAN_COLORS = [tuple(bytes.fromhex(color)) for color in (
     "f0b400 ff69b4 a578ff 00a578 3cc3ff e1ff00 7800ff ff5a00 1e69c3 a54b3c 69ffff c30096 00e187"
 ).split()]
+# When all 13 are taken they begin anew, mixed with black (below 0) or white. So 130 organs differ
+# (TotalSegmentator has 117), and none is as dark as what it is drawn on.
+SHADES = 0, -0.5, 0.5, -0.25, 0.25, -0.6, 0.65, -0.375, 0.375, -0.15
 
 
 # ------------------------------------------------------------------------------------------ planes
@@ -221,8 +224,8 @@ def mse_text(errors):
 def label_colors(names):
     """Return (256, 3) uint8, a colour for each label of {number: organ}.
 
-    BTCV's organs have their 13 colours in every data set. Other organs have darker ones, or the 13
-    where the data set has none of BTCV's.
+    BTCV's organs have their 13 colours in every data set. Other organs have shades of them, or the
+    13 where the data set has none of BTCV's.
     """
     numbers_of_organs = {organ: number for number, organ in enumerate(organs.CODES)}
     fixed = {}
@@ -238,9 +241,15 @@ def label_colors(names):
         else:
             number = free
             free += 1
-        # every thirteen organs the colours begin anew, half as light
-        table[label] = np.right_shift(ORGAN_COLORS[number % 13], number // 13)
+        table[label] = mixed(ORGAN_COLORS[number % 13], SHADES[number // 13 % len(SHADES)])
     return table
+
+
+def mixed(color, share):
+    """Mix a colour with this share of white, or, if it is below 0, of black."""
+    color = np.array(color)
+    ground = 255 if share > 0 else 0
+    return color + np.floor(abs(share) * (ground - color)).astype(int)
 
 
 def edges(labels, width=2):

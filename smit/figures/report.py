@@ -35,9 +35,9 @@ def run_page(out, config, title, expected=()):
     if config.get("total") and "step" in numbers:
         facts["Steps done"] = f"{numbers['step']:.0f} of {config['total']}"
 
-    page.write_page(out, title, {
+    page.write_page(out / "index.html", title, {
         "Last numbers": page.facts_html(facts) if facts else "<p>No step has been logged yet.</p>",
-        "Pictures": page.panels_html(out),
+        "Pictures": page.panels_html(out, page.PANELS),
         "Curves": page.charts_html(out)}, config)
 
 
@@ -107,9 +107,10 @@ def finetuning_report(out, config, image=None, label=None, pred=None, case=None)
 
 # -------------------------------------------------------------------------------------- evaluation
 def evaluation_report(out, cases, rows, names, facts):
-    """Write OUT/index.html with scores and the cases of worst, median and best mean Dice [ours].
+    """Write a page with scores and the cases of worst, median and best mean Dice [ours].
 
-    All arguments are as evaluate.py has them.
+    It is OUT/index.html, or beside a run's page OUT/evaluation.html. All arguments are as
+    evaluate.py has them.
     """
     mean_dice = mean_dice_of_cases(rows)
     ranked = sorted(mean_dice, key=mean_dice.get)
@@ -125,10 +126,10 @@ def evaluation_report(out, cases, rows, names, facts):
         title = f"{name}, {rank} of {len(ranked)}, mean Dice {mean_dice[name]:.3f}"
         case_panel(out / f"{rank}.svg", by_name[name], names, facts, title)
 
-    page.write_page(out, "Evaluation", {
+    page.write_page(scoring.page_of(out), "Evaluation", {
         "Scores": scores_html(rows) if rows else "<p>No case was scored.</p>",
         "Cases": cases_html(rows, ranked, mean_dice) if ranked else "",
-        "Pictures": page.panels_html(out)}, facts)
+        "Pictures": page.panels_html(out, page.CASE_PANELS)}, facts)
 
 
 def mean_dice_of_cases(rows):
@@ -224,6 +225,7 @@ def case_panel(path, case, names, facts, title):
 def scaled_image(path, facts):
     """Read an image, its axes along R, A, S and its values in [0, 1] as training has them."""
     image, affine = data.read_volume(path)
+    image += facts.get("hu_offset", 0)
     if facts["modality"] == "ct":
         image = transforms.window_hu(image, *facts["hu_window"])
     else:
