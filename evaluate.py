@@ -40,6 +40,11 @@ def load_networks(paths, device):
     return nets
 
 
+def digest_of(path):
+    """Return the SHA-256 of a file, in hexadecimal digits; "" where there is none to read."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
+
+
 def class_names(config, names_path=None):
     """Name a network's classes, {number: organ}: as its run did, or as the JSON --names does.
 
@@ -156,9 +161,11 @@ def predict_all(args, device):
     What failed is {case: reason}; facts are what results.json records. ValueError before the first
     prediction if labels could not be scored for want of names.
     """
+    digests = [digest_of(path) for path in args.weights]
     nets = load_networks(args.weights, device)
-    # now: a run that goes on may replace its best.pt
-    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in args.weights]
+    # a run that goes on may have replaced its best.pt meanwhile
+    settings.require(digests == [digest_of(path) for path in args.weights],
+                     "--weights changed while they were read: run this again")
     config = nets[0].config
     precision = runtime.Precision(args.precision, device).name
     cases, seen = select_cases(args, nets)

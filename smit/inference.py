@@ -18,6 +18,7 @@ import torch
 
 from smit import data, runtime, transforms, weights
 from smit.segment import build_network, predict
+from smit.transforms import MAX_SIDE
 
 SETTINGS = {"num_classes", "spacing", "modality", "hu_window", "crop", *weights.SIZES}
 
@@ -38,7 +39,10 @@ def load_encoder(path, device="cpu", part=None):
     """
     found = weights.read_encoder(path, part)
     encoder = found.build()
-    encoder.preparation = preparation(found.config)
+    try:
+        encoder.preparation = preparation(found.config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     encoder.report = found.report
     return encoder.to(device).eval()
 
@@ -56,8 +60,10 @@ def load_network(path, device="cpu"):
     config = {"train": [], "held_back": [], "labels": {}, "drop_path": 0.0, "checkpointing": False,
               "hu_offset": 0.0, **config}
     try:
-        net = build_network(config)
+        check_settings(config)
         upgraded, note = weights.upgrade(state.get("average") or state["model"], config)
+        check_fit(config, upgraded)
+        net = build_network(config)
         net.load_state_dict(upgraded)
         net.preparation = preparation(config)
     # a stranger's settings raise anything
@@ -70,12 +76,46 @@ def load_network(path, device="cpu"):
     return net.to(device).eval()
 
 
+def check_settings(config):
+    """Raise ValueError unless settings that prediction uses later are what they should be."""
+    crop, classes, labels = config["crop"], config["num_classes"], config["labels"]
+    if not (isinstance(crop, (list, tuple)) and len(crop) == 3
+            and all(type(side) is int and 0 < side <= MAX_SIDE for side in crop)):
+        raise ValueError(f"crop {crop!r} is not three whole numbers of 1 to {MAX_SIDE}")
+    if type(classes) is not int or not 2 <= classes <= 256:
+        raise ValueError(f"num_classes {classes!r} is not one of 2..256")
+    if not (isinstance(labels, dict) and all(type(number) is int for number in labels)
+            and all(isinstance(name, str) for name in labels.values())):
+        raise ValueError(f"labels {str(labels)[:200]} are not names of numbers")
+
+
+def check_fit(config, found):
+    """Raise ValueError unless weights {name: tensor} fill the network that settings describe.
+
+    The network takes no memory here: settings of a few bytes can claim any.
+    """
+    # a block has several tensors, and of fewer no network need be built
+    if not sum(config.get("depths", ())) <= len(found):
+        raise ValueError(f"{sum(config['depths'])} blocks, and {len(found)} tensors")
+    with torch.device("meta"):
+        expected = build_network(config).state_dict()
+    alike, counts = weights.compare(expected, found)
+    if not alike:
+        raise ValueError(counts)
+
+
 def preparation(config):
-    """Read how a run prepared its volumes off its settings; None where they do not say it."""
+    """Read how a run prepared its volumes off its settings; None where they do not say it.
+
+    ValueError where they say what cannot be.
+    """
     if not config.keys() >= {"spacing", "modality", "hu_window"}:
         return None
-    return data.Preparation(tuple(config["spacing"]), config["modality"],
-                            tuple(config["hu_window"]), hu_offset=config.get("hu_offset", 0.0))
+    try:
+        return data.Preparation(tuple(config["spacing"]), config["modality"],
+                                tuple(config["hu_window"]), hu_offset=config.get("hu_offset", 0.0))
+    except TypeError as error:
+        raise ValueError(f"its settings do not say how volumes are prepared ({error})") from None
 
 
 # ---------------------------------------------------------------------- volumes
@@ -92,7 +132,8 @@ def prepare_volume(volume, affine=None, settings=None):
         data.tell(prepared["concerns"])
         return prepared
 
-    image = torch.as_tensor(np.asarray(volume), dtype=torch.float32)
+    # a copy in torch's order of bytes and axes: arrays are often flipped views
+    image = torch.from_numpy(np.array(volume, dtype=np.float32, order="C"))
     if affine is None or np.shape(affine) != (4, 4) or image.ndim != 3:
         raise ValueError(f"an array of shape {tuple(image.shape)}: give (X, Y, Z) and its affine, "
                          "(4, 4)")
@@ -154,11 +195,14 @@ def segment(nets, volume, affine=None, tta=False, precision="auto", **sliding):
 def class_scores(nets, image, turns=(0,), **sliding):
     """Score the classes of a prepared volume (D, H, W): (num_classes, D, H, W).
 
-    These are one network's logits, or the mean softmax of several.
+    These are one network's logits, or the mean softmax of several. ValueError if they are not
+    finite, for the largest of them would be a label that nobody predicted.
     """
     total = 0
     for net in nets:
         logits = predict(net, image, tuple(net.config["crop"]), turns, **sliding)
+        if not logits.isfinite().all():
+            raise ValueError("the network's output is not finite: use --precision fp32")
         if len(nets) == 1:
             return logits
         total += logits.softmax(0)

@@ -349,21 +349,14 @@ def test_a_list_of_another_modality_than_the_networks_is_told(weights, phantoms,
     assert "list.json: the list says MR, and it is read as CT" in capsys.readouterr().err
 
 
-def test_an_output_that_is_not_finite_is_one_failed_case(weights, phantoms, tmp_path, monkeypatch):
-    segmented = inference.segment
-
-    def segment_all_but_one(nets, image, **settings):
-        if "phantom0001" in str(image):
-            raise ValueError("the network's output is not finite")
-        return segmented(nets, image, **settings)
-
-    monkeypatch.setattr(inference, "segment", segment_all_but_one)
-    listing = listed(phantoms, tmp_path / "list.txt", (0, 1))
-    with pytest.raises(ValueError, match="1 of 2 cases failed: phantom0001"):
-        run("--weights", weights, "--data", listing, "--names", phantoms,
-            "--out", tmp_path / "out")
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["cases"] == ["phantom0000"] and "not finite" in results["failed"]["phantom0001"]
+def test_an_output_that_is_not_finite_fails_its_case_and_not_the_run(weights, phantoms, tmp_path):
+    state = runtime.load_checkpoint(weights)
+    state["model"]["out.weight"] = torch.full_like(state["model"]["out.weight"], 3e38)
+    runtime.save_checkpoint(tmp_path / "huge.pt", state)
+    with pytest.raises(ValueError, match="1 of 1 case failed: phantom0004"):
+        run("--weights", tmp_path / "huge.pt", "--data", phantoms, "--out", tmp_path / "out")
+    failed = json.loads((tmp_path / "out/results.json").read_text())["failed"]
+    assert "phantom0004.nii.gz: the network's output is not finite" in failed["phantom0004"]
 
 
 def test_an_evaluation_leaves_the_files_of_the_run_whose_folder_it_is_in(

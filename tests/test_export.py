@@ -15,7 +15,7 @@ SIZES = dict(embed_dim=12, depths=[1, 1, 2, 1], heads=[2, 2, 2, 2], window=[4, 4
 SETTINGS = {**SIZES, "format": 2, "spacing": [1.5, 1.5, 2.0], "modality": "ct",
             "hu_window": [-175.0, 250.0], "data": ["/home/anna/patients"],
             "train": ["anna.nii.gz"], "held_back": [], "num_classes": 3, "crop": [96] * 3,
-            "labels": {"1": "liver"}, "drop_path": 0.0, "checkpointing": False}
+            "labels": {1: "liver"}, "drop_path": 0.0, "checkpointing": False}
 
 
 def student(path, **config):
@@ -120,8 +120,18 @@ def test_a_fine_tuned_network_is_published_whole(tmp_path):
     state = weights.read_file(tmp_path / "best.safetensors")
 
     assert same(state["model"], net.state_dict())
-    assert state["config"]["labels"] == {"1": "liver"} and state["config"]["train"] == []
+    assert state["config"]["labels"] == {1: "liver"} and state["config"]["train"] == []
     assert b"anna" not in (tmp_path / "best.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("state, order", [(monai_encoder, "010 and 001 twice"), (None, "row-major")])
+def test_a_published_encoder_tells_its_merge_order(state, order, tmp_path):
+    student(tmp_path / "file.pt")
+    if state:
+        torch.save(state(), tmp_path / "file.pt")
+    run(tmp_path / "file.pt", "--to", "safetensors")
+    _, metadata = weights.safetensors_file.read(tmp_path / "file.safetensors")
+    assert metadata["merge_order"].endswith(order)
 
 
 def test_the_formats_own_package_reads_what_is_published(tmp_path):

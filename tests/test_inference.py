@@ -11,6 +11,7 @@ import finetune
 from foreign import monai_encoder
 from smit import data, inference, runtime, segment, transforms, weights
 from smit.swin import SwinTransformer3D
+from smit.weights import __main__ as command
 
 SMALL = (
     "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 "
@@ -60,6 +61,15 @@ def test_a_label_from_python_is_the_one_that_evaluate_writes(networks, scan, tmp
     assert torch.equal(inference.segment(net, image.get_fdata(), image.affine), label)
     assert (not net.training and net.config["crop"] == [24, 24, 24]
             and net.preparation.spacing_mm == (10, 10, 10))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_output_that_is_not_finite_is_no_label(networks, scan, count):
+    nets = [inference.load_network(path) for path in networks[:count]]
+    with torch.no_grad():
+        next(nets[-1].parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite: use --precision fp32"):
+        inference.segment(nets, scan)
 
 
 def test_several_networks_vote_with_their_mean_softmax(networks, scan):
@@ -153,6 +163,59 @@ def test_a_volume_that_cannot_be_used_is_refused_in_one_line(volume, affine, why
     with pytest.raises(ValueError, match=why) as refusal:
         inference.features(inference.load_encoder(student[0]), volume, affine)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name, value, why", [
+    ("crop", 7, "crop 7 is not three"), ("crop", [24, 24, 1e9], "crop"),
+    ("num_classes", "14", "num_classes '14'"), ("labels", ["liver"], "labels"),
+    ("labels", {"1": "liver"}, "labels"), ("spacing", 5, "how volumes are prepared"),
+    ("hu_window", None, "how volumes are prepared"), ("modality", "us", "modality|us"),
+    ("depths", [10 ** 9, 1], "1000000001 blocks"), ("embed_dim", 2 ** 14, "matched")])
+def test_a_network_whose_settings_are_not_its_own_is_refused_before_it_is_built(
+        name, value, why, networks, tmp_path, monkeypatch):
+    state = runtime.load_checkpoint(networks[0])
+    state["config"][name] = value
+    torch.save(state, tmp_path / "odd.pt")
+    built = []
+    monkeypatch.setattr(inference, "build_network", lambda config: built.append(
+        torch.empty(0).device.type) or segment.build_network(config))
+    with pytest.raises(ValueError, match=f"odd.pt: .*({why})") as refusal:
+        inference.load_network(tmp_path / "odd.pt")
+    assert "\n" not in str(refusal.value)
+    # it was built without memory, if at all, but for settings that it does without
+    assert built in ([], ["meta"]) or name in ("spacing", "hu_window", "modality")
+
+
+def test_an_encoder_s_odd_settings_are_refused_in_one_line(student, tmp_path):
+    state = runtime.load_checkpoint(student[0])
+    state["config"]["spacing"] = 5
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="odd.pt: .*how volumes are prepared"):
+        inference.load_encoder(tmp_path / "odd.pt")
+
+
+def test_arrays_may_be_views_and_in_another_order_of_bytes(networks, scan):
+    net, image = inference.load_network(networks[0]), nib.load(scan)
+    volume = np.asarray(image.dataobj, dtype=np.float32)
+    label = inference.segment(net, volume, image.affine)
+    flipped = image.affine @ np.array([[-1, 0, 0, len(volume) - 1], [0, 1, 0, 0], [0, 0, 1, 0],
+                                       [0, 0, 0, 1]])
+    assert torch.equal(inference.segment(net, volume[::-1], flipped), label.flip(0))
+    assert torch.equal(inference.segment(net, volume.astype(">f4"), image.affine), label)
+
+
+def test_published_weights_score_as_those_that_they_were_made_of(networks, phantoms, tmp_path):
+    shutil.copy(networks[0], tmp_path / "best.pt")
+    command.main(command.parse_arguments([str(tmp_path / "best.pt"), "--to", "safetensors"]))
+    for weights_path, out in ((tmp_path / "best.pt", "torch"),
+                              (tmp_path / "best.safetensors", "published")):
+        evaluate.main(evaluate.parse_arguments(["--weights", str(weights_path), "--data",
+                                                str(phantoms), "--out", str(tmp_path / out),
+                                                "--device", "cpu"]))
+    assert (tmp_path / "torch/cases.csv").read_bytes() == (
+        tmp_path / "published/cases.csv").read_bytes()
+    inference.check_alike([inference.load_network(tmp_path / name)
+                           for name in ("best.pt", "best.safetensors")])
 
 
 def test_other_files_are_no_network(student, tmp_path):

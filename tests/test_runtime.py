@@ -216,6 +216,57 @@ def test_a_zip_bomb_is_refused_before_memory_is_taken(tmp_path):
         runtime.load_checkpoint(tmp_path / "bomb.pt")
 
 
+def lists_within_lists(levels, width):
+    """Return a list that holds `width` times the same list, and so on."""
+    nested = [0]
+    for _ in range(levels):
+        nested = [nested] * width
+    return nested
+
+
+ONE = torch.zeros(1)
+
+
+@pytest.mark.parametrize("model, why", [
+    (ONE.expand(2 ** 20), r"state\['model'\] claims 4,194,304 bytes and has 4"),
+    (ONE.long().expand(9), "claims 72 bytes and has 8"),
+    (torch.sparse_coo_tensor(size=(2 ** 40,)), "another kind"),
+    (torch.empty(2 ** 40, device="meta"), "another kind"),
+    ([torch.zeros(999)] * 999, "the tensors before it claim"),
+    (lists_within_lists(21, 2), "1,048,576 entries"),
+    (lists_within_lists(70, 1), "64th container"),
+])
+def test_a_small_file_that_claims_much_memory_or_time_is_refused_unread(
+        tmp_path, monkeypatch, model, why):
+    monkeypatch.setattr(torch, "isfinite", lambda tensor: tensor[:1] == 0)  # the first value alone
+    torch.save({"model": model}, tmp_path / "claims.pt")
+    assert (tmp_path / "claims.pt").stat().st_size < 10_000
+    with pytest.raises(ValueError, match=f"claims.pt is refused.*{why}") as refusal:
+        runtime.load_checkpoint(tmp_path / "claims.pt")
+    assert len(str(refusal.value)) < 1000
+
+
+def test_a_bytearray_is_refused_before_torch_makes_it(tmp_path):
+    # {"a": bytearray(2 ** 24)}
+    make = b"\x80\x02}X\x01\x00\x00\x00ac__builtin__\nbytearray\nJ\x00\x00\x00\x01\x85Rs."
+    with zipfile.ZipFile(tmp_path / "large.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", make)
+        archive.writestr("archive/version", "3")
+    assert len(torch.load(tmp_path / "large.pt", weights_only=True)["a"]) == 2 ** 24
+    with pytest.raises(ValueError, match="large.pt.*may take any memory"):
+        runtime.load_checkpoint(tmp_path / "large.pt")
+
+
+def test_layers_that_are_tied_and_parts_that_share_settings_load(tmp_path):
+    layer, settings = torch.nn.Linear(99, 99), {"lr": [0.1]}
+    tied = torch.nn.Sequential(*[layer] * 12).state_dict()
+    state = {"model": tied, "average": tied, "config": settings, "before": [settings] * 99}
+    runtime.save_checkpoint(tmp_path / "tied.pt", state)
+    loaded = runtime.load_checkpoint(tmp_path / "tied.pt")
+    assert torch.equal(loaded["average"]["11.weight"], layer.weight)
+    assert loaded["before"] == state["before"]
+
+
 @pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "dangling", "text"])
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, kind):
     path = tmp_path / "some name.pt"

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import re
 import sys
@@ -19,6 +20,14 @@ UNTOLD = {"resume", "overwrite", "check", "prepare_only", "format", "sizes_given
 LISTING = ".files"  # in a run's folder: names of all that `atomic_write` wrote there
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+CONTAINERS = (dict, OrderedDict, list, tuple)
+PLAIN = (*CONTAINERS, bool, int, float, str, bytes, type(None))
+
+# What a checkpoint may hold at most [ours]: entries, of which a run's has some thousand; containers
+# within each other; and bytes of tensors, as a multiple of the file's, above 1 where layers are tied
+MOST_ENTRIES = 2 ** 20
+MOST_DEPTH = 64
+MOST_SHARES = 64
 
 
 # ---------------------------------------------------------------- files that are whole or absent
@@ -80,7 +89,7 @@ def save_checkpoint(path, state):
 
     ValueError names the key of an entry that is not plain or not finite, OSError the reason.
     """
-    check_plain({**state}, "state")
+    check_plain({**state})
 
     def write(file):
         torch.save(state, file)
@@ -110,7 +119,7 @@ def load_checkpoint(path):
             check_archive(file)
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
-        check_plain({**state}, "state")
+            check_plain({**state}, os.fstat(file.fileno()).st_size)
         return state
     except Exception as error:  # hostile bytes raise anything at all
         code = re.search(r"GLOBAL (\S+)", str(error))
@@ -122,7 +131,8 @@ def load_checkpoint(path):
 def check_archive(file):
     """Raise ValueError unless all that torch.load would read matches its CRC-32.
 
-    torch itself never looks. From an entry marked as a folder it returns stray memory.
+    torch itself never looks. From an entry marked as a folder it returns stray memory, and it makes
+    a bytearray of any size that it is told: no checkpoint of ours holds one.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -133,26 +143,66 @@ def check_archive(file):
                 problem = "its directory claims what it cannot hold"
             else:
                 problem = archive.testzip()
+            for part in [] if problem else parts:
+                if part.filename.endswith("data.pkl") and b"\nbytearray\n" in archive.read(part):
+                    problem = "it makes a bytearray, which may take any memory"
     except Exception as error:  # hostile bytes raise anything at all
         problem = error
     if problem:
         raise ValueError(f"cut short, damaged or of another kind ({problem})")
 
 
-def check_plain(value, where):
-    """Raise ValueError naming the first entry that is no finite tensor, plain type or container."""
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{where} holds NaN or infinity")
-    if type(value) in (dict, OrderedDict, list, tuple):
-        entries = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, entry in entries:
-            check_plain(key, f"a key of {where}")
-            check_plain(entry, f"{where}[{key!r}]")
-    elif type(value) not in (torch.Tensor, torch.nn.Parameter, bool, int, float, str, bytes,
-                             type(None)):
-        raise ValueError(f"{where} is of {type(value)}; "
-                         "a checkpoint holds tensors and plain types only")
+def check_plain(state, room=math.inf):
+    """Raise ValueError naming the first entry that is no finite tensor, plain type or container.
+
+    room: bytes of the state's file. Few bytes can claim any memory and any time, by tensors that
+    name the same values again and again, and by lists that hold the same lists. No value is read
+    before such a claim is refused.
+    """
+    claimed = 0
+    for number, (entry, where) in enumerate(walk(state, "state")):
+        if number == MOST_ENTRIES:
+            raise ValueError(f"{where} comes after {MOST_ENTRIES:,} entries, the most that a "
+                             "checkpoint may have")
+        if type(entry) in (torch.Tensor, torch.nn.Parameter):
+            claimed += claimed_bytes(entry, where)
+            if claimed > MOST_SHARES * room:
+                raise ValueError(f"{where} and the tensors before it claim {claimed:,} bytes of a "
+                                 f"file of {room:,}")
+            if entry.is_floating_point() and not torch.isfinite(entry).all():
+                raise ValueError(f"{where} holds NaN or infinity")
+        elif type(entry) not in PLAIN:
+            raise ValueError(f"{where} is of {type(entry)}; "
+                             "a checkpoint holds tensors and plain types only")
+
+
+def walk(value, where, depth=0):
+    """Yield (entry, where it stands) of a value and of all keys and entries in it.
+
+    What stands in two places comes twice. ValueError for containers that never end.
+    """
+    yield value, where
+    if type(value) not in CONTAINERS:
+        return
+    if depth == MOST_DEPTH:
+        raise ValueError(f"{where} is the {depth}th container within another, the most that a "
+                         "checkpoint may have")
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, entry in entries:
+        yield from walk(key, f"a key of {where}", depth + 1)
+        yield from walk(entry, f"{where}[{key!r}]", depth + 1)
+
+
+def claimed_bytes(tensor, where):
+    """Return the bytes of a tensor's values; ValueError unless its memory holds them all."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        raise ValueError(f"{where} is a tensor of another kind than numbers side by side")
+    claimed = math.prod(tensor.shape) * tensor.element_size()
+    held = tensor.untyped_storage().nbytes()
+    if claimed > held:
+        raise ValueError(f"{where} claims {claimed:,} bytes and has {held:,}: it is an expanded "
+                         "view, of which a copy must be saved")
+    return claimed
 
 
 # ---------------------------------------------------------------- the state of a run

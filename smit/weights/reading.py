@@ -122,6 +122,13 @@ def read_file(path):
         config = json.loads(metadata.get("config", "{}"))
     except (json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path}: the config in its metadata is no JSON; make it anew") from None
+    if isinstance(config, dict) and isinstance(config.get("labels"), dict):
+        try:
+            # JSON has text in place of numbers
+            config["labels"] = {int(number): name for number, name in config["labels"].items()}
+        except ValueError:
+            raise ValueError(f"{path}: the labels in its metadata are not numbered; make it "
+                             "anew") from None
     return {"model": tensors, "config": config}
 
 
