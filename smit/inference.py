@@ -10,6 +10,7 @@ A volume is a NIfTI file, or an array (X, Y, Z) with its affine. It is prepared 
 training volumes were: spacing, orientation and intensities come from the checkpoint. evaluate.py
 predicts with these functions.
 """
+import math
 from os import PathLike
 from typing import NamedTuple
 
@@ -18,8 +19,8 @@ import torch
 
 from smit import data, runtime, transforms, weights
 from smit.segment import build_network, predict
-from smit.transforms import MAX_SIDE
 
+MAX_CROP = 2 ** 27       # voxels of a window [ours], as 512^3; a run that could hold more is unknown
 SETTINGS = {"num_classes", "spacing", "modality", "hu_window", "crop", *weights.SIZES}
 
 
@@ -80,13 +81,19 @@ def check_settings(config):
     """Raise ValueError unless settings that prediction uses later are what they should be."""
     crop, classes, labels = config["crop"], config["num_classes"], config["labels"]
     if not (isinstance(crop, (list, tuple)) and len(crop) == 3
-            and all(type(side) is int and 0 < side <= MAX_SIDE for side in crop)):
-        raise ValueError(f"crop {crop!r} is not three whole numbers of 1 to {MAX_SIDE}")
+            and all(type(side) is int and side > 0 for side in crop)
+            and math.prod(crop) <= MAX_CROP):
+        raise ValueError(f"crop {str(crop)[:200]} is not three whole numbers above 0, of "
+                         f"{MAX_CROP:,} voxels at most")
     if type(classes) is not int or not 2 <= classes <= 256:
         raise ValueError(f"num_classes {classes!r} is not one of 2..256")
     if not (isinstance(labels, dict) and all(type(number) is int for number in labels)
             and all(isinstance(name, str) for name in labels.values())):
         raise ValueError(f"labels {str(labels)[:200]} are not names of numbers")
+    for name in ("train", "held_back"):
+        names = config[name]
+        if not (isinstance(names, (list, tuple)) and all(isinstance(text, str) for text in names)):
+            raise ValueError(f"{name} {str(names)[:200]} is no list of names")
 
 
 def check_fit(config, found):
@@ -111,10 +118,14 @@ def preparation(config):
     """
     if not config.keys() >= {"spacing", "modality", "hu_window"}:
         return None
+    hu_offset = config.get("hu_offset", 0.0)
     try:
-        return data.Preparation(tuple(config["spacing"]), config["modality"],
-                                tuple(config["hu_window"]), hu_offset=config.get("hu_offset", 0.0))
-    except TypeError as error:
+        low, high = config["hu_window"]
+        if type(hu_offset) not in (int, float) or not abs(hu_offset) < math.inf:
+            raise ValueError(f"hu_offset {hu_offset!r} is no number")
+        return data.Preparation(tuple(config["spacing"]), config["modality"], (low, high),
+                                hu_offset=hu_offset)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"its settings do not say how volumes are prepared ({error})") from None
 
 
@@ -132,6 +143,8 @@ def prepare_volume(volume, affine=None, settings=None):
         data.tell(prepared["concerns"])
         return prepared
 
+    if np.asarray(volume).dtype.kind not in "biuf":
+        raise ValueError(f"an array of {np.asarray(volume).dtype}: give one of real numbers")
     # a copy in torch's order of bytes and axes: arrays are often flipped views
     image = torch.from_numpy(np.array(volume, dtype=np.float32, order="C"))
     if affine is None or np.shape(affine) != (4, 4) or image.ndim != 3:

@@ -124,14 +124,28 @@ def test_a_fine_tuned_network_is_published_whole(tmp_path):
     assert b"anna" not in (tmp_path / "best.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("state, order", [(monai_encoder, "010 and 001 twice"), (None, "row-major")])
-def test_a_published_encoder_tells_its_merge_order(state, order, tmp_path):
+@pytest.mark.parametrize("state, merge, order", [
+    (monai_encoder, "monai-1.4", "monai-1.4"), (monai_encoder, "monai-1.5", "row-major"),
+    (release_encoder, "release", "row-major"), (None, None, "row-major")])
+def test_a_published_encoder_tells_its_merge_order(state, merge, order, tmp_path):
     student(tmp_path / "file.pt")
+    words = []
     if state:
         torch.save(state(), tmp_path / "file.pt")
-    run(tmp_path / "file.pt", "--to", "safetensors")
+        words = ["--merge", merge]
+    run(tmp_path / "file.pt", "--to", "safetensors", *words)
     _, metadata = weights.safetensors_file.read(tmp_path / "file.safetensors")
-    assert metadata["merge_order"].endswith(order)
+    assert metadata["merge_order"] == order
+    assert f"merge order: {order}, " in weights.read_encoder(tmp_path / "file.safetensors").report
+
+
+@pytest.mark.parametrize("config", ['{"labels": {"liver": "1"}}', '{"lr": ' + "1" * 5000 + "}", "[" * 9999])
+def test_odd_settings_in_a_published_file_are_refused_in_one_line(config, tmp_path):
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(weights.safetensors_file.encode({}, {"config": config}))
+    with pytest.raises(ValueError, match="odd.safetensors: .*make it anew") as refusal:
+        weights.read_file(path)
+    assert "\n" not in str(refusal.value)
 
 
 def test_the_formats_own_package_reads_what_is_published(tmp_path):

@@ -156,6 +156,8 @@ def test_the_lines_that_are_shown_to_readers_run(student, networks, scan, tmp_pa
 @pytest.mark.parametrize("volume, affine, why",
                          [(np.zeros((4, 4)), np.eye(4), "give .X, Y, Z. and its affine"),
                           (np.zeros((4, 4, 4)), None, "its affine"),
+                          (np.zeros((4, 4, 4), complex), np.eye(4), "complex128: give"),
+                          (np.full((4, 4, 4), None), np.eye(4), "object: give"),
                           (np.full((4, 4, 4), np.nan), np.eye(4), "not finite"),
                           (np.ones((4, 4, 4)), np.zeros((4, 4)), "singular"),
                           ("absent.nii.gz", None, "absent.nii.gz")])
@@ -167,9 +169,11 @@ def test_a_volume_that_cannot_be_used_is_refused_in_one_line(volume, affine, why
 
 @pytest.mark.parametrize("name, value, why", [
     ("crop", 7, "crop 7 is not three"), ("crop", [24, 24, 1e9], "crop"),
+    ("crop", [4096] * 3, "voxels at most"), ("train", [["a"]], "train"), ("held_back", 3, "held"),
     ("num_classes", "14", "num_classes '14'"), ("labels", ["liver"], "labels"),
     ("labels", {"1": "liver"}, "labels"), ("spacing", 5, "how volumes are prepared"),
     ("hu_window", None, "how volumes are prepared"), ("modality", "us", "modality|us"),
+    ("hu_window", [0, 1, 2], "how volumes are prepared"), ("hu_offset", "5", "hu_offset '5'"),
     ("depths", [10 ** 9, 1], "1000000001 blocks"), ("embed_dim", 2 ** 14, "matched")])
 def test_a_network_whose_settings_are_not_its_own_is_refused_before_it_is_built(
         name, value, why, networks, tmp_path, monkeypatch):
@@ -183,12 +187,14 @@ def test_a_network_whose_settings_are_not_its_own_is_refused_before_it_is_built(
         inference.load_network(tmp_path / "odd.pt")
     assert "\n" not in str(refusal.value)
     # it was built without memory, if at all, but for settings that it does without
-    assert built in ([], ["meta"]) or name in ("spacing", "hu_window", "modality")
+    assert built in ([], ["meta"]) or name in ("spacing", "hu_window", "hu_offset", "modality")
 
 
-def test_an_encoder_s_odd_settings_are_refused_in_one_line(student, tmp_path):
+@pytest.mark.parametrize("name, value", [
+    ("spacing", 5), ("hu_window", [7]), ("hu_window", "ab"), ("hu_offset", [])])
+def test_an_encoders_odd_settings_are_refused_in_one_line(name, value, student, tmp_path):
     state = runtime.load_checkpoint(student[0])
-    state["config"]["spacing"] = 5
+    state["config"][name] = value
     torch.save(state, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="odd.pt: .*how volumes are prepared"):
         inference.load_encoder(tmp_path / "odd.pt")

@@ -233,7 +233,7 @@ ONE = torch.zeros(1)
     (torch.sparse_coo_tensor(size=(2 ** 40,)), "another kind"),
     (torch.empty(2 ** 40, device="meta"), "another kind"),
     ([torch.zeros(999)] * 999, "the tensors before it claim"),
-    (lists_within_lists(21, 2), "1,048,576 entries"),
+    (lists_within_lists(22, 2), "262,144 entries"),
     (lists_within_lists(70, 1), "64th container"),
 ])
 def test_a_small_file_that_claims_much_memory_or_time_is_refused_unread(

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from smit import weights
+from smit import losses, pretrain, runtime, weights
+from smit.baselines.unet import UNet3D
 from smit.swin import PatchMerging, SwinTransformer3D
 
 
@@ -68,3 +69,39 @@ def test_only_merges_of_old_files_are_touched():
     for unknown in (3, "2", None):
         with pytest.raises(ValueError, match="format"):
             weights.upgrade(state, {"format": unknown})
+
+
+SIZES = dict(embed_dim=8, depths=[1, 1], heads=[1, 1], window=[4, 4, 4])
+
+
+@pytest.mark.parametrize("sizes, lie, why", [
+    (SIZES, {}, None), (SIZES, {"embed_dim": 2 ** 14}, "not 1 in 100"),
+    (SIZES, {"window": [999] * 3}, "not 1 in 100"),
+    (SIZES, {"depths": [10 ** 9, 1]}, "1000000001 blocks"),
+    (SIZES, {"depths": 3}, "make no encoder"), (SIZES, {"embed_dim": 10 ** 18}, "make no encoder"),
+    ({"width": 8}, {}, None), ({"width": 8}, {"width": 2 ** 14}, "not 1 in 100")])
+def test_a_run_whose_sizes_are_not_those_of_its_weights_is_refused_before_it_is_built(
+        sizes, lie, why, tmp_path):
+    encoder = UNet3D(**sizes).encoder if "width" in sizes else SwinTransformer3D(**sizes)
+    model = {f"encoder.{name}": w for name, w in encoder.state_dict().items()}
+    model.pop("encoder.norms.0.bias", None)                    # it may lack tensors
+    runtime.save_checkpoint(tmp_path / "student.pt",
+                            {"model": model, "config": {**sizes, **lie, "format": 2}})
+    if why is None:
+        assert weights.read_run(tmp_path / "student.pt", "student", sizes)[0].keys() == model.keys()
+        return
+    with pytest.raises(ValueError, match=f"student.pt: .*{why}") as refusal:
+        weights.read_run(tmp_path / "student.pt", "student", sizes)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(9), torch.tensor(1.0), [0.0] * 8])
+def test_a_centre_that_is_not_of_the_runs_prototypes_is_refused(value, tmp_path):
+    student = pretrain.SMIT(SIZES, voxel_head=None, image_head=False, head_width=8, bottleneck=8,
+                            prototypes=8)
+    runtime.save_checkpoint(tmp_path / "last.pt", {
+        "student": student.state_dict(), "centers": {"mpd.value": value},
+        "config": {**SIZES, "format": 2}})
+    start = weights.read_start(tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="centre of mpd has (9|1|no) prototypes .* 8 here"):
+        weights.begin(start, student, None, {"mpd": losses.Center(8)})

@@ -25,7 +25,7 @@ PLAIN = (*CONTAINERS, bool, int, float, str, bytes, type(None))
 
 # What a checkpoint may hold at most [ours]: entries, of which a run's has some thousand; containers
 # within each other; and bytes of tensors, as a multiple of the file's, above 1 where layers are tied
-MOST_ENTRIES = 2 ** 20
+MOST_ENTRIES = 2 ** 18
 MOST_DEPTH = 64
 MOST_SHARES = 64
 
@@ -187,9 +187,10 @@ def walk(value, where, depth=0):
     if depth == MOST_DEPTH:
         raise ValueError(f"{where} is the {depth}th container within another, the most that a "
                          "checkpoint may have")
-    entries = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, entry in entries:
-        yield from walk(key, f"a key of {where}", depth + 1)
+    is_dict = isinstance(value, dict)
+    for key, entry in value.items() if is_dict else enumerate(value):
+        if is_dict:
+            yield from walk(key, f"a key of {where}", depth + 1)
         yield from walk(entry, f"{where}[{key!r}]", depth + 1)
 
 

@@ -25,14 +25,11 @@ def to_smit(encoder):
 def to_safetensors(encoder):
     """Make the bytes of a safetensors file that says what to_smit's checkpoint says."""
     state = to_smit(encoder)
-    merge_order = "row-major"
-    if "duplicated_merge" in encoder.habits:
-        merge_order = "row-major, neighbours 010 and 001 twice"        # as MONAI before 1.5 has it
     metadata = {
         "format": "pt",
         "software": "SMIT, unofficial",
         "orientation": "RAS",
-        "merge_order": merge_order,
+        "merge_order": orders.order_of(encoder.habits),
         "config": json.dumps(state["config"]),
     }
     return safetensors_file.encode(state["model"], metadata)

@@ -98,6 +98,14 @@ def merges_row_major(state_dict, order):
     return permuted
 
 
+def order_of(habits):
+    """Name the order that merges have here, a key of ORDERS; habits: of the encoder's [habits.py].
+
+    It is row-major, but for the weights that merges_row_major leaves.
+    """
+    return "monai-1.4" if "duplicated_merge" in habits else "row-major"
+
+
 def reorder_neighbours(weight, order):
     """Bring a merge's last axis, 8 neighbours of C channels each, from `order` to row-major."""
     if weight.ndim == 0 or weight.shape[-1] % 8:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from smit.baselines.unet import UNet3D
 from smit.runtime import load_checkpoint
 from smit.settings import SIZES, require
 from smit.swin import SwinTransformer3D
@@ -82,10 +83,7 @@ def recognise(path, state, part, merge, drop):
     order, reason = merge_order(family, config, tensors, merge)
     weights = orders.merges_row_major(weights, orders.ORDERS[order])
     arguments = deduce_arguments(weights, config.get("window"))
-    if config:
-        habits = list(config.get("imported", {}).get("habits", []))
-    else:
-        habits = find_habits(family, order, weights)
+    habits = told_habits(config) if config else find_habits(family, order, weights)
     new_norms = {}
     if family == "monai" and not exported:
         new_norms = output_norms(arguments)
@@ -120,7 +118,7 @@ def read_file(path):
     tensors, metadata = safetensors_file.read(path)
     try:
         config = json.loads(metadata.get("config", "{}"))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):                 # of a number's digits, too
         raise ValueError(f"{path}: the config in its metadata is no JSON; make it anew") from None
     if isinstance(config, dict) and isinstance(config.get("labels"), dict):
         try:
@@ -220,12 +218,17 @@ def merge_order(family, config, tensors, given=None):
         _, old = orders.upgrade({}, config)         # ValueError for a format not known here
         if old:
             return "release", "as this project's files of format 1 have it"
-        return "row-major", "as this project has it"
+        return orders.order_of(told_habits(config)), "as this project has it"
     if family == "release":
         return "release", "as the authors' code has it"
     if any(".mlp.fc1." in name for name in tensors):
         return "monai-1.4", "which is older than all others, as are its names fc1 and fc2"
     return "monai-1.4", "MONAI's default until 1.5; a file does not tell, --merge does"
+
+
+def told_habits(config):
+    """List the habits that a run's settings tell of its encoder."""
+    return list(config.get("imported", {}).get("habits", []))
 
 
 def find_habits(family, order, weights):
@@ -322,7 +325,36 @@ def read_run(path, network, sizes):
              and all(isinstance(value, torch.Tensor) for value in found.values()))
     require(sound and not (alone and network != "student"),
             f"{path} holds no pre-trained {network}; give student.pt or last.pt of train_ssl.py")
+    held, claimed = held_and_claimed(path, found, config, sizes)
+    require(held * 100 >= claimed,
+            f"{path}: its settings are of an encoder of {claimed:,} values, and it holds {held:,} "
+            "of them, not 1 in 100; give the file as its run wrote it")
     return orders.upgrade(found, config)[0], config
+
+
+def held_and_claimed(path, found, config, sizes):
+    """Count the values that a run's encoder has by its settings: (those in the file, all).
+
+    No memory is taken for them: settings of a few bytes can claim any. sizes: as of read_run.
+    """
+    arguments = {name: config[name] for name in sizes}
+    try:
+        # a block has several tensors; a loop over 10^9 blocks would not end
+        if sum(arguments.get("depths", [])) > len(found):
+            raise ValueError(f"{sum(arguments['depths'])} blocks, and {len(found)} tensors")
+        with torch.device("meta"):
+            if "width" in arguments:
+                encoder = UNet3D(**arguments).encoder
+            else:
+                encoder = SwinTransformer3D(**arguments, mask_token=False)
+    # a stranger's settings raise anything
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError,
+            ArithmeticError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: its settings make no encoder ({reason})") from None
+    expected = encoder.state_dict()
+    inside = {name.removeprefix("encoder."): tensor for name, tensor in found.items()}
+    return count(matching(expected, inside)), count(expected)
 
 
 def fill(encoder, weights, partial=False):

@@ -66,8 +66,9 @@ def begin(start, student, teacher, centers):
         if value is None:
             lines.append(f"new: centre of {name}, 0")
             continue
-        if value.shape != center.value.shape:
-            raise ValueError(f"the centre of {name} has {len(value)} prototypes in the file, and "
+        if not isinstance(value, torch.Tensor) or value.shape != center.value.shape:
+            size = value.numel() if isinstance(value, torch.Tensor) else "no"
+            raise ValueError(f"the centre of {name} has {size} prototypes in the file, and "
                              f"{len(center.value)} here: use its --prototypes")
         center.value.copy_(value)
         lines.append(f"centre of {name}: as in the file")
