@@ -50,9 +50,6 @@ def read_init(args, ranks):
     if args.partial_init or args.network == "unet":
         pretrained, config = weights.read_run(args.init, args.weights, names)
         encoder, report = {name: config[name] for name in names}, f"{args.init}:"
-        network = config.get("network", "swin")
-        settings.require(network == args.network, f"--net {args.network}: {args.init} holds a "
-                                                  f"{network}; give --net {network}")
     else:
         found = weights.read_encoder(args.init, args.weights)
         pretrained, config, report = found.weights, found.config, found.report

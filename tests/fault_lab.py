@@ -28,7 +28,7 @@ EVERY = 4        # steps from a checkpoint to the next
 COMMON = (f"--steps {STEPS} --save_steps {EVERY} --val_fraction .2 --workers 0 --log_every 1 "
           "--drop_path .3").split()
 FINETUNE = ("--spacing 10 10 10 --crop 16 --crops_per_volume 1 --embed_dim 8 --depths 1 1 "
-            "--heads 2 2 --lr 3e-3 --val_key none --val_every 2 --device cpu").split()
+            "--heads 2 2 --lr 3e-3 --fold 0 --folds 4 --val_every 2 --device cpu").split()
 FLAGS = {
     "train_ssl.py": SMALL + ["--val_every", "5"] + COMMON,
     "finetune.py": FINETUNE + COMMON,

@@ -139,7 +139,8 @@ def test_a_published_encoder_tells_its_merge_order(state, merge, order, tmp_path
     assert f"merge order: {order}, " in weights.read_encoder(tmp_path / "file.safetensors").report
 
 
-@pytest.mark.parametrize("config", ['{"labels": {"liver": "1"}}', '{"lr": ' + "1" * 5000 + "}", "[" * 9999])
+@pytest.mark.parametrize("config", [
+    '{"labels": {"liver": "1"}}', '{"lr": ' + "1" * 5000 + "}", "[" * 9999])
 def test_odd_settings_in_a_published_file_are_refused_in_one_line(config, tmp_path):
     path = tmp_path / "odd.safetensors"
     path.write_bytes(weights.safetensors_file.encode({}, {"config": config}))

@@ -220,7 +220,11 @@ def test_a_death_that_python_dropped_is_heard_of_where_the_connection_breaks():
         raise ConnectionResetError
     with pytest.raises(RuntimeError, match="killed by signal"), deaths:
         deaths.note(signal.SIGCHLD, None)
-    with deaths:                                         # it is told once
+    with pytest.raises(RuntimeError, match="exited unexpectedly"), deaths:
+        with contextlib.suppress(RuntimeError):
+            deaths.note(signal.SIGCHLD, None)
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")   # as torch has it
+    with deaths:                                         # each is told once
         pass
 
 

@@ -41,7 +41,7 @@ def missing_val_key(args, sources):
         keys += [key for key in split_keys(path, args.data_root) if key not in keys]
     there = f"the keys with cases are {', '.join(map(repr, keys))}" if keys else "no key has cases"
     return (f"{', '.join(map(str, sources))}: no cases under {args.val_key!r}, the --val_key; "
-            f"{there}; name one of them, or drop the flag to have a share held back")
+            f"{there}; name one of them, or drop the flag")
 
 
 def split_cases(args, cases, listed):

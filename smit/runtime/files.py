@@ -23,8 +23,9 @@ NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 CONTAINERS = (dict, OrderedDict, list, tuple)
 PLAIN = (*CONTAINERS, bool, int, float, str, bytes, type(None))
 
-# What a checkpoint may hold at most [ours]: entries, of which a run's has some thousand; containers
-# within each other; and bytes of tensors, as a multiple of the file's, above 1 where layers are tied
+# What a checkpoint may hold at most [ours]: entries, of which a run's has some thousand;
+# containers within each other; and bytes of tensors, as a multiple of the file's, which is above
+# 1 where layers are tied
 MOST_ENTRIES = 2 ** 18
 MOST_DEPTH = 64
 MOST_SHARES = 64

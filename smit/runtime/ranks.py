@@ -428,11 +428,11 @@ class WorkerDeaths:
 
     def __exit__(self, kind, error, trace):
         self.asking = False
-        if error is self.kept:
-            self.kept = None
         if isinstance(error, (ConnectionError, EOFError)):
             time.sleep(1)           # a dying worker's connection may break before SIGCHLD comes
             self.raise_kept()
+        elif isinstance(error, RuntimeError):
+            self.kept = None        # the loader tells of the death, maybe in its own words
         in_place = signal.getsignal(signal.SIGCHLD)
         in_main = threading.current_thread() is threading.main_thread()
         if callable(in_place) and in_place != self.note and in_main:

@@ -313,8 +313,8 @@ def expected_weights(arguments, habits, weights):
 def read_run(path, network, sizes):
     """Read a checkpoint of train_ssl.py that may lack tensors: (weights, settings of its run).
 
-    network: "student" or "teacher"; sizes: names of settings that must be there. ValueError for
-    any other file.
+    network: "student" or "teacher"; sizes: names of settings that must be there, those of the U-Net
+    or of the Swin encoder. ValueError for any other file, and for one of the other architecture.
     """
     state = load_checkpoint(path)
     alone = "model" in state                                    # student.pt holds one network
@@ -325,6 +325,8 @@ def read_run(path, network, sizes):
              and all(isinstance(value, torch.Tensor) for value in found.values()))
     require(sound and not (alone and network != "student"),
             f"{path} holds no pre-trained {network}; give student.pt or last.pt of train_ssl.py")
+    wanted, there = "unet" if "width" in sizes else "swin", config.get("network", "swin")
+    require(there == wanted, f"--net {wanted}: {path} holds a {there}; give --net {there}")
     held, claimed = held_and_claimed(path, found, config, sizes)
     require(held * 100 >= claimed,
             f"{path}: its settings are of an encoder of {claimed:,} values, and it holds {held:,} "
