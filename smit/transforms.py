@@ -325,6 +325,11 @@ class Preparation:
             raise ValueError(f"HU window {self.hu_window}: give a lower and a higher number")
 
 
+def most_voxels():
+    """Return how many voxels a volume may have: the environment's SMIT_MAX_VOXELS, or MAX_VOXELS."""
+    return int(os.environ.get("SMIT_MAX_VOXELS", MAX_VOXELS))
+
+
 def prepare(image, affine, settings):
     """Orient, resample, scale, and crop to the body [SMIT 3].
 
@@ -332,18 +337,17 @@ def prepare(image, affine, settings):
     window's low [release]; in MR, above .05 after scaling [ours].
     Returns (uint8 (D, H, W), 0..255 for 0..1; affine of its grid). ValueError if there
     is no body, or if the prepared grid were too large: a side over MAX_SIDE, or more
-    voxels than the environment's SMIT_MAX_VOXELS, by default MAX_VOXELS.
+    voxels than most_voxels().
     """
     ct = settings.modality == "ct"
     shape, _ = resampled_grid(*ras_grid(image.shape, affine), settings.spacing_mm)
     voxels = np.prod(shape, dtype=float)
-    limit = int(os.environ.get("SMIT_MAX_VOXELS", MAX_VOXELS))     # as the header's, nifti.py
     if max(shape) > MAX_SIDE:
         raise ValueError(f"would be {shape} voxels at {settings.spacing_mm} mm, more than "
                          f"{MAX_SIDE} a side; crop it, or prepare it coarser")
-    if voxels > limit:
+    if voxels > most_voxels():
         raise ValueError(f"would be {shape} voxels at {settings.spacing_mm} mm, more than "
-                         f"{limit}; crop it, prepare it coarser, or allow it with the "
+                         f"{most_voxels()}; crop it, prepare it coarser, or allow it with the "
                          f"environment's SMIT_MAX_VOXELS={voxels:.0f}")
     image, affine = to_ras(image, affine)
     image, affine = resample(image, affine, settings.spacing_mm)

@@ -19,7 +19,7 @@ import torch
 
 from smit.data.concerns import Concern
 from smit.runtime.files import atomic_write
-from smit.transforms import MAX_SIDE, MAX_VOXELS, spacing_of
+from smit.transforms import MAX_SIDE, most_voxels, spacing_of
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
 MAX_TAIL = 2 ** 20                     # bytes that may follow the voxels: some writers pad
@@ -170,11 +170,10 @@ def check_shape(path, nifti):
     if min(shape) < 1 or max(shape) > MAX_SIDE:
         raise BadVolume(f"{path}: sides {shape} are not 1..{MAX_SIDE}; crop it or repair the "
                         "header")
-    limit = int(os.environ.get("SMIT_MAX_VOXELS", MAX_VOXELS))
-    if voxels > limit:
-        raise BadVolume(f"{path}: sides {shape} are {voxels:.0f} voxels, more than {limit}; crop "
-                        "it, or allow it with the environment's SMIT_MAX_VOXELS="
-                        f"{voxels:.0f}, at about 12 bytes of memory a voxel")
+    if voxels > most_voxels():
+        raise BadVolume(f"{path}: sides {shape} are {voxels:.0f} voxels, more than "
+                        f"{most_voxels()}; crop it, or allow it with the environment's "
+                        f"SMIT_MAX_VOXELS={voxels:.0f}, at about 12 bytes of memory a voxel")
     return shape
 
 
