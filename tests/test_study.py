@@ -117,6 +117,13 @@ def test_a_row_without_a_seed_leaves_the_others_theirs(tmp_path):
     assert lines["seeds"] == ["0", "0 1"]
 
 
+def test_without_smit_the_last_row_is_compared_with_the_others(tmp_path):
+    scores = [score("rand", "a", "liver", .5), score("simmim", "a", "liver", .6)]
+    tables.table2(tmp_path, scores, [])
+    lines = markdown_rows(tmp_path / "table2.md")
+    assert lines["simmim less this, 95 % over cases"][0].startswith("+0.100")
+
+
 def test_a_difference_is_of_the_runs_that_both_rows_have(tmp_path):
     scores = [score("rand", "a", "liver", .5, 0), score("rand", "a", "liver", .7, 1),
               score("smit", "a", "liver", .5, 0)]          # seed 1 is still to come
@@ -317,10 +324,12 @@ def test_what_would_fail_after_the_trainings_or_have_no_effect_is_refused(words,
 
 
 def test_frozen_experiments_take_rows_that_train_ssl_made():
-    arguments("probe", "--rows", "rand", *tables.SWIN)
-    arguments("probe", "--rows", "rand", "half", "--checkpoint", "half=x.pt")
-    arguments("fig5", "--rows", "simmim", "ml-mip", "full", "dino", "--checkpoint", "dino=x.pt")
-    arguments("fig3b", "--rows", "simmim", "--labels", 7)
+    for words in ("probe --rows rand dino ibot simmim smit",
+                  "probe --rows rand half --checkpoint half=x.pt",
+                  "fig5 --rows simmim ml-mip full dino --checkpoint dino=x.pt",
+                  "fig3b --rows simmim --labels 7"):
+        args = arguments(*words.split())
+        assert args.rows == [row for row in words.split()[2:] if row in args.rows]
 
 
 def test_rows_of_the_paper_s_preset_take_as_many_steps_an_epoch():

@@ -301,6 +301,7 @@ def test_training_goes_on_after_an_answer_in_inference_mode():
     with torch.inference_mode():
         encoder(x)
     encoder(x)[-1].sum().backward()
+    assert encoder.patch_embed.weight.grad.abs().max() > 0
 
 
 def test_the_masks_of_scans_that_passed_are_let_go():

@@ -83,9 +83,9 @@ def save(out, name, text, rows):
 EFFECT = .03                           # the difference in Dice that a study should be able to show
 INTERVALS = f"""Over cases: bootstrap over cases of the mean over seeds, and p by Wilcoxon's signed
 rank over cases, two-sided. Both speak of these trained networks alone. Over seeds and cases:
-bootstrap over both, and so about other trainings as well; too narrow with few seeds (with two, half the variance
-of seeds). Deviation: of the mean over cases, from seed to seed. Seeds: as many would show a
-difference of {EFFECT:g} with probability .8 if it deviates as here; rough with few. Draws of
+bootstrap over both, and so about other trainings as well; too narrow with few seeds (with two, half
+the variance of seeds). Deviation: of the mean over cases, from seed to seed. Seeds: as many would
+show a difference of {EFFECT:g} with probability .8 if it deviates as here; rough with few. Draws of
 labelled volumes are averaged within a seed: all intervals are about the draws that there are.
 """
 
@@ -104,7 +104,9 @@ def table2(out, scores, runs):
         for name, unet in (("3-D U-Net", True), ("Swin", False)):
             own = {row: rows[row] for row in rows if (row in CNN) == unet}
             if own:
-                text += f"\n{name}\n\n{comparison(own, rows.get('smit'), runs_of.get(labels, []))}"
+                reference = reference_of(rows)
+                table = comparison(own, reference, rows.get(reference), runs_of.get(labels, []))
+                text += f"\n{name}\n\n{table}"
     text += "\n" + INTERVALS
     save(out, "table2", text, scores)
 
@@ -115,10 +117,15 @@ def by_row(scores):
     return {row: groups[row] for row in dict.fromkeys([*TABLE2, *groups]) if row in groups}
 
 
-def comparison(rows, smit, runs):
+def reference_of(rows):
+    """Name the row that others are compared with: smit, or without it the last."""
+    return "smit" if "smit" in rows else [*rows][-1]
+
+
+def comparison(rows, reference, ahead, runs):
     """Format {row: scores from one number of labels} as a table.
 
-    smit: the scores that the others are compared with, or None.
+    reference: name of the row that the others are compared with; ahead: its scores, or None.
     """
     tables = {row: dice_by_organ(part) for row, part in rows.items()}
     # a row may lack a seed, and an organ that no label has is there where a row invented it
@@ -128,13 +135,13 @@ def comparison(rows, smit, runs):
 
     lines = [["seeds", *(seeds_of(part) for part in rows.values())]]
     lines += [organ_line(organ, tables, printed) for organ in organs]
-    lines += lines_over_cases("", rows, smit)
+    lines += lines_over_cases("", rows, reference, ahead)
     if len(group(scores, "seed")) > 1:
-        lines += lines_over_seeds(rows, smit)
+        lines += lines_over_seeds(rows, reference, ahead)
     for seed in sorted(group(scores, "seed")):
         alone = {row: group(part, "seed").get(seed) for row, part in rows.items()}
-        smit_alone = group(smit or [], "seed").get(seed)
-        lines += lines_over_cases(f", seed {seed}", alone, smit_alone)
+        ahead_alone = group(ahead or [], "seed").get(seed)
+        lines += lines_over_cases(f", seed {seed}", alone, reference, ahead_alone)
     lines += cost_lines(rows, runs)
     return scoring.markdown(["", *rows], lines)
 
@@ -187,17 +194,22 @@ def organ_line(organ, tables, printed):
     return line
 
 
-def lines_over_cases(suffix, rows, smit):
-    """Format the averages of {row: scores or None}, and how much SMIT is ahead of each.
+def less_this(reference):
+    """Begin the name of a line of differences: "SMIT less this"."""
+    return f"{'SMIT' if reference == 'smit' else reference} less this"
+
+
+def lines_over_cases(suffix, rows, reference, ahead):
+    """Format the averages of {row: scores or None}, and how much the reference is ahead of each.
 
     The difference is of the runs that both have.
     """
     average = [f"AVG{suffix}, 95 % over cases"]
-    difference = [f"SMIT less this{suffix}, 95 % over cases"]
+    difference = [f"{less_this(reference)}{suffix}, 95 % over cases"]
     for row, part in rows.items():
         average.append(average_text(dice_by_case(part)) if part else "")
-        first, second = matched(smit or [], part or [])
-        compared = first and row != "smit"
+        first, second = matched(ahead or [], part or [])
+        compared = first and row != reference
         difference.append(difference_text(*map(dice_by_case, (first, second))) if compared else "")
     return [average, difference]
 
@@ -215,20 +227,21 @@ def difference_text(first, second):
             f"p {test['p']:.2g}")
 
 
-def lines_over_seeds(rows, smit):
-    """Format what seeds do to the averages of {row: scores}, and to SMIT's lead over each."""
+def lines_over_seeds(rows, reference, ahead):
+    """Format what seeds do to the averages of {row: scores}, and to the reference's lead."""
+    less = less_this(reference)
     names = ["AVG, 95 % over seeds and cases", "AVG, deviation over seeds",
-             "SMIT less this, 95 % over seeds and cases", "SMIT less this, deviation over seeds",
+             f"{less}, 95 % over seeds and cases", f"{less}, deviation over seeds",
              f"seeds to show {EFFECT:g}"]
     columns = []
     for row, part in rows.items():
         cells = spread_of(as_array(list(dice_by_seed_and_case(part).values())))
-        common, _ = matched(smit or [], part)
-        ahead = differences_by_seed(smit, part) if common else np.empty((0, 0))
-        if row == "smit" or not ahead.size:
+        common, _ = matched(ahead or [], part)
+        lead = differences_by_seed(ahead, part) if common else np.empty((0, 0))
+        if row == reference or not lead.size:
             cells += ["", "", ""]
         else:
-            cells += [*spread_of(ahead, "+.3f"), seeds_text(ahead)]
+            cells += [*spread_of(lead, "+.3f"), seeds_text(lead)]
         columns.append(cells)
     return [list(line) for line in zip(names, *columns)]
 
