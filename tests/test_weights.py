@@ -82,11 +82,12 @@ SIZES = dict(embed_dim=8, depths=[1, 1], heads=[1, 1], window=[4, 4, 4])
     ({"width": 8}, {}, None), ({"width": 8}, {"width": 2 ** 14}, "not 1 in 100")])
 def test_a_run_whose_sizes_are_not_those_of_its_weights_is_refused_before_it_is_built(
         sizes, lie, why, tmp_path):
-    encoder = UNet3D(**sizes).encoder if "width" in sizes else SwinTransformer3D(**sizes)
+    network = "unet" if "width" in sizes else "swin"
+    encoder = UNet3D(**sizes).encoder if network == "unet" else SwinTransformer3D(**sizes)
     model = {f"encoder.{name}": w for name, w in encoder.state_dict().items()}
     model.pop("encoder.norms.0.bias", None)                    # it may lack tensors
-    runtime.save_checkpoint(tmp_path / "student.pt",
-                            {"model": model, "config": {**sizes, **lie, "format": 2}})
+    config = {"network": network, **sizes, **lie, "format": 2}
+    runtime.save_checkpoint(tmp_path / "student.pt", {"model": model, "config": config})
     if why is None:
         assert weights.read_run(tmp_path / "student.pt", "student", sizes)[0].keys() == model.keys()
         return
