@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from smit.heads import LinearVoxelHead, MultiLayerVoxelHead, ProjectionHead
+from smit.settings import SIZES, require
 from smit.swin import SwinTransformer3D
-from smit.weights import adopt
+from smit.weights import adopt, read_run
 
 
 class Outputs(NamedTuple):
@@ -122,3 +123,20 @@ def build_student(config):
                 prototypes=config["prototypes"],
                 habits=habits)
 
+
+
+def load_student(path):
+    """Load a student of train_ssl.py with its heads: (SMIT in eval mode, settings of its run).
+
+    ValueError for a file of another command, which has other heads, and for one that lacks tensors.
+    """
+    found, config = read_run(path, "student", SIZES)
+    require("mip" in config, f"{path} was not made by train_ssl.py: give one of its student.pt")
+    student = build_student(config).eval()
+    try:
+        student.load_state_dict(found)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"{path}: its weights are not those of its settings ({first}); give the "
+                         "file as its run wrote it") from None
+    return student, config

@@ -323,7 +323,7 @@ def test_the_fine_tuned_u_net_has_the_published_size():
 def test_weights_of_another_network_or_width_are_refused(phantoms, tmp_path):
     for task in ("rotation", "cpc"):
         train(task, phantoms, tmp_path / task, "--steps", 1)
-    with pytest.raises(ValueError, match="--net unet: .* holds a swin; give --net swin"):
+    with pytest.raises(ValueError, match="holds a swin, and a unet is wanted: .* --net swin"):
         tune(phantoms, tmp_path / "run", "--init", tmp_path / "rotation" / "student.pt")
     with pytest.raises(ValueError, match="cpc/student.pt .*; give --net unet"):
         tune(phantoms, tmp_path / "run", "--init", tmp_path / "cpc" / "student.pt", "--net", "swin")

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from smit import pretrain, runtime
 from smit.baselines import __main__ as baselines
 from smit.data import Preparation, load_case
 from smit.data.organs import ORGANS, case_name
-from smit.settings import check_finetuning, parse_finetuning, parse_pretraining
+from smit.settings import SIZES, check_finetuning, parse_finetuning, parse_pretraining
 from smit.study import plan as planning
 from smit.study import probe, recipes, reconstruction, run, tables
 from smit.study.__main__ import main, parse_arguments
@@ -316,6 +317,11 @@ def test_what_came_from_a_pre_training_with_other_flags_is_not_taken_for_finishe
     ("fig5 --rows mg", "--rows mg"),
     ("fig5 --rows smit dino", "predicts none"),
     ("fig5 --rows rand smit", "--rows rand"),
+    ("fig5 --pretrain_flags '--mip 0'", "predicts none"),
+    ("fig5 --row_flags 'ml-smit=--mip 0'", "predicts none"),
+    ("fig3b --row_flags 'smit=--mip 0'", "predict hidden voxels"),
+    ("fig3b --pretrain_flags '--mip 0'", "predict hidden voxels"),
+    ("fig5 --modality mr", "--mr_data"),
 ])
 def test_what_would_fail_after_the_trainings_or_have_no_effect_is_refused(words, told, capsys):
     with pytest.raises(SystemExit):
@@ -483,6 +489,35 @@ def test_fig5_refuses_a_list_before_any_training(tmp_path):
     with pytest.raises(ValueError, match="has no validation split"):
         main(args)
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("words, told", [
+    ("probe --rows smit", "has no validation split"),
+    ("table2 --labels 1 3", "--labels 3: .* has 2 volumes"),
+    ("probe --rows smit --labels 3", "--labels 3: .* has 2 volumes")])
+def test_lists_that_the_last_steps_could_not_use_are_refused_before_the_first(
+        words, told, tmp_path):
+    listed = write_list(tmp_path / "training.json", training="ab")
+    args = parse_arguments([*words.split(), "--data", str(listed), "--pretrain_data",
+                            str(tmp_path), "--out", str(tmp_path / "study")])
+    with pytest.raises(ValueError, match=told):
+        main(args)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("lie, told", [
+    ({"prototypes": 9}, "not those of its settings .*patch_head"),
+    ({"embed_dim": 2 ** 14}, "not 1 in 100"), (None, "was not made by train_ssl.py")])
+def test_a_student_whose_settings_lie_is_refused_in_a_line(lie, told, tmp_path):
+    config = vars(parse_pretraining("", ["--preset", "tiny", "--prototypes", "8"]))
+    student = pretrain.build_student(config)
+    config |= {"format": 2}
+    config = {name: config[name] for name in (*SIZES, "format")} if lie is None else config | lie
+    runtime.save_checkpoint(tmp_path / "student.pt", {"model": student.state_dict(),
+                                                      "config": config})
+    with pytest.raises(ValueError, match=f"student.pt.*{told}") as refusal:
+        pretrain.load_student(tmp_path / "student.pt")
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_linear_probe_finds_rare_organs_that_a_plane_parts_from_the_rest():

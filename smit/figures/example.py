@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, phantom, pretrain, runtime, transforms, weights
+from smit import data, phantom, pretrain, transforms
 from smit.figures import panels
 from smit.figures.canvas import grey, picture, text, write_svg
 from smit.masking import expand_mask, random_block_mask
@@ -23,11 +23,7 @@ def example_svg(path, student_path, index=1000, seed=0):
     the masks' cells. index, seed: of the phantom, by default one that no default run trains on. The
     student sees the whole width of the body, which is more than a view.
     """
-    state = runtime.load_checkpoint(student_path)
-    config = state["config"]
-    student = pretrain.build_student(config).eval()
-    found, _ = weights.upgrade(state["model"], config)
-    student.load_state_dict(found)
+    student, config = pretrain.load_student(student_path)
     if student.voxel_head is None:
         raise ValueError(f"{student_path} has no voxel head: give a run whose --mip is above 0")
 

@@ -34,7 +34,7 @@ import re
 import shlex
 from pathlib import Path
 
-from smit import runtime
+from smit import data, runtime
 from smit.settings import Help, require
 from smit.study import probe, recipes, reconstruction, scores, tables
 from smit.study.plan import (
@@ -137,6 +137,8 @@ def check_arguments(args):
         check_fig3b(args)
     if args.experiment in FROZEN:
         check_frozen(args)
+    require(args.experiment != "fig5" or args.modality == "ct",
+            "--modality mr: in fig5 --data is CT, and MR volumes go to --mr_data")
 
 
 def check_fig3b(args):
@@ -146,7 +148,8 @@ def check_fig3b(args):
     require(not args.labels or len(args.labels) == 1,
             "fig3b is of one number of labelled volumes; name one with --labels")
     (row,) = args.rows
-    require(is_pretrained(args, row) and predicts_voxels(row) and own_settings(row).mask_ratio,
+    require(is_pretrained(args, row) and predicts_voxels(args, row)
+            and own_settings(args, row).mask_ratio,
             f"--rows {row}: fig3b is of a row that is pre-trained here, without a --checkpoint, to "
             "predict hidden voxels; choose smit, simmim, ml-mip or ml-smit")
     for flags in (args.pretrain_flags, *args.row_flags.values()):
@@ -164,20 +167,33 @@ def check_frozen(args):
         require(ROWS[row].script == "train_ssl.py",
                 f"--rows {row}: {args.experiment} reads what train_ssl.py pre-trained, and this "
                 f"row is not; {way_out}")
-        require(args.experiment == "probe" or predicts_voxels(row),
+        require(args.experiment == "probe" or predicts_voxels(args, row),
                 f"--rows {row}: fig5 is of predicted voxels, and this row predicts none; {way_out}")
     require(set(args.rows) - random,
             "--rows rand: rand takes its architecture from another row: name one, or a row with a "
             "--checkpoint")
 
 
+def check_lists(args):
+    """Refuse lists that no step after hours of pre-training could use: ValueError."""
+    if args.experiment == "fig5":
+        for modality, path in fig5_lists(args).items():
+            reconstruction.unseen(path, modality)
+        return
+    volumes = len(data.read_list(args.data))
+    for labels in labelled_volumes(args):
+        require(labels is None or labels <= volumes,
+                f"--labels {labels}: {args.data} has {volumes} volumes to train on")
+    require(args.experiment != "probe" or data.has_split(args.data, "validation"),
+            f"{args.data}: has no validation split, and probe asks about its cases; give a "
+            "dataset.json with cases under 'validation'")
+
+
 def main(args):
     suffix = "-mr" if args.modality == "mr" else ""
     out = Path(args.out, args.experiment + suffix)
     frozen = args.experiment in FROZEN
-    if args.experiment == "fig5":                      # refuse a list before hours of training
-        for modality, path in fig5_lists(args).items():
-            reconstruction.unseen(path, modality)
+    check_lists(args)
     if frozen:
         first = pretrainings(args)
         steps = [step for step in first.values() if step]

@@ -149,31 +149,36 @@ def is_pretrained(args, row):
     return row not in args.checkpoint and ROWS[row].script is not None
 
 
-def own_settings(row):
-    """Parse the flags that tell a row of train_ssl.py from the others, with its defaults."""
-    return settings.parse_pretraining("", shlex.split(ROWS[row].flags))
+def pretraining_flags(args, row):
+    """List the flags that a row's script pre-trains it with, but for its seed and data."""
+    preset, (script, own, network) = PRESETS[args.preset], ROWS[row]
+    if script == "train_ssl.py":
+        flags = f"{preset.pretrain} {args.pretrain_flags} {own}"
+    else:
+        unet = preset.unet if network == "unet" else ""
+        flags = f"{own} {preset.baseline} {unet} {args.baseline_flags}"
+    return shlex.split(f"{flags} {args.row_flags.get(row, '')}")
 
 
-def predicts_voxels(row):
+def own_settings(args, row):
+    """Parse the flags that pre-train a row of train_ssl.py, with its defaults."""
+    return settings.parse_pretraining("", pretraining_flags(args, row))
+
+
+def predicts_voxels(args, row):
     """Tell whether masked image prediction pre-trains a row, so that it has a voxel head."""
-    return ROWS[row].script == "train_ssl.py" and own_settings(row).mip > 0
+    return ROWS[row].script == "train_ssl.py" and own_settings(args, row).mip > 0
 
 
 def pretraining(args, row, seed, ratio=None):
     """Plan the step that makes OUT/name/student.pt; None where there is nothing to pre-train."""
     if not is_pretrained(args, row):
         return None
-    preset, (script, own, network) = PRESETS[args.preset], ROWS[row]
-    if script == "train_ssl.py":
-        flags = shlex.split(f"{preset.pretrain} {args.pretrain_flags} {own}")
-    else:
-        unet = preset.unet if network == "unet" else ""
-        flags = shlex.split(f"{own} {preset.baseline} {unet} {args.baseline_flags}")
-    flags += shlex.split(args.row_flags.get(row, ""))
+    flags = pretraining_flags(args, row)
     if ratio_suffix(ratio):
         flags += ["--mask_ratio", ratio]
     flags += ["--seed", seed, "--data", *map(os.path.abspath, args.pretrain_data)]
-    return Step(f"pretrain/{row}{ratio_suffix(ratio)}-seed{seed}", script, flags)
+    return Step(f"pretrain/{row}{ratio_suffix(ratio)}-seed{seed}", ROWS[row].script, flags)
 
 
 def network_of(row):

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, metrics, pretrain, runtime, scoring
+from smit import data, metrics, pretrain, scoring
 from smit.data.organs import case_name, numbered, organ_ids
 from smit.data.samples import nested_subset
 from smit.study import power
-from smit.study.reconstruction import load_student
 from smit.study.scores import (
     Score, as_array, dice_by_case, dice_by_organ, dice_by_seed_and_case, estimate_mean, group,
     write, write_csv)
@@ -134,12 +133,11 @@ def load_encoder(path, random_seed=None):
 
     random_seed: draw the weights from it in place of loading them.
     """
-    if random_seed is None:
-        student, config = load_student(path)
-        return student.encoder, config
-    config = runtime.load_checkpoint(path)["config"]
-    torch.manual_seed(random_seed)
-    return pretrain.build_student(config).encoder.eval(), config
+    student, config = pretrain.load_student(path)
+    if random_seed is not None:
+        torch.manual_seed(random_seed)
+        student = pretrain.build_student(config).eval()
+    return student.encoder, config
 
 
 def probe_encoder(encoder, config, settings, row, labels, seed, draw):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, figures, metrics, pretrain, runtime, scoring, weights
+from smit import data, figures, metrics, pretrain, scoring
 from smit.data.organs import case_name
 from smit.data.samples import ViewPairs
 from smit.masking import expand_mask
@@ -46,7 +46,7 @@ def fig5(out, checkpoints, lists, cache):
     rows = []
     first_seed = min((seed for _, seed in checkpoints), default=None)
     for (row, seed), path in checkpoints.items():
-        student, config = load_student(path)
+        student, config = pretrain.load_student(path)
         for modality, volumes in lists.items():
             samples = masked_views(unseen(volumes, modality), config, modality, cache)
             for number, case in enumerate(samples.cases):
@@ -96,20 +96,6 @@ def unseen(path, modality):
 
 
 # ------------------------------------------------------------------------------------- one volume
-def load_student(path):
-    """Load a student.pt of train_ssl.py: (student in eval mode, settings of its run).
-
-    ValueError for one of another command, which has other heads.
-    """
-    state = runtime.load_checkpoint(path)
-    if "mip" not in state["config"]:
-        raise ValueError(f"{path} was not made by train_ssl.py: fig5 and probe take its students")
-    student = pretrain.build_student(state["config"]).eval()
-    found, _ = weights.upgrade(state["model"], state["config"])
-    student.load_state_dict(found)
-    return student, state["config"]
-
-
 def masked_views(cases, config, modality, cache):
     """Prepare two masked views of each case, as in pre-training: sample i is of case i."""
     settings = data.Preparation(tuple(config["spacing"]), modality, tuple(config["hu_window"]))

@@ -326,7 +326,8 @@ def read_run(path, network, sizes):
     require(sound and not (alone and network != "student"),
             f"{path} holds no pre-trained {network}; give student.pt or last.pt of train_ssl.py")
     wanted, there = "unet" if "width" in sizes else "swin", config.get("network", "swin")
-    require(there == wanted, f"--net {wanted}: {path} holds a {there}; give --net {there}")
+    require(there == wanted, f"{path} holds a {there}, and a {wanted} is wanted: fine-tune it with "
+                             f"--net {there}, or give another")
     held, claimed = held_and_claimed(path, found, config, sizes)
     require(held * 100 >= claimed,
             f"{path}: its settings are of an encoder of {claimed:,} values, and it holds {held:,} "
