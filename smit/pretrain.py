@@ -124,7 +124,6 @@ def build_student(config):
                 habits=habits)
 
 
-
 def load_student(path):
     """Load a student of train_ssl.py with its heads: (SMIT in eval mode, settings of its run).
 

@@ -30,6 +30,7 @@ for each number in them, from all cells that are finished. A study may be stoppe
 that it did not reach are missing from its tables.
 """
 import argparse
+import math
 import re
 import shlex
 from pathlib import Path
@@ -38,8 +39,8 @@ from smit import data, runtime
 from smit.settings import Help, require
 from smit.study import probe, recipes, reconstruction, scores, tables
 from smit.study.plan import (
-    EXPERIMENTS, FROZEN, PRESETS, RECIPES, ROWS, is_pretrained, labelled_volumes, own_settings,
-    plan, predicts_voxels, pretrainings, student_path)
+    EXPERIMENTS, FROZEN, PRESETS, RECIPES, ROWS, folds_of, is_pretrained, labelled_volumes,
+    own_settings, plan, predicts_voxels, pretrainings, student_path)
 from smit.study.run import command, estimate, finished, run
 
 WRITERS = {**tables.WRITERS, "recipe": recipes.recipe}
@@ -181,9 +182,12 @@ def check_lists(args):
             reconstruction.unseen(path, modality)
         return
     volumes = len(data.read_list(args.data))
+    parts, _ = folds_of(args)
+    if parts:                                          # one of them is held back
+        volumes -= math.ceil(volumes / parts)
     for labels in labelled_volumes(args):
         require(labels is None or labels <= volumes,
-                f"--labels {labels}: {args.data} has {volumes} volumes to train on")
+                f"--labels {labels}: {args.data} has {data.count(volumes, 'volume')} to train on")
     require(args.experiment != "probe" or data.has_split(args.data, "validation"),
             f"{args.data}: has no validation split, and probe asks about its cases; give a "
             "dataset.json with cases under 'validation'")
