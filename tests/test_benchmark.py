@@ -54,6 +54,12 @@ def test_every_contestant_of_a_row_has_a_name_of_its_own(device, compiled):
     assert {row for row, _ in labels} == set(rows.ON_GPU if device == "cuda" else rows.ROWS)
 
 
+def test_on_a_gpu_precisions_and_batches_can_be_chosen():
+    chosen = rows.contestants("cuda", measure.PAPER, False, [2, 8], ["bf16"])
+    ways = {(c.settings["precision"], c.settings.get("batch")) for c in chosen}
+    assert ways == {("bf16", 2), ("bf16", 8), ("bf16", None)}          # None: the sliding window
+
+
 def of_each_work(device):
     """Contestants without MONAI, the first of each work and way of running."""
     chosen = {}
@@ -159,8 +165,9 @@ def test_the_loader_must_feed_four_cards_that_are_bound_by_their_memory():
 
 
 def test_on_a_gpu_the_mark_is_the_share_of_a_copys_rate():
-    ours = dict(wall=1., gb=80., copy_share=.7, idle=.1)
-    found = {"step": {"ours fp16, batch 4": ours, "MONAI fp16, batch 4": dict(wall=1.)}}
+    way = dict(precision="fp16", batch=4)
+    ours = dict(way, wall=1., gb=80., copy_share=.7, idle=.1)
+    found = {"step": {"ours fp16, batch 4": ours, "MONAI fp16, batch 4": dict(way, wall=1.)}}
     reached = {mark.what.split(": ")[1]: (mark.value, mark.is_reached)
                for mark in rows.marks(found, 2, "cuda")}
 

@@ -3,7 +3,8 @@
     python -m smit.benchmark                            # all rows, at the paper's sizes
     python -m smit.benchmark --only encoder finetune    # some of them
     python -m smit.benchmark --quick                    # small sizes: does it run?
-    python -m smit.benchmark --device cuda --compile    # fp16 and bf16; batch 1, 2, 4, 8
+    python -m smit.benchmark --device cuda              # fp16 and bf16; batch 1, 2, 4, 8
+    python -m smit.benchmark --device cuda --precisions bf16 --batches 2 8 --compile
 
 The figures of --quick mean nothing. Every contestant of a row works in a process of its own, and
 they take turns, so that a machine that drifts hurts all alike. Shown are medians over the rounds,
@@ -19,6 +20,9 @@ after one that does not count, but for rows that have a single round, as `slidin
                  and a large copy, measured in the same run and precision. On a GPU the copy is the
                  mark. Above 1 for GB: it came from the cache
     idle         share of the time in which no kernel runs; on a GPU alone
+
+On a GPU the contestants of a row share the card: each keeps a context of some 500 MB and its
+weights there, and what else it needs while it works.
 """
 import argparse
 import importlib.metadata
@@ -47,6 +51,10 @@ def parse_arguments(argv=None):
         help="of each contestant (all cores)")
     add("--device", choices=["cpu", "cuda"], default="cpu",
         help=f"cuda: the rows {', '.join(rows.ON_GPU)}")
+    add("--batches", nargs="+", type=int, default=list(rows.GPU_BATCHES), metavar="N",
+        help="with --device cuda: pairs or volumes a step")
+    add("--precisions", nargs="+", choices=rows.GPU_PRECISIONS, default=list(rows.GPU_PRECISIONS),
+        help="with --device cuda")
     add("--compile", action="store_true",
         help="time compiled contestants as well: ours block by block, MONAI's as a whole")
     add("--quick", action="store_true", help="small sizes, to see that it runs")
@@ -99,7 +107,8 @@ def describe_machine(args, with_peers):
 def choose(args, sizes, with_peers):
     """Return {row: [contestant]} of the rows and the sides that were asked for."""
     chosen = {}
-    for contestant in rows.contestants(args.device, sizes, args.compile):
+    for contestant in rows.contestants(args.device, sizes, args.compile, args.batches,
+                                       args.precisions):
         if contestant.row in args.only and (with_peers or not contestant.is_peer):
             chosen.setdefault(contestant.row, []).append(contestant)
     return chosen

@@ -7,6 +7,7 @@ ROWS = ("encoder", "inference", "step", "finetune", "sliding", "prepare", "loade
         "linear")
 ON_GPU = ("encoder", "inference", "step", "finetune", "sliding")
 GPU_BATCHES = (1, 2, 4, 8)
+GPU_PRECISIONS = ("fp16", "bf16")
 MEMORY_GB = (16, 40, 80)  # of a V100, an A100, an H100
 FILLED = 0.9  # share of a card that a batch may fill; the rest is the allocator's and cuDNN's
 V100_COPY_GB_S = 0.75 * 900  # its peak, and the share of it that a large copy reaches
@@ -31,10 +32,13 @@ class Contestant(NamedTuple):
         return self.work in nets and not self.settings.get("compiled")
 
 
-def contestants(device, sizes, compiled=False):
-    """List the contestants of all rows; with `compiled`, those too who are compiled."""
+def contestants(device, sizes, compiled=False, batches=GPU_BATCHES, precisions=GPU_PRECISIONS):
+    """List the contestants of all rows; with `compiled`, those too who are compiled.
+
+    batches, precisions: of those on a GPU.
+    """
     if device == "cuda":
-        return on_gpu(compiled)
+        return on_gpu(compiled, batches, precisions)
     return on_cpu(compiled) + growing(sizes)
 
 
@@ -103,10 +107,10 @@ def growing(sizes):
     return entries
 
 
-def on_gpu(compiled):
+def on_gpu(compiled, batches, precisions):
     entries = []
-    for precision in ("fp16", "bf16"):
-        for batch in GPU_BATCHES:
+    for precision in precisions:
+        for batch in batches:
             for is_compiled in (False, True) if compiled else (False,):
                 way = dict(precision=precision, batch=batch, compiled=is_compiled)
                 name = f"{precision}, batch {batch}"
@@ -123,12 +127,12 @@ def on_gpu(compiled):
                     Contestant("finetune", f"ours {name}", w.finetune, way),
                     Contestant("finetune", f"MONAI {name}", w.finetune_monai, way)]
 
-    bf16 = dict(precision="bf16")
-    saving = dict(precision="fp16", batch=2, checkpointing=True)
+    precision, batch = precisions[-1], batches[0]
+    saving = dict(precision=precision, batch=batch, checkpointing=True)
     return entries + [
-        Contestant("step", "ours fp16, batch 2, checkpointing", w.step, saving),
-        Contestant("sliding", "ours", w.sliding, bf16),
-        Contestant("sliding", "MONAI", w.sliding_monai, bf16)]
+        Contestant("step", f"ours {precision}, batch {batch}, checkpointing", w.step, saving),
+        Contestant("sliding", "ours", w.sliding, dict(precision=precision)),
+        Contestant("sliding", "MONAI", w.sliding_monai, dict(precision=precision))]
 
 
 # ---------------------------------------------------------------- marks
@@ -212,22 +216,23 @@ def loader_mark(found, cores):
 def marks_on_gpu(found):
     """List the marks on a card, where a step is bound by the rate of its memory."""
     entries = []
-    for precision in ("fp16", "bf16"):
-        for batch in GPU_BATCHES:
-            name = f"{precision}, batch {batch}"
-            ours = found.get("step", {}).get(f"ours {name}", {})
-            pair_gb = ours["gb"] / batch if "gb" in ours else None
-            entries += [
-                Mark(f"encoder {name}: our time / MONAI's",
-                     ratio(found, "encoder", f"ours {name}", f"MONAI {name}", "wall"), .8, False),
-                Mark(f"inference {name}: our time / MONAI's, flash",
-                     ratio(found, "inference", f"ours {name}", f"MONAI flash {name}", "wall"),
-                     1., False),
-                Mark(f"step {name}: our time / MONAI's student alone",
-                     ratio(found, "step", f"ours {name}", f"MONAI {name}", "wall"), 1.3, False),
-                Mark(f"step {name}: share of a copy's rate", ours.get("copy_share"), .6, True),
-                Mark(f"step {name}: GB a pair", pair_gb, 20., False),
-                Mark(f"step {name}: share of time without a kernel", ours.get("idle"), .05, False)]
+    ways = {(result["precision"], result["batch"]): None
+            for results in found.values() for result in results.values()}
+    for precision, batch in ways:
+        name = f"{precision}, batch {batch}"
+        ours = found.get("step", {}).get(f"ours {name}", {})
+        pair_gb = ours["gb"] / batch if "gb" in ours else None
+        entries += [
+            Mark(f"encoder {name}: our time / MONAI's",
+                 ratio(found, "encoder", f"ours {name}", f"MONAI {name}", "wall"), .8, False),
+            Mark(f"inference {name}: our time / MONAI's, flash",
+                 ratio(found, "inference", f"ours {name}", f"MONAI flash {name}", "wall"),
+                 1., False),
+            Mark(f"step {name}: our time / MONAI's student alone",
+                 ratio(found, "step", f"ours {name}", f"MONAI {name}", "wall"), 1.3, False),
+            Mark(f"step {name}: share of a copy's rate", ours.get("copy_share"), .6, True),
+            Mark(f"step {name}: GB a pair", pair_gb, 20., False),
+            Mark(f"step {name}: share of time without a kernel", ours.get("idle"), .05, False)]
     return entries
 
 
