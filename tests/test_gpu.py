@@ -36,7 +36,7 @@ def full_precision():
 
 def assert_close(on_gpu, on_cpu, tolerance):
     """Compare tensors by the largest difference, as a share of the largest value."""
-    on_gpu = on_gpu.detach().cpu().float()
+    on_gpu = on_gpu.detach().cpu().to(on_cpu.dtype)
     assert on_gpu.isfinite().all()
     assert (on_gpu - on_cpu).abs().max() <= tolerance * on_cpu.abs().max()
 
@@ -45,7 +45,7 @@ def outputs_and_gradients(net, x):
     """Run forward and backward: every output, and every gradient by name."""
     outputs = net(x)
     outputs = outputs if isinstance(outputs, list) else [outputs]
-    sum(output.float().square().mean() for output in outputs).backward()
+    sum(output.square().mean() for output in outputs).backward()
     return outputs, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
@@ -85,8 +85,10 @@ def test_the_compiled_encoder_is_the_plain_one(checkpointing):
 
 
 def test_the_segmentation_network_computes_what_it_does_on_the_cpu():
-    net = segment.SegmentationNet(5, **SIZES)
-    compare(net, copy.deepcopy(net).cuda(), torch.rand(2, 1, 32, 32, 32))
+    # in float32 its gradients are off by up to .015 of the largest even on one CPU: rounding
+    # moves some values across the kinks of LeakyReLU
+    net = segment.SegmentationNet(5, **SIZES).double()
+    compare(net, copy.deepcopy(net).cuda(), torch.rand(2, 1, 32, 32, 32).double(), 1e-9)
 
 
 @pytest.mark.parametrize("volumes, windows, heads", [(2, 5, 3), (70_000, 1, 1), (1, 40_000, 2)])

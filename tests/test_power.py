@@ -1,4 +1,5 @@
 """Intervals over seeds and cases, and the number of seeds, against numbers made by hand."""
+import itertools
 import math
 
 import numpy as np
@@ -42,6 +43,25 @@ def test_a_case_that_one_seed_could_not_score_is_averaged_over_the_others():
     assert all(map(math.isnan, power.bootstrap_seeds_and_cases([[math.nan]])))
     with pytest.raises(ValueError, match="seeds, cases"):
         power.bootstrap_seeds_and_cases([.1, .2])
+
+
+def test_p_is_the_share_of_signs_that_take_the_mean_as_far():
+    # 6 of 1, 2, 3 comes with all signs alike: 2 of 8 choices
+    assert power.flipped_signs_p([1, 2, 3]) == power.flipped_signs_p([-1, -2, -3]) == .25
+    # 4 or 6 of six ones: all alike (2 choices), or one unlike the others (12), of 64
+    assert power.flipped_signs_p([1, 1, 1, -1, 1, 1]) == 14 / 64
+    # rounding does not part equal sums
+    assert power.flipped_signs_p([.1, .2, .3, -.3]) == power.flipped_signs_p([.3, .1, -.3, .2])
+    assert power.flipped_signs_p([0., 0.]) == 1 and math.isnan(power.flipped_signs_p([]))
+
+
+def test_p_of_many_seeds_is_drawn_and_never_0():
+    draw = np.random.default_rng(0)
+    assert 0 < power.flipped_signs_p(np.ones(40)) < 1e-4
+    values = draw.normal(.5, 1, 17)                    # one more than are counted in full
+    exact = np.mean(abs(np.array(list(itertools.product((1, -1), repeat=17))) @ values)
+                    >= abs(values.sum()) * (1 - 1e-9))
+    assert power.flipped_signs_p(values) == pytest.approx(exact, abs=.005)
 
 
 def test_twenty_four_seeds_show_three_points_where_seeds_deviate_by_five():

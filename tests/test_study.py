@@ -382,6 +382,7 @@ def test_table2_averages_seeds_case_by_case_and_then_cases(tmp_path):
     # (2.8016 * .0354 / .03)^2 + 1.92 = 12.8
     assert lines[f"{less}, 95 % over seeds and cases"][0] == "+0.150, +0.100 to +0.200"
     assert lines[f"{less}, deviation over seeds"][0] == "0.035"
+    assert lines[f"{less}, p over seeds"][0] == "0.5"               # 2 of 4 choices of signs
     assert lines["seeds to show 0.03"][0] == "13"
 
 

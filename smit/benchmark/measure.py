@@ -96,7 +96,7 @@ def count(once):
 def kernels_of(once, device="cuda"):
     """Return (begin, end) of each kernel that a few calls ran on a device, in microseconds."""
     activity = getattr(torch.profiler.ProfilerActivity, device.upper())
-    with torch.profiler.profile(activities=[activity]) as profiler:
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profiler:
         for _ in range(PROFILED):
             once()
         if device == "cuda":

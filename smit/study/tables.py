@@ -84,9 +84,11 @@ EFFECT = .03                           # the difference in Dice that a study sho
 INTERVALS = f"""Over cases: bootstrap over cases of the mean over seeds, and p by Wilcoxon's signed
 rank over cases, two-sided. Both speak of these trained networks alone. Over seeds and cases:
 bootstrap over both, and so about other trainings as well; too narrow with few seeds (with two, half
-the variance of seeds). Deviation: of the mean over cases, from seed to seed. Seeds: as many would
-show a difference of {EFFECT:g} with probability .8 if it deviates as here; rough with few. Draws of
-labelled volumes are averaged within a seed: all intervals are about the draws that there are.
+the variance of seeds). Deviation: of the mean over cases, from seed to seed. p over seeds: the
+share of all choices of signs for the seeds' differences whose mean is as far from 0. Seeds: as many
+would show a difference of {EFFECT:g} with probability .8 if it deviates as here; rough with few.
+Draws of labelled volumes are averaged within a seed: all intervals are about the draws that there
+are.
 """
 
 
@@ -232,16 +234,17 @@ def lines_over_seeds(rows, reference, ahead):
     less = less_this(reference)
     names = ["AVG, 95 % over seeds and cases", "AVG, deviation over seeds",
              f"{less}, 95 % over seeds and cases", f"{less}, deviation over seeds",
-             f"seeds to show {EFFECT:g}"]
+             f"{less}, p over seeds", f"seeds to show {EFFECT:g}"]
     columns = []
     for row, part in rows.items():
         cells = spread_of(as_array(list(dice_by_seed_and_case(part).values())))
         common, _ = matched(ahead or [], part)
         lead = differences_by_seed(ahead, part) if common else np.empty((0, 0))
         if row == reference or not lead.size:
-            cells += ["", "", ""]
+            cells += ["", "", "", ""]
         else:
-            cells += [*spread_of(lead, "+.3f"), seeds_text(lead)]
+            p = power.flipped_signs_p(np.nanmean(lead, axis=1))
+            cells += [*spread_of(lead, "+.3f"), number(p, ".2g"), seeds_text(lead)]
         columns.append(cells)
     return [list(line) for line in zip(names, *columns)]
 
