@@ -436,6 +436,13 @@ def test_ticks_are_round_enclose_the_data_and_are_few(low, high):
     assert np.allclose(np.diff(marks), step) and f"{step:.0e}"[0] in "125"
 
 
+@pytest.mark.parametrize("steps", [300, 600, 1_200, 12_000, 50_000])
+def test_a_curve_of_a_round_number_of_steps_ends_with_its_axis(tmp_path, steps):
+    charts.curves_svg(tmp_path / "a.svg", {"a": ([1, steps], [3, 4])}, "step", "y", "t")
+    marks, _ = read_axis(parsed(tmp_path / "a.svg"), "middle", "x")
+    assert max(marks) == steps
+
+
 def log_file(folder, rows):
     (folder / "log.csv").write_text(
         "step,lr,loss,mpd,mip,val_mip,val_constant,itd\n" + "".join(rows))

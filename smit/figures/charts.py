@@ -187,7 +187,8 @@ def curves_svg(path, series, x_label, y_label, title, lines=None, limits=None, l
     low, high = limits or (min(y_values), max(y_values))
     y_marks = log_ticks(low, high) if log_y else ticks(low, high)
     y_axis = Axis(y_marks, BASE, legend_end + 16, log_y)
-    x_axis = Axis(ticks(min(x_values), max(x_values)), LEFT, RIGHT)
+    # more marks than up the side: they lie closer, so that a curve ends near the axis' end
+    x_axis = Axis(ticks(min(x_values), max(x_values), wanted=8), LEFT, RIGHT)
 
     drawing = [text(LEFT, 26, title, font_size=17, font_weight="bold"), *legend]
     drawing += draw_y_axis(y_axis, LEFT, RIGHT, y_label)
