@@ -50,6 +50,7 @@ def outputs_and_gradients(net, x):
 
 
 def compare(net, on_gpu, x, tolerance=1e-4):
+    """Assert that a network and its copy on the GPU give alike outputs and alike gradients."""
     outputs, gradients = outputs_and_gradients(net, x)
     gpu_outputs, gpu_gradients = outputs_and_gradients(on_gpu, x.cuda())
     for ours, reference in zip(gpu_outputs, outputs, strict=True):

@@ -53,11 +53,11 @@ def deviation(values):
 
 
 def flipped_signs_p(differences, draws=2 ** 16, seed=0):
-    """Say how likely chance alone takes the seeds' mean difference as far from 0: p, two-sided.
+    """Say how likely chance alone takes the seeds' mean as far from 0: p, two-sided [Fisher 1935].
 
     Without an effect each seed's difference could as well have the other sign. p is the share of
-    all choices of signs whose mean is as far off; of `draws` random ones beyond 16 seeds
-    [Fisher 1935]. Unlike a bootstrap it is right with few seeds; below 6 it cannot reach .05.
+    all choices of signs whose mean is at least as far off; of `draws` random ones beyond 16 seeds.
+    Unlike a bootstrap it is right with few seeds; below 6 it cannot reach .05.
 
     differences (seeds,): of two rows, the mean over cases. nan if there is none.
     """

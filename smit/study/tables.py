@@ -85,10 +85,10 @@ INTERVALS = f"""Over cases: bootstrap over cases of the mean over seeds, and p b
 rank over cases, two-sided. Both speak of these trained networks alone. Over seeds and cases:
 bootstrap over both, and so about other trainings as well; too narrow with few seeds (with two, half
 the variance of seeds). Deviation: of the mean over cases, from seed to seed. p over seeds: the
-share of all choices of signs for the seeds' differences whose mean is as far from 0. Seeds: as many
-would show a difference of {EFFECT:g} with probability .8 if it deviates as here; rough with few.
-Draws of labelled volumes are averaged within a seed: all intervals are about the draws that there
-are.
+share of all choices of signs for the seeds' differences whose mean is at least as far from 0.
+Seeds: as many would show a difference of {EFFECT:g} with probability .8 if it deviates as here;
+rough with few. Draws of labelled volumes are averaged within a seed: all intervals are about the
+draws that there are.
 """
 
 
