@@ -32,6 +32,7 @@ except ImportError:
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ORPHAN_GRACE_S = 20  # for a last checkpoint once torchrun's agent is gone
+ECHO_WAIT_S = 60  # torchrun ends the other ranks within seconds; on a busy machine it took 16
 FIRST_LOSS_SCALE = 2.0 ** 12  # of fp16; from torch's 2^16 the first steps overflow and are skipped
 WORKER_DEATH = r"(DataLoader worker .*(killed by signal|exited unexpectedly)|shared memory)"
 LOADER_FAULTS = {  # what torch says of its loader, and what to do about it
@@ -302,7 +303,7 @@ def run(main, *arguments):
         code, text = describe(error)
         quieten_signals()
         kill_loader_workers()
-        wait_for_the_first_error(code)
+        wait_for_the_first_error(error, code)
         print(text, file=sys.stderr)
         tell_torchrun(text, raised_at)
         leave(code)
@@ -356,15 +357,16 @@ def kill_loader_workers():
         worker.kill()
 
 
-def wait_for_the_first_error(code):
-    """Wait where this rank may only echo another's error, until torchrun quotes that and ends all.
+def wait_for_the_first_error(error, code):
+    """Wait where another rank may tell more, until torchrun quotes that one and ends all.
 
-    A rank whose peer is gone fails inside torch, which looks like a bug. An error of the user's is
-    shown by rank 0 where all ranks meet it. torchrun needs seconds, on a busy machine more than 5.
+    A rank whose peer is gone fails inside torch: an echo, which looks like a bug. Any other error
+    is shown by rank 0 where all ranks meet it.
     """
-    seconds = {1: 15, 2: min(1, int(os.environ.get("RANK", 0))), 130: 0}[code]
-    if dist.is_initialized():
-        time.sleep(seconds)
+    if not dist.is_initialized() or code == 130:
+        return
+    is_echo = isinstance(error, dist.DistError) or "gloo" in str(error)
+    time.sleep(ECHO_WAIT_S if is_echo else min(1, int(os.environ.get("RANK", 0))))
 
 
 def tell_torchrun(text, raised_at):
