@@ -34,6 +34,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ORPHAN_GRACE_S = 20  # for a last checkpoint once torchrun's agent is gone
 ECHO_WAIT_S = 60  # torchrun ends the other ranks within seconds; on a busy machine it took 16
 FIRST_LOSS_SCALE = 2.0 ** 12  # of fp16; from torch's 2^16 the first steps overflow and are skipped
+LOST_PEER = "closed by peer|reset by peer|Broken pipe|remote process exited"  # of gloo, of NCCL
 WORKER_DEATH = r"(DataLoader worker .*(killed by signal|exited unexpectedly)|shared memory)"
 LOADER_FAULTS = {  # what torch says of its loader, and what to do about it
     WORKER_DEATH:
@@ -365,7 +366,7 @@ def wait_for_the_first_error(error, code):
     """
     if not dist.is_initialized() or code == 130:
         return
-    is_echo = isinstance(error, dist.DistError) or "gloo" in str(error)
+    is_echo = isinstance(error, RuntimeError) and re.search(LOST_PEER, str(error))
     time.sleep(ECHO_WAIT_S if is_echo else min(1, int(os.environ.get("RANK", 0))))
 
 
