@@ -111,19 +111,21 @@ def check_fit(config, found):
         raise ValueError(counts)
 
 
-def preparation(config):
+def preparation(config, modality=None):
     """Read how a run prepared its volumes off its settings; None where they do not say it.
 
-    ValueError where they say what cannot be.
+    modality: of the volumes to prepare, in place of the run's own. Another one than that takes no
+    hu_offset from it. ValueError where the settings say what cannot be.
     """
     if not config.keys() >= {"spacing", "modality", "hu_window"}:
         return None
-    hu_offset = config.get("hu_offset", 0.0)
+    modality = modality or config["modality"]
+    hu_offset = config.get("hu_offset", 0.0) if modality == config["modality"] else 0.0
     try:
         low, high = config["hu_window"]
         if type(hu_offset) not in (int, float) or not abs(hu_offset) < math.inf:
             raise ValueError(f"hu_offset {hu_offset!r} is no number")
-        return data.Preparation(tuple(config["spacing"]), config["modality"], (low, high),
+        return data.Preparation(tuple(config["spacing"]), modality, (low, high),
                                 hu_offset=hu_offset)
     except (TypeError, ValueError) as error:
         raise ValueError(f"its settings do not say how volumes are prepared ({error})") from None

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from smit import pretrain, runtime
+from smit import inference, pretrain, runtime
 from smit.baselines import __main__ as baselines
 from smit.data import Preparation, load_case
 from smit.data.organs import ORGANS, case_name
@@ -312,6 +312,7 @@ def test_what_came_from_a_pre_training_with_other_flags_is_not_taken_for_finishe
     ("table2 --checkpoint smit=x.pt --row_flags 'smit=--lr 1'", "nothing is pre-trained"),
     ("recipe --recipes organs-first", "write NAME=FLAGS"),
     ("probe --rows rand", "architecture from another row"),
+    ("probe --checkpoint rand=x.pt --rows rand smit", "another row's name"),
     ("probe --rows smit moco", "--rows moco"),
     ("probe --rows rand-cnn smit", "--rows rand-cnn"),
     ("fig5 --rows mg", "--rows mg"),
@@ -492,6 +493,30 @@ def test_fig5_refuses_a_list_before_any_training(tmp_path):
     assert not (tmp_path / "study").exists()
 
 
+def test_fig5_stops_at_a_volume_that_cannot_be_read(tmp_path):
+    """In training the next volume takes its place; here it would stand in the wrong row."""
+    affine = np.diag([-10., -10., 10., 1.])
+    voxels = np.random.default_rng(0).normal(0, 300, (24, 24, 24)).astype(np.float32)
+    for name in "ab":
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / f"{name}.nii.gz")
+    (tmp_path / "a.nii.gz").write_bytes((tmp_path / "a.nii.gz").read_bytes()[:9000])
+    cases = [{"image": str(tmp_path / f"{name}.nii.gz"), "label": None} for name in "ab"]
+    config = {"spacing": [10, 10, 10], "modality": "ct", "hu_window": [-175, 250],
+              "crop": [24, 24, 24], "view": [16, 16, 16], "mask_cell": 4}
+    samples = reconstruction.masked_views(cases, config, "ct", tmp_path / "cache")
+    with pytest.raises(ValueError, match="a.nii.gz"):
+        reconstruction.views_of(samples, 0)
+    assert reconstruction.views_of(samples, 1)["volume"] == 1
+
+
+def test_an_offset_of_the_run_s_own_modality_reaches_what_is_asked_of_its_encoder():
+    config = {"spacing": [10, 10, 10], "modality": "ct", "hu_window": [-175, 250],
+              "hu_offset": -1024.}
+    assert inference.preparation(config, "ct").hu_offset == -1024
+    mr = inference.preparation(config, "mr")
+    assert (mr.modality, mr.hu_offset) == ("mr", 0)
+
+
 @pytest.mark.parametrize("words, told", [
     ("probe --rows smit", "has no validation split"),
     ("table2 --labels 1 3", "--labels 3: .* has 2 volumes"),
@@ -553,14 +578,19 @@ class LastVoxel(torch.nn.Module):
         return [torch.nn.functional.one_hot(third, 3).movedim(-1, 1).float(), None]
 
 
-def test_a_segmentation_by_frozen_features_lies_where_the_organ_is_in_the_file(tmp_path):
+@pytest.mark.parametrize("label_axes", ["as the image's", "mirrored", "in another order"])
+def test_a_segmentation_by_frozen_features_lies_where_the_organ_is_in_the_file(
+        label_axes, tmp_path):
     label = np.zeros((24, 20, 18), np.uint8)
     label[4:14, 6:14, 5:13], label[16:22, 4:12, 3:15] = 1, 2
     affine = np.diag([-1.5, -1.5, 2., 1.])                         # LPS, as scanners write
     names = {0: "background", 1: "liver", 2: "spleen"}
     image = np.array([-100., 60., 180.], np.float32)[label]
-    for kind, voxels in (("image", image), ("label", label)):
-        nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / f"{kind}.nii.gz")
+    turn = {"as the image's": [(0, 1), (1, 1), (2, 1)], "mirrored": [(0, -1), (1, 1), (2, 1)],
+            "in another order": [(2, 1), (0, 1), (1, -1)]}[label_axes]
+    nibabel.save(nibabel.Nifti1Image(image, affine), tmp_path / "image.nii.gz")
+    turned = nibabel.Nifti1Image(label, affine).as_reoriented(np.array(turn))
+    nibabel.save(turned, tmp_path / "label.nii.gz")
     case = {kind: str(tmp_path / f"{kind}.nii.gz") for kind in ("image", "label")}
     prepared = load_case(case, Preparation((1.5, 1.5, 2.)), True, 3)
 
@@ -571,10 +601,10 @@ def test_a_segmentation_by_frozen_features_lies_where_the_organ_is_in_the_file(t
     for classifier in probe.CLASSIFIERS:
         found = probe.segment(frozen, classifier, maps, 2, prepared)
         assert found.shape == label.shape
-        dice = probe.organ_dice(found, case, names)
+        dice = probe.organ_dice(found, affine, case, names)
         assert min(dice.values()) > .75, (classifier, dice)
         for axis, step in ((0, -1), (0, 1), (1, -1), (1, 1), (2, -1), (2, 1)):
-            moved = probe.organ_dice(found.roll(step, axis), case, names)
+            moved = probe.organ_dice(found.roll(step, axis), affine, case, names)
             assert sum(moved.values()) <= sum(dice.values())       # not even by a voxel
 
 

@@ -1,7 +1,7 @@
 """From files to cases: lists, NIfTI, preparation, cache. Samples and organs have own doors."""
 from smit.data.cases import (  # noqa: F401
     cached, cached_with_concerns, check_case, check_cases, check_voxels, find_problems, load_case,
-    preparation_of, prepare_ahead, readable_cases, same_grid)
+    onto_grid, preparation_of, prepare_ahead, readable_cases, same_grid)
 from smit.data.concerns import Concern, count, note, tell, verdict  # noqa: F401
 from smit.data.lists import (  # noqa: F401
     find_volumes, has_split, label_names, read_list, read_lists)

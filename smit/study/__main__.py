@@ -170,6 +170,8 @@ def check_frozen(args):
                 f"row is not; {way_out}")
         require(args.experiment == "probe" or predicts_voxels(args, row),
                 f"--rows {row}: fig5 is of predicted voxels, and this row predicts none; {way_out}")
+    require("rand" not in args.checkpoint or not random,
+            "--checkpoint rand: in probe rand has random weights; give the file another row's name")
     require(set(args.rows) - random,
             "--rows rand: rand takes its architecture from another row: name one, or a row with a "
             "--checkpoint")

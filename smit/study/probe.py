@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, metrics, pretrain, scoring
+from smit import data, inference, metrics, pretrain, scoring
 from smit.data.organs import case_name, numbered, organ_ids
 from smit.data.samples import nested_subset
 from smit.study import power
@@ -63,7 +63,8 @@ class Probe(NamedTuple):
 def probe(out, checkpoints, with_random, settings):
     """Probe the encoders of {(row, seed): student.pt}: probe.md, tokens.csv and cases.csv.
 
-    with_random: probe each seed's architecture with random weights too, as the row "rand".
+    with_random: probe the architecture of each seed's last encoder with random weights, too, as
+    the row "rand".
     """
     encoders = []
     if with_random:
@@ -142,8 +143,7 @@ def load_encoder(path, random_seed=None):
 
 def probe_encoder(encoder, config, settings, row, labels, seed, draw):
     """Probe one encoder on one draw of labelled volumes: (Probe, list of Score)."""
-    preparation = data.Preparation(tuple(config["spacing"]), settings.modality,
-                                   tuple(config["hu_window"]))
+    preparation = inference.preparation(config, settings.modality)
     names = data.label_names(settings.volumes) or numbered(14)
     classes = max(names) + 1
     training = data.read_list(settings.volumes, "training")
@@ -152,7 +152,9 @@ def probe_encoder(encoder, config, settings, row, labels, seed, draw):
 
     features, organs = [], []
     for case in training:
-        image, label = data.cached(case, preparation, settings.cache, True, classes)
+        image, label, concerns = data.cached_with_concerns(case, preparation, settings.cache, True,
+                                                           classes)
+        data.tell(concerns, one_by_one=True)
         features.append(flat(tokens(encoder, np.array(image))))
         organs.append(token_organs(encoder, np.array(label)).flatten())
     frozen = Classifiers(torch.cat(features), torch.cat(organs), classes)
@@ -160,6 +162,7 @@ def probe_encoder(encoder, config, settings, row, labels, seed, draw):
     linear, nearest, cases, scores = Hits(classes), Hits(classes), 0, []
     for case in data.read_list(settings.volumes, "validation"):
         prepared = data.load_case(case, preparation, True, classes)
+        data.tell(prepared["concerns"], one_by_one=True)
         maps = tokens(encoder, prepared["image"].numpy())               # (C, d, h, w)
         truth = token_organs(encoder, prepared["label"].numpy()).flatten()
         guesses, chosen, neighbours = frozen.ask(flat(maps), truth)
@@ -168,7 +171,8 @@ def probe_encoder(encoder, config, settings, row, labels, seed, draw):
         cases += 1
         for classifier in CLASSIFIERS:
             label = segment(frozen, classifier, maps, encoder.patch, prepared)
-            for organ, dice in organ_dice(label, case, names).items():
+            dices = organ_dice(label, prepared["original_affine"], case, names)
+            for organ, dice in dices.items():
                 scores.append(Score(row, labels, seed, None, None, settings.modality, draw,
                                     classifier, case_name(case["image"]), organ, dice))
     found = Probe(row, labels, seed, draw, linear.balanced_accuracy(), nearest.balanced_accuracy(),
@@ -311,21 +315,28 @@ def segment(frozen, classifier, maps, patch, prepared):
     d, h, w = (math.ceil(size / patch) for size in prepared["image"].shape)
     maps = maps[:, :d, :h, :w]                                          # without the padding
     scores = frozen.scores(classifier, flat(maps)).T.unflatten(1, (d, h, w))
-    return to_file_grid(scores, token_affine(prepared["affine"], patch),
+    return to_file_grid(scores, last_voxel_affine(prepared["affine"], patch),
                         prepared["original_shape"], prepared["original_affine"])
 
 
-def organ_dice(label, case, names):
-    """Score a label map against a case's label: {organ: Dice}, nan if absent from both."""
+def organ_dice(label, affine, case, names):
+    """Score a label map against a case's label: {organ: Dice}, nan if absent from both.
+
+    affine: the map's, which is that of the case's image. Its label's axes may run otherwise.
+    """
     classes = max(names) + 1
-    truth = data.read_label(case["label"], classes)[0]
+    truth, truth_affine = data.read_label(case["label"], classes)
+    label = data.onto_grid(label, affine, truth.shape, truth_affine)
     dice = metrics.dice(label, truth, classes)                          # of labels 1, 2, ...
     ids = organ_ids(names, case["label"])
     return {organ: float(dice[number - 1]) for organ, number in ids.items()}
 
 
-def token_affine(affine, patch):
-    """Place tokens where their organs were read, at their last voxels: the affine of their grid."""
+def last_voxel_affine(affine, patch):
+    """Place tokens where their organs were read, at their last voxels: the affine of their grid.
+
+    A token's centre (`inference.token_affine`) would shift a segmentation by half a token.
+    """
     affine = crop_affine(affine, [patch - 1] * 3)
     affine[:3, :3] *= patch
     return affine

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from smit import data, figures, metrics, pretrain, scoring
+from smit import data, figures, inference, metrics, pretrain, scoring
 from smit.data.organs import case_name
 from smit.data.samples import ViewPairs
 from smit.masking import expand_mask
@@ -50,7 +50,8 @@ def fig5(out, checkpoints, lists, cache):
         for modality, volumes in lists.items():
             samples = masked_views(unseen(volumes, modality), config, modality, cache)
             for number, case in enumerate(samples.cases):
-                views, hidden, voxels = reconstruct(student, samples[number], config["mask_cell"])
+                sample = views_of(samples, number)
+                views, hidden, voxels = reconstruct(student, sample, config["mask_cell"])
                 rows.append(Errors(row, seed, modality, case_name(case["image"]),
                                    *errors(views, hidden, voxels)))
                 if number == 0 and seed == first_seed:
@@ -98,18 +99,28 @@ def unseen(path, modality):
 # ------------------------------------------------------------------------------------- one volume
 def masked_views(cases, config, modality, cache):
     """Prepare two masked views of each case, as in pre-training: sample i is of case i."""
-    settings = data.Preparation(tuple(config["spacing"]), modality, tuple(config["hu_window"]))
+    settings = inference.preparation(config, modality)
     return ViewPairs(cases, settings, cache, config["crop"], config["view"], config["mask_cell"],
                      MASK_RATIO, split="val")
+
+
+def views_of(samples, number):
+    """Return a sample of `masked_views`; ValueError if its volume cannot be read.
+
+    In training the next volume takes its place; here its errors would stand in another's row.
+    """
+    sample = samples.sample(number)
+    if sample["skipped"]:
+        raise ValueError(sample["skipped"][0])
+    data.tell(sample["concerns"], one_by_one=True)
+    return sample
 
 
 def reconstruct(student, sample, cell):
     """Predict two masked views: (views, hidden, voxels), each (2, 1, D, H, W), hidden bool.
 
-    cell: voxels per axis of a mask cell. Raises the error that a sample is where no volume is good.
+    cell: voxels per axis of a mask cell.
     """
-    if isinstance(sample, Exception):
-        raise sample
     views = sample["views"] / 255                                       # (2, 1, D, H, W)
     hidden = expand_mask(sample["hidden"], cell)[:, None]               # (2, 1, D, H, W)
     tokens = expand_mask(sample["hidden"], cell // student.encoder.patch)
