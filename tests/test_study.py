@@ -295,6 +295,45 @@ def test_what_came_from_a_pre_training_with_other_flags_is_not_taken_for_finishe
             run.finished(args, step)
 
 
+def test_what_came_from_a_run_or_a_file_that_was_replaced_is_not_taken_for_finished(tmp_path):
+    student, listed = tmp_path / "given.pt", tmp_path / "list.json"
+    student.write_text("first weights")
+    listed.write_text("first list")
+    args = parse_arguments(["table2", "--data", str(listed), "--rows", "smit", "--labels", "3",
+                            "--checkpoint", f"smit={student}", "--out", str(tmp_path / "study")])
+    tune, evaluate = plan(args)[0].steps
+    record_step(args, tune, made="first", sources=run.sources(args, tune))
+    record_step(args, evaluate, made="scores", sources=run.sources(args, evaluate))
+    assert run.finished(args, tune) and run.finished(args, evaluate)
+
+    record_step(args, tune, made="again", sources=run.sources(args, tune))
+    with pytest.raises(ValueError, match="from another finetune/smit-ct3-seed0 .* delete .*evaluate"):
+        run.finished(args, evaluate)
+    (Path(args.out, tune.name) / "step.json").unlink()         # deleted, to be made again
+    with pytest.raises(ValueError, match="from another finetune/smit-ct3-seed0"):
+        run.finished(args, evaluate)
+
+    for file in (student, listed):
+        record_step(args, tune, made="first", sources=run.sources(args, tune))
+        record_step(args, evaluate, made="scores", sources=run.sources(args, evaluate))
+        file.write_text("second content")
+        os.utime(file, ns=(0, 10 ** 18))
+        with pytest.raises(ValueError, match=f"from another {file}"):
+            run.finished(args, tune)
+        os.utime(file, ns=(0, 2 * 10 ** 18))
+
+
+def test_a_training_does_not_go_on_from_another_pre_training_than_it_began_with(tmp_path):
+    args = arguments("table2", "--rows", "smit", "--labels", 7, "--out", tmp_path)
+    first, tune, _ = plan(args)[0].steps
+    record_step(args, first, made="first")
+    Path(args.out, tune.name).mkdir(parents=True)              # cut off
+    run.begun_path(args, tune).write_text(json.dumps(run.sources(args, tune)))
+    record_step(args, first, made="again")
+    with pytest.raises(ValueError, match="from another pretrain/smit-seed0"):
+        run.start(args, tune)
+
+
 @pytest.mark.parametrize("words, told", [
     ("fig3b --rows smit simmim", "one row"),
     ("fig3b --labels 3 7", "one number"),
@@ -304,6 +343,16 @@ def test_what_came_from_a_pre_training_with_other_flags_is_not_taken_for_finishe
     ("fig3b --rows full", "predict hidden voxels"),        # its ratio of .7 would be 0
     ("fig3b --checkpoint smit=x.pt", "without a --checkpoint"),
     ("fig3b --row_flags 'smit=--mask_ratio .5'", "--ratios"),
+    ("fig3b --pretrain_flags '--mask_rat .5'", "--ratios"),        # argparse knows it
+    ("fig3b --pretrain_flags '--val_fraction 0'", "held-back volumes"),
+    ("table2 --ratios .5", "of fig3b alone"),
+    ("table2 --recipes now=", "of recipe alone"),
+    ("table2 --mr_data mr", "of fig5 alone"),
+    ("fig5 --folds 5", "--folds is of fine-tuning"),
+    ("table2 --parallel 0", "1 or more"),
+    ("table2 --ranks 0", "1 or more"),
+    ("table2 --labels 0", "1 or more"),
+    ("table2 --folds -1", "0 or more"),
     ("table2 --checkpoint smit", "write ROW=PATH"),
     ("table2 --checkpoint smit=", "name a student.pt"),
     ("table2 --checkpoint Smit=x.pt", "not one of --rows"),
@@ -522,7 +571,10 @@ def test_an_offset_of_the_run_s_own_modality_reaches_what_is_asked_of_its_encode
     ("table2 --labels 1 3", "--labels 3: .* has 2 volumes"),
     ("table2 --labels 2 --folds 2", "--labels 2: .* has 1 volume "),
     ("recipe --rows smit --labels 2", "--labels 2: .* has 1 volume "),
-    ("probe --rows smit --labels 3", "--labels 3: .* has 2 volumes")])
+    ("probe --rows smit --labels 3", "--labels 3: .* has 2 volumes"),
+    ("table2 --rows rand --labels 2", "no validation split, and table2 asks"),
+    ("table2 --rows smit --checkpoint smit=nowhere.pt", "there is no file nowhere.pt"),
+    ("table2 --rows rand --labels 1 --folds 2", "a.nii.gz")])      # no file, and so no label
 def test_lists_that_the_last_steps_could_not_use_are_refused_before_the_first(
         words, told, tmp_path):
     listed = write_list(tmp_path / "training.json", training="ab")
@@ -531,6 +583,30 @@ def test_lists_that_the_last_steps_could_not_use_are_refused_before_the_first(
     with pytest.raises(ValueError, match=told):
         main(args)
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("folds, told", [(5, "--folds 5: .* folds of its own, .0, 1."),
+                                         (2, "a.nii.gz")])         # as it has, but has no files
+def test_folds_of_a_list_s_own_are_all_run(folds, told, tmp_path):
+    cases = [{"image": f"{name}.nii.gz", "fold": place % 2} for place, name in enumerate("abcd")]
+    (tmp_path / "list.json").write_text(json.dumps({"training": cases}))
+    args = parse_arguments(["table2", "--rows", "rand", "--data", str(tmp_path / "list.json"),
+                            "--folds", str(folds), "--out", str(tmp_path / "study")])
+    with pytest.raises(ValueError, match=told):
+        main(args)
+
+
+def test_cases_that_are_scored_and_pre_trained_on_are_told_and_refused_by_fig5(tmp_path, capsys):
+    listed = write_list(tmp_path / "list.json", training="ab", validation="cd")
+    pool = tmp_path / "pool.txt"
+    pool.write_text("a.nii.gz\nc.nii.gz\n")
+    flags = ["--data", str(listed), "--pretrain_data", str(pool), "--rows", "smit", "--out",
+             str(tmp_path / "study")]
+    with pytest.raises(ValueError, match="sees 1 of the 2 cases that are scored.*: c; fig5 is of"):
+        main(parse_arguments(["fig5", *flags]))
+    with pytest.raises(ValueError, match="a.nii.gz"):              # no file
+        main(parse_arguments(["table2", "--labels", "2", *flags]))
+    assert "warning: " in (told := capsys.readouterr().err) and "sees 1 of the 2 cases" in told
 
 
 @pytest.mark.parametrize("lie, told", [
@@ -689,6 +765,7 @@ def test_a_step_that_was_cut_off_is_recorded_with_the_time_of_all_its_calls(tmp_
     (tmp_path / step.name).mkdir(parents=True)
     (tmp_path / step.name / "config.json").write_text('{"total": 3}')
     (tmp_path / step.name / "log.csv").write_text("step,loss\n3,.5\n")
+    run.begun_path(args, step).write_text("{}")
     call = run.Running(step, SimpleNamespace(returncode=None), time.monotonic() - 10, threads=1)
     run.add_up(args, call, SimpleNamespace(ru_utime=3, ru_stime=1, ru_maxrss=2048))
     assert run.finish(args, call, 0, SimpleNamespace(ru_utime=5, ru_stime=0, ru_maxrss=1024))

@@ -30,17 +30,20 @@ for each number in them, from all cells that are finished. A study may be stoppe
 that it did not reach are missing from its tables.
 """
 import argparse
-import math
+import os
 import re
 import shlex
 from pathlib import Path
 
-from smit import data, runtime
+from smit import data, runtime, settings
+from smit.data.organs import case_name
+from smit.data.samples import fold_split
 from smit.settings import Help, require
 from smit.study import probe, recipes, reconstruction, scores, tables
 from smit.study.plan import (
-    EXPERIMENTS, FROZEN, PRESETS, RECIPES, ROWS, folds_of, is_pretrained, labelled_volumes,
-    own_settings, plan, predicts_voxels, pretrainings, student_path)
+    EXPERIMENTS, FROZEN, PRESETS, RATIOS, RECIPES, ROWS, folds_of, is_pretrained,
+    labelled_volumes, own_settings, plan, predicts_voxels, pretrainings, student_path,
+    tuning_settings)
 from smit.study.run import command, estimate, finished, run
 
 WRITERS = {**tables.WRITERS, "recipe": recipes.recipe}
@@ -61,15 +64,15 @@ def parse_arguments(argv=None):
     add("--rows", nargs="+", metavar="ROW",
         help=f"of {', '.join(ROWS)}, and others with a --checkpoint; default: the experiment's. "
              "rand, smit and simmim come first")
-    add("--labels", nargs="+", type=int,
+    add("--labels", nargs="+", type=settings.count,
         help="numbers of volumes to fine-tune on, nested; default: the experiment's, or what every "
              "fold leaves")
     add("--draws", nargs="+", type=int,
         help="seeds of the draw of these volumes; default: the run's; in recipe 0 and 1 [ours]")
     add("--seeds", nargs="+", type=int, default=[0], help="of pre-training and fine-tuning [ours]")
-    add("--ratios", nargs="+", type=float, default=[.1, .3, .5, .7, .9],
-        help="fig3b: mask ratios [SMIT Fig. 3b]")
-    add("--folds", type=int, default=0,
+    add("--ratios", nargs="+", type=float,
+        help=f"fig3b: mask ratios; default: {' '.join(map(str, RATIOS))} [SMIT Fig. 3b]")
+    add("--folds", type=settings.whole, default=0,
         help="cross-validate on --data's training split; 5 for MR [SMIT 3]")
     add("--modality", choices=["ct", "mr"], default="ct",
         help="of --data; pre-training is on CT [SMIT 3]")
@@ -81,16 +84,19 @@ def parse_arguments(argv=None):
              "rotation")
     add("--row_flags", nargs="+", default=[], metavar="ROW=FLAGS",
         help="more flags for the pre-training of one row, such as a rate of its own")
-    add("--finetune_flags", default="", help="more flags for finetune.py, in one string")
+    add("--finetune_flags", default="", 
+        help="more flags for finetune.py, in one string; a single word needs the =, as in "
+             "--finetune_flags=--compile")
     add("--unet_flags", default="", help="more flags for finetune.py in rows with the U-Net alone")
     add("--init_flags", default="",
         help="more flags for finetune.py in rows with loaded weights alone, such as a rate of "
              "their own")
     add("--recipes", nargs="+", default=[], metavar="NAME=FLAGS",
         help=f"recipe: flags for finetune.py under a name; default: {', '.join(RECIPES)}")
-    add("--parallel", type=int, default=1,
+    add("--parallel", type=settings.count, default=1,
         help="steps at a time, each on its share of the CPU cores [ours]")
-    add("--ranks", type=int, default=1, help="processes of a training step, by torchrun [ours]")
+    add("--ranks", type=settings.count, default=1,
+        help="processes of a training step, by torchrun [ours]")
     add("--dry_run", action="store_true",
         help="show the plan and what it may take, and run nothing")
 
@@ -101,7 +107,7 @@ def parse_arguments(argv=None):
     try:
         args.checkpoint = by_name("--checkpoint", "ROW=PATH", args.checkpoint)
         args.row_flags = by_name("--row_flags", "ROW=FLAGS", args.row_flags)
-        args.recipes = by_name("--recipes", "NAME=FLAGS", args.recipes) or RECIPES
+        args.recipes = by_name("--recipes", "NAME=FLAGS", args.recipes)
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
@@ -134,6 +140,11 @@ def check_arguments(args):
     require(args.pretrain_data or not any(is_pretrained(args, row) for row in args.rows),
             "--pretrain_data is missing; only --rows rand and rand-cnn, and those with a "
             "--checkpoint, do without")
+    for name, of in (("recipes", "recipe"), ("ratios", "fig3b"), ("mr_data", "fig5")):
+        require(args.experiment == of or not getattr(args, name),
+                f"--{name} is of {of} alone; leave it out")
+    args.recipes = args.recipes or RECIPES
+    args.ratios = args.ratios or RATIOS
     if args.experiment == "fig3b":
         check_fig3b(args)
     if args.experiment in FROZEN:
@@ -153,9 +164,11 @@ def check_fig3b(args):
             and own_settings(args, row).mask_ratio,
             f"--rows {row}: fig3b is of a row that is pre-trained here, without a --checkpoint, to "
             "predict hidden voxels; choose smit, simmim, ml-mip or ml-smit")
-    for flags in (args.pretrain_flags, *args.row_flags.values()):
-        require("--mask_ratio" not in flags,
-                "fig3b sets --mask_ratio itself: name the ratios with --ratios")
+    # under the name of any other ratio the run of .7 would have this one
+    require(own_settings(args, row).mask_ratio == .7,
+            "fig3b sets --mask_ratio itself: name the ratios with --ratios")
+    require(own_settings(args, row).val_fraction > 0,
+            "--val_fraction 0: fig3b is of errors on held-back volumes")
 
 
 def check_frozen(args):
@@ -172,27 +185,66 @@ def check_frozen(args):
                 f"--rows {row}: fig5 is of predicted voxels, and this row predicts none; {way_out}")
     require("rand" not in args.checkpoint or not random,
             "--checkpoint rand: in probe rand has random weights; give the file another row's name")
+    require(not args.folds, f"--folds is of fine-tuning; {args.experiment} asks about the "
+                            "validation split")
     require(set(args.rows) - random,
             "--rows rand: rand takes its architecture from another row: name one, or a row with a "
             "--checkpoint")
 
 
 def check_lists(args):
-    """Refuse lists that no step after hours of pre-training could use: ValueError."""
+    """Refuse data that no step after hours of pre-training could use: ValueError."""
+    for (row, seed), step in pretrainings(args).items():
+        path = student_path(args, row, seed, step)
+        require(step or Path(path).is_file(), f"--checkpoint {row}: there is no file {path}")
     if args.experiment == "fig5":
         for modality, path in fig5_lists(args).items():
-            reconstruction.unseen(path, modality)
+            cases = reconstruction.unseen(path, modality)
+            check_unseen(args, cases, path)
+            data.check_cases(cases)
         return
-    volumes = len(data.read_list(args.data))
-    parts, _ = folds_of(args)
+
+    root = tuning_settings(args).data_root
+    parts, held_back = folds_of(args)
+    trained = data.read_list(args.data, data_root=root)
+    volumes = len(trained)
     if parts:                                          # one of them is held back
-        volumes -= math.ceil(volumes / parts)
+        check_folds(args, trained)
+        volumes = min(len(fold_split(trained, fold, parts)[0]) for fold in held_back)
     for labels in labelled_volumes(args):
         require(labels is None or labels <= volumes,
                 f"--labels {labels}: {args.data} has {data.count(volumes, 'volume')} to train on")
-    require(args.experiment != "probe" or data.has_split(args.data, "validation"),
-            f"{args.data}: has no validation split, and probe asks about its cases; give a "
-            "dataset.json with cases under 'validation'")
+    scored = trained
+    if not parts:
+        require(data.has_split(args.data, "validation", root),
+                f"{args.data}: has no validation split, and {args.experiment} asks about its "
+                "cases; give a dataset.json with cases under 'validation', or --folds")
+        scored = data.read_list(args.data, "validation", root)
+        trained = trained + scored
+    check_unseen(args, scored, args.data)
+    data.check_cases(trained, labels=True)
+
+
+def check_folds(args, cases):
+    """Refuse a number of --folds that is not that of the list's own folds, if it has any."""
+    own = {case["fold"] for case in cases if case.get("fold") is not None}
+    require(args.experiment == "recipe" or not own or own == set(range(args.folds)),
+            f"--folds {args.folds}: {args.data} has folds of its own, {sorted(own)}")
+
+
+def check_unseen(args, cases, path):
+    """Tell if cases that are scored are among those that are pre-trained on; fig5 refuses them."""
+    if not any(is_pretrained(args, row) for row in args.rows):
+        return
+    own = own_settings(args, "smit")
+    pool, _ = data.read_lists(args.pretrain_data, own.key, own.data_root, own.modality)
+    pool = {os.path.realpath(case["image"]) for case in pool}
+    seen = [case_name(case["image"]) for case in cases if os.path.realpath(case["image"]) in pool]
+    told = (f"{path}: pre-training sees {len(seen)} of the {len(cases)} cases that are scored, by "
+            f"--pretrain_data: {', '.join(seen[:3])}")
+    require(args.experiment != "fig5" or not seen, f"{told}; fig5 is of unseen ones")
+    if seen:
+        runtime.warn_once("unseen", told)
 
 
 def main(args):
@@ -260,9 +312,8 @@ def write_frozen(args, out, first):
     if args.experiment == "fig5":
         reconstruction.fig5(out, students, fig5_lists(args), cache)
     else:
-        settings = probe.Settings(args.data, args.modality, labelled_volumes(args), args.draws,
-                                  cache)
-        probe.probe(out, students, "rand" in args.rows, settings)
+        asked = probe.Settings(args.data, args.modality, labelled_volumes(args), args.draws, cache)
+        probe.probe(out, students, "rand" in args.rows, asked)
 
 
 if __name__ == "__main__":

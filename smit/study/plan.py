@@ -3,12 +3,12 @@
 Reading order: what there is to choose, Step and Cell, pretraining, cell, plan.
 """
 import itertools
-import math
 import os
 import shlex
 from typing import NamedTuple
 
 from smit import data, settings
+from smit.data.samples import fold_split
 from smit.study.tables import SWIN, TABLE2
 
 
@@ -88,11 +88,12 @@ RECIPES = {
     "half-rate": f"{ORGANS_FIRST} --lr 2e-3",
     "twice-the-steps": f"{ORGANS_FIRST} --steps 2400",
 }
+RATIOS = [.1, .3, .5, .7, .9]          # of Fig. 3b [SMIT 3]
 TRAINING_PARTS = 3                     # `recipe` holds back a third of the training split [ours]
 
 
 class Experiment(NamedTuple):
-    """A table or figure of the paper: its rows, and the rest that flags leave open."""
+    """A table or figure: its rows, and the rest that flags leave open."""
     rows: list
     labels: list                       # numbers of labelled volumes to fine-tune on
     draws: list = [None]               # seeds of the draw of these volumes; None: the run's own
@@ -181,6 +182,11 @@ def pretraining(args, row, seed, ratio=None):
     return Step(f"pretrain/{row}{ratio_suffix(ratio)}-seed{seed}", ROWS[row].script, flags)
 
 
+def tuning_settings(args):
+    """Parse the flags of fine-tuning that all rows share, with their defaults."""
+    return settings.parse_finetuning("", shlex.split(args.finetune_flags))
+
+
 def network_of(row):
     """Name a row's network: "swin", as of all that only a checkpoint knows, or "unet"."""
     return ROWS[row].network if row in ROWS else "swin"
@@ -231,6 +237,11 @@ def cell(args, row, labels, seed, fold=None, ratio=None, draw=None, recipe=None)
     score = ["--weights", weights, "--data", data_path, "--held_out"]
     if fold is not None:
         score += ["--key", "training"]
+    asked = tuning_settings(args)
+    if asked.data_root:
+        score += ["--data_root", os.path.abspath(asked.data_root)]
+    if asked.device != "auto":
+        score += ["--device", asked.device]
 
     tuning = Step(f"finetune/{name}", "finetune.py", tune, (first,) if first else ())
     steps = [tuning, Step(f"evaluate/{name}", "evaluate.py", score, (tuning,))]
@@ -259,8 +270,8 @@ def labelled_volumes(args):
         return args.labels
     if args.experiment == "recipe" or not args.folds:
         return EXPERIMENTS[args.experiment].labels
-    n = len(data.read_list(args.data))
-    return [n - math.ceil(n / args.folds)]
+    cases = data.read_list(args.data, data_root=tuning_settings(args).data_root)
+    return [min(len(fold_split(cases, fold, args.folds)[0]) for fold in range(args.folds))]
 
 
 def ranked_rows(rows):

@@ -3,6 +3,8 @@
 Reading order: commands and records, the estimate, one step, stop signals, all steps.
 """
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import shlex
@@ -11,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,15 +57,57 @@ def signatures_before(step):
     return signatures
 
 
+def read_record(args, step):
+    """Read the step.json of a step that came to its end, or None."""
+    path = Path(args.out, step.name, "step.json")
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def sources(args, step):
+    """Fingerprint what a step reads: {name of a step or path of a file: text, None if unknown}.
+
+    Those are the runs of the steps that it needs, and the files that --data and --init name.
+    """
+    found = {}
+    for needed in step.needs:
+        found[needed.name] = (read_record(args, needed) or {}).get("made")
+    made = {f"{args.out}/{needed.name}/student.pt" for needed in step.needs}
+    made = {os.path.abspath(path) for path in made}
+    for flag, value in zip(map(str, step.flags), map(str, step.flags[1:])):
+        if flag in ("--data", "--init") and value not in made and os.path.isfile(value):
+            found[value] = digest(value, os.stat(value).st_mtime_ns)
+    return found
+
+
+@functools.cache
+def digest(path, mtime_ns):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_other_sources(args, step, then):
+    """Raise ValueError if a step was made, or begun, from something that is another one now.
+
+    then: its `sources` of that time, None for a step of an older study.
+    """
+    now = sources(args, step)
+    for name, mark in then.items():
+        if mark and now.get(name) != mark:
+            folder = Path(args.out, step.name)
+            raise ValueError(f"{folder} was made from another {name} than is there now: delete "
+                             f"{folder} to make it anew, or give another --out")
+
+
 def finished(args, step):
     """Read the record of a finished step, or None.
 
-    ValueError if it was made with other flags or ranks, or from steps with other flags.
+    ValueError if it was made with other flags or ranks, from steps with other flags, or from files
+    or runs that have been replaced.
     """
-    path = Path(args.out, step.name, "step.json")
-    if not path.exists():
+    record = read_record(args, step)
+    if not record:
         return None
-    record = json.loads(path.read_text())
+    path = Path(args.out, step.name, "step.json")
     if record["flags"] != signature(step):
         raise ValueError(f"{path.parent} was made with other flags, {shlex.join(record['flags'])}: "
                          "give another --out")
@@ -77,6 +122,7 @@ def finished(args, step):
             raise ValueError(f"{path.parent} was made from {name} with other flags, "
                              f"{shlex.join(needs_then[name])}: delete {path.parent} to make it "
                              "anew, or give another --out")
+    refuse_other_sources(args, step, record.get("sources", {}))
     return record
 
 
@@ -105,6 +151,11 @@ class Running(NamedTuple):
     threads: int
 
 
+def begun_path(args, step):
+    """Name the file that says what an unfinished step was begun from, beside its folder."""
+    return Path(args.out, f"{step.name}.begun.json")
+
+
 def spent_path(args, step):
     """Name the file that says what all calls of a step took, beside its folder."""
     return Path(args.out, f"{step.name}.spent.json")
@@ -114,8 +165,14 @@ def start(args, step):
     """Begin a step, or go on with one that was cut off."""
     out = Path(args.out, step.name)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if not out.exists():                               # someone wants it from the beginning
+    begun = begun_path(args, step)
+    if not out.exists():                               # it is new, or wanted from the beginning
         spent_path(args, step).unlink(missing_ok=True)
+        begun.unlink(missing_ok=True)
+    if begun.exists():
+        refuse_other_sources(args, step, json.loads(begun.read_text()))
+    else:
+        write(begun, json.dumps(sources(args, step), indent=1))
     words = [*command(args, step), "--out", str(out)]
     if is_training(step):
         words += ["--cache", str(Path(args.out, "cache")), "--resume"]
@@ -180,7 +237,9 @@ def finish(args, running, status, usage):
 
     record = {
         "flags": signature(step),
+        "made": uuid.uuid4().hex,                      # what is made from it names this run
         "needs": signatures_before(step),
+        "sources": json.loads(begun_path(args, step).read_text()),
         **spent,
         "ranks": args.ranks,
         "threads": running.threads,
@@ -188,6 +247,7 @@ def finish(args, running, status, usage):
         "torch": str(torch.__version__),
     }
     write(out / "step.json", json.dumps(record, indent=1))
+    begun_path(args, step).unlink()
     return True
 
 
@@ -212,7 +272,7 @@ def do_nothing(number, frame):
 def run(args, steps):
     """Run what is not finished, in order, `parallel` steps at a time.
 
-    A failure, or a training that somebody stopped, keeps only the steps that need it from running.
+    Of a failed or stopped step only those that need it are left out.
     ValueError names them, after all the rest. KeyboardInterrupt after SIGTERM and Ctrl-C.
     """
     waiting = [step for step in steps if not finished(args, step)]

@@ -83,12 +83,13 @@ def save(out, name, text, rows):
 EFFECT = .03                           # the difference in Dice that a study should be able to show
 INTERVALS = f"""Over cases: bootstrap over cases of the mean over seeds, and p by Wilcoxon's signed
 rank over cases, two-sided. Both speak of these trained networks alone. Over seeds and cases:
-bootstrap over both, and so about other trainings as well; too narrow with few seeds (with two, half
-the variance of seeds). Deviation: of the mean over cases, from seed to seed. p over seeds: the
-share of all choices of signs for the seeds' differences whose mean is at least as far from 0.
-Seeds: as many would show a difference of {EFFECT:g} with probability .8 if it deviates as here;
-rough with few. Draws of labelled volumes are averaged within a seed: all intervals are about the
-draws that there are.
+bootstrap over both, and so about other trainings as well, though of fine-tuning alone in a row that
+begins with the same checkpoint in all seeds; too narrow with few seeds (with two, half the variance
+of seeds). Deviation: of the mean over cases, from seed to seed. p over seeds: the share of all
+choices of signs for the seeds' differences whose mean is at least as far from 0. Seeds: as many
+would show a difference of {EFFECT:g} with probability .8 if it deviates as here; rough with few.
+Draws of labelled volumes are averaged within a seed: all intervals are about the draws that there
+are.
 """
 
 
@@ -124,10 +125,11 @@ def reference_of(rows):
     return "smit" if "smit" in rows else [*rows][-1]
 
 
-def comparison(rows, reference, ahead, runs):
+def comparison(rows, reference, reference_scores, runs):
     """Format {row: scores from one number of labels} as a table.
 
-    reference: name of the row that the others are compared with; ahead: its scores, or None.
+    reference: name of the row that the others are compared with; reference_scores: its scores, or
+    None.
     """
     tables = {row: dice_by_organ(part) for row, part in rows.items()}
     # a row may lack a seed, and an organ that no label has is there where a row invented it
@@ -137,13 +139,13 @@ def comparison(rows, reference, ahead, runs):
 
     lines = [["seeds", *(seeds_of(part) for part in rows.values())]]
     lines += [organ_line(organ, tables, printed) for organ in organs]
-    lines += lines_over_cases("", rows, reference, ahead)
+    lines += lines_over_cases("", rows, reference, reference_scores)
     if len(group(scores, "seed")) > 1:
-        lines += lines_over_seeds(rows, reference, ahead)
+        lines += lines_over_seeds(rows, reference, reference_scores)
     for seed in sorted(group(scores, "seed")):
         alone = {row: group(part, "seed").get(seed) for row, part in rows.items()}
-        ahead_alone = group(ahead or [], "seed").get(seed)
-        lines += lines_over_cases(f", seed {seed}", alone, reference, ahead_alone)
+        reference_alone = group(reference_scores or [], "seed").get(seed)
+        lines += lines_over_cases(f", seed {seed}", alone, reference, reference_alone)
     lines += cost_lines(rows, runs)
     return scoring.markdown(["", *rows], lines)
 
@@ -201,7 +203,7 @@ def less_this(reference):
     return f"{'SMIT' if reference == 'smit' else reference} less this"
 
 
-def lines_over_cases(suffix, rows, reference, ahead):
+def lines_over_cases(suffix, rows, reference, reference_scores):
     """Format the averages of {row: scores or None}, and how much the reference is ahead of each.
 
     The difference is of the runs that both have.
@@ -210,7 +212,7 @@ def lines_over_cases(suffix, rows, reference, ahead):
     difference = [f"{less_this(reference)}{suffix}, 95 % over cases"]
     for row, part in rows.items():
         average.append(average_text(dice_by_case(part)) if part else "")
-        first, second = matched(ahead or [], part or [])
+        first, second = matched(reference_scores or [], part or [])
         compared = first and row != reference
         difference.append(difference_text(*map(dice_by_case, (first, second))) if compared else "")
     return [average, difference]
@@ -229,7 +231,7 @@ def difference_text(first, second):
             f"p {test['p']:.2g}")
 
 
-def lines_over_seeds(rows, reference, ahead):
+def lines_over_seeds(rows, reference, reference_scores):
     """Format what seeds do to the averages of {row: scores}, and to the reference's lead."""
     less = less_this(reference)
     names = ["AVG, 95 % over seeds and cases", "AVG, deviation over seeds",
@@ -238,8 +240,8 @@ def lines_over_seeds(rows, reference, ahead):
     columns = []
     for row, part in rows.items():
         cells = spread_of(as_array(list(dice_by_seed_and_case(part).values())))
-        common, _ = matched(ahead or [], part)
-        lead = differences_by_seed(ahead, part) if common else np.empty((0, 0))
+        common, _ = matched(reference_scores or [], part)
+        lead = differences_by_seed(reference_scores, part) if common else np.empty((0, 0))
         if row == reference or not lead.size:
             cells += ["", "", "", ""]
         else:
@@ -301,6 +303,7 @@ def fig3a(out, scores, runs):
 
 def fig3b(out, scores, runs):
     """Draw held-back MSE of MIP, and DSC, against the mask ratio [SMIT Fig. 3b]."""
+    (row,) = group(scores, "row")
     dsc, lines = Curve([], [], [], []), []
     ratios, errors = [], []
     logs = group(runs, "ratio")
@@ -311,14 +314,14 @@ def fig3b(out, scores, runs):
         ratios.append(ratio)
         errors.append(error)
         dsc.add(ratio, mean, low, high)
-        lines.append([f"{ratio:g}", f"{error:.4f}", f"{mean:.3f}", f"{low:.3f}-{high:.3f}",
+        lines.append([row, f"{ratio:g}", f"{error:.4f}", f"{mean:.3f}", f"{low:.3f}-{high:.3f}",
                       len(ends)])
     out.mkdir(parents=True, exist_ok=True)
-    figures.curves_svg(out / "fig3b-mse.svg", {"smit": (ratios, errors)}, "mask ratio", "MSE",
+    figures.curves_svg(out / "fig3b-mse.svg", {row: (ratios, errors)}, "mask ratio", "MSE",
                        "Fig. 3b: mask ratio and MSE")
-    figures.curves_svg(out / "fig3b-dsc.svg", {"smit": dsc}, "mask ratio", "DSC",
+    figures.curves_svg(out / "fig3b-dsc.svg", {row: dsc}, "mask ratio", "DSC",
                        "Fig. 3b: mask ratio and DSC")
-    head = ["mask ratio", "MSE", "DSC", "95 %, over cases", "runs"]
+    head = ["row", "mask ratio", "MSE", "DSC", "95 %, over cases", "runs"]
     save(out, "fig3b", scoring.markdown(head, lines), scores)
 
 
