@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -32,9 +33,33 @@ def test_a_carried_case_is_prepared_to_the_voxels_of_its_scan(phantoms, key, tmp
         assert found["concerns"] == wanted["concerns"]
 
 
-def test_a_carried_list_keeps_the_names_of_the_organs(phantoms, tmp_path):
-    listed = carried(phantoms, tmp_path / "carried")
+def test_a_carried_list_keeps_the_names_of_the_organs_and_its_folds(phantoms, tmp_path):
+    content = json.loads(Path(phantoms).read_text())
+    for place, case in enumerate(content["training"]):
+        case["fold"] = place % 2
+    source = Path(phantoms).with_name("with_folds.json")
+    source.write_text(json.dumps(content))
+    listed = carried(source, tmp_path / "carried")
     assert data.label_names(listed) == data.label_names(phantoms)
+    folds = [case.get("fold") for case in data.read_list(listed)]
+    assert folds == [case["fold"] for case in content["training"]]
+
+
+def test_stored_values_with_1024_added_are_carried_as_hu_and_mr_is_refused(phantoms, tmp_path):
+    scan = data.read_list(phantoms)[0]
+    nifti = nib.load(scan["image"])
+    raised = nib.Nifti1Image(nifti.get_fdata(dtype=np.float32) + 1024, nifti.affine)
+    (tmp_path / "raised").mkdir()
+    nib.save(raised, tmp_path / "raised/scan.nii.gz")
+    listed = carried(tmp_path / "raised", tmp_path / "out", "--hu_offset=-1024")
+    settings = data.Preparation((12., 12., 12.))
+    found = data.load_case(data.read_list(listed)[0], settings)["image"].float()
+    wanted = data.load_case(scan, settings)["image"].float()
+    assert found.shape == wanted.shape and (found - wanted).abs().max() <= 1    # of 255 greys
+
+    (tmp_path / "mr.json").write_text(json.dumps({"modality": {"0": "MRI"}, "training": []}))
+    with pytest.raises(ValueError, match="says MR"):
+        carried(tmp_path / "mr.json", tmp_path / "mr")
 
 
 def test_parts_stay_below_their_limit_and_are_filled(phantoms, tmp_path):

@@ -59,6 +59,22 @@ def test_every_third_case_is_a_test_case_and_training_cases_have_all_organs(tmp_
     assert [Path(path).name[4] for path in pool] == list("01346")
 
 
+def test_a_list_s_modality_and_folds_stay_and_a_comma_does_not_part_a_name(tmp_path):
+    write_cases(tmp_path, [[5, 2], [5, 2]])
+    cases = []
+    for number in (0, 1):
+        path = tmp_path / f"images/case{number}.nii.gz"
+        path = path.rename(path.with_name(f"Doe, Jane {number}.nii.gz"))
+        cases.append({"image": str(path), "label": f"labels/case{number}.nii.gz", "fold": number})
+    source = tmp_path / "list.json"
+    source.write_text(json.dumps({"modality": {"0": "MRI"}, "training": cases}))
+    listed = make(source, tmp_path / "out", *ORGANS)
+    assert data.list_modality(listed) == "mr"
+    assert [case["fold"] for case in data.read_list(listed)] == [0, 1]
+    pool = data.read_list(tmp_path / "out/pool.txt")
+    assert [case["image"] for case in pool] == [case["image"] for case in cases]
+
+
 def test_without_a_rule_the_splits_of_the_list_stay(phantoms, tmp_path):
     listed = make(phantoms, tmp_path / "out", "--organs", "1=first")
     for key in ("training", "validation"):

@@ -456,7 +456,7 @@ def with_folds(path, entries):
 def list_concerns(path, content, entries, key, root, modality=None):
     """Return what is odd about a JSON list: modality, number of cases, files that are not used."""
     found = []
-    listed = list_modality(content)
+    listed = modality_of(content)
     if modality and listed and listed != modality:
         what = f"the list says {listed.upper()}, and it is read as {modality.upper()}"
         found.append(Concern(path, what, "", f"use --modality {listed}, or a network trained with "
@@ -581,7 +581,12 @@ def lists_labels(path):
     return not is_volume(path)
 
 
-def list_modality(content):
+def list_modality(path):
+    """Return "ct" or "mr" if what a list says of its modality is one of them, else None."""
+    return modality_of(json_of(path)[1])
+
+
+def modality_of(content):
     """Return "ct" or "mr" if what a JSON list says of its modality is one of them, else None."""
     named = content.get("channel_names") or content.get("modality")
     if isinstance(named, dict):

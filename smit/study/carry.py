@@ -1,11 +1,11 @@
-"""Write prepared copies of CT volumes: small enough to carry to the machine that has the GPU [ours].
+"""Write prepared copies of CT volumes, small enough to carry to the machine with the GPU [ours].
 
     python -m smit.study.carry --data btcv/dataset.json --out carried/btcv
     python -m smit.study.carry --data openkbp/images --spacing 4 4 4 --out carried/openkbp
 
 A copy is a NIfTI file of uint8 with slope and intercept, so whatever reads it finds HU again, cut
-off at the window. Prepared again with the same settings it gives the very voxels that the scan
-itself gives. Labels come along on the same grid, so scores of carried cases are scores at that
+off at the window. Prepared again with the same settings it gives the voxels that the scan itself
+gives, but for planes at its edges that are all black. Labels come along on the same grid, so scores of carried cases are scores at that
 spacing, not at the scans' own.
 
 Writes OUT/part1/images, OUT/part1/labels, OUT/part2/..., none above --part_mib, and
@@ -35,9 +35,11 @@ def parse_arguments(argv=None):
         help="voxel size [SMIT 3]")
     add("--hu_window", nargs=2, type=float, default=[-175., 250.], metavar="HU",
         help="what is kept of the intensities [release]")
+    add("--hu_offset", type=float, default=0., metavar="HU",
+        help="add this to the stored values: -1024 for HU stored with 1024 added [ours]")
     add("--part_mib", type=float, default=60., help="MiB that one part may have [ours]")
     args = parser.parse_args(argv)
-    args.modality, args.hu_offset = "ct", 0.         # as `data.preparation_of` reads them
+    args.modality = "ct"                             # as `data.preparation_of` reads it
     return args
 
 
@@ -46,19 +48,25 @@ def main(args):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is not an empty folder; give another --out")
     settings = data.preparation_of(args)
+    if data.list_modality(args.data) == "mr":
+        raise ValueError(f"{args.data}: says MR, and copies keep a window of CT's HU; carry the "
+                         "files themselves")
     splits = read_splits(args.data)
     cases = [case for split in splits.values() for case in split]
     data.check_cases(cases)
 
     names = iter(case_names([case["image"] for case in cases]))
     parts = Parts(out, args.part_mib * MIB)
-    listed = {}
+    listed, odd = {}, []
     with tqdm(total=len(cases), unit="case", disable=None) as bar:
         for key, split in splits.items():
             listed[key] = []
             for case in split:
-                listed[key].append(parts.add(next(names), copies_of(case, settings)))
+                copies, concerns = copies_of(case, settings)
+                listed[key].append(parts.add(next(names), copies) | fold_of(case))
+                odd += concerns
                 bar.update()
+    data.tell(odd)
 
     labels = data.label_names(args.data) or {}
     numbered = {str(number): name for number, name in labels.items()}
@@ -76,23 +84,30 @@ def read_splits(path):
     splits = {}
     for key in ("training", "validation"):
         if key == "training" or data.has_split(path, key):
-            splits[key], problems = data.read_lists([path], key, modality="ct")
+            splits[key], problems = data.read_lists([path], key)
             if problems:
                 data.check_cases(splits[key], problems=problems)
     return splits
 
 
+def fold_of(case):
+    """Return {"fold": number} of a case that its list gives one, else {}."""
+    return {} if case.get("fold") is None else {"fold": case["fold"]}
+
+
 def copies_of(case, settings):
-    """Prepare a case: {"image": its copy as the bytes of a .nii.gz, "label": likewise, if any}."""
+    """Prepare a case: (its copies, what is odd about it).
+
+    copies: {"image": the bytes of a .nii.gz, "label": likewise, if there is one}.
+    """
     with_label = bool(case["label"])
     prepared = data.load_case(case, settings, with_label)
-    data.tell(prepared["concerns"])
     low, high = settings.hu_window
     step = (high - low) / 255
     copies = {"image": data.pack(prepared["image"], prepared["affine"], step, low)}
     if with_label:
         copies["label"] = data.pack(prepared["label"], prepared["affine"])
-    return copies
+    return copies, prepared["concerns"]
 
 
 class Parts:

@@ -1,4 +1,4 @@
-"""Say how far seeds and cases let a difference be seen. Needs numpy and the standard library alone.
+"""Say how far seeds and cases let a difference be seen.
 
 A bootstrap over cases alone says what other cases would give with the same trained networks. One
 over seeds and cases says what other trainings would give as well.
@@ -8,6 +8,8 @@ import math
 from statistics import NormalDist
 
 import numpy as np
+
+from smit.metrics import draw_counts
 
 
 def bootstrap_seeds_and_cases(values, level=.95, draws=10_000, seed=0):
@@ -36,14 +38,6 @@ def bootstrap_seeds_and_cases(values, level=.95, draws=10_000, seed=0):
         return math.nan, math.nan
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def draw_counts(rng, draws, n):
-    """Draw n of n things with replacement: how often each came, (draws, n)."""
-    counts = np.zeros((draws, n))
-    rows = np.arange(draws)[:, None]
-    np.add.at(counts, (rows, rng.integers(n, size=(draws, n))), 1)
-    return counts
 
 
 def deviation(values):

@@ -150,11 +150,11 @@ def probe_encoder(encoder, config, settings, row, labels, seed, draw):
     if labels is not None:                             # the volumes that fine-tuning would take
         training = nested_subset(training, labels, seed if draw is None else draw)
 
-    features, organs = [], []
+    features, organs, odd = [], [], []
     for case in training:
         image, label, concerns = data.cached_with_concerns(case, preparation, settings.cache, True,
                                                            classes)
-        data.tell(concerns, one_by_one=True)
+        odd += concerns
         features.append(flat(tokens(encoder, np.array(image))))
         organs.append(token_organs(encoder, np.array(label)).flatten())
     frozen = Classifiers(torch.cat(features), torch.cat(organs), classes)
@@ -162,7 +162,7 @@ def probe_encoder(encoder, config, settings, row, labels, seed, draw):
     linear, nearest, cases, scores = Hits(classes), Hits(classes), 0, []
     for case in data.read_list(settings.volumes, "validation"):
         prepared = data.load_case(case, preparation, True, classes)
-        data.tell(prepared["concerns"], one_by_one=True)
+        odd += prepared["concerns"]
         maps = tokens(encoder, prepared["image"].numpy())               # (C, d, h, w)
         truth = token_organs(encoder, prepared["label"].numpy()).flatten()
         guesses, chosen, neighbours = frozen.ask(flat(maps), truth)
@@ -175,6 +175,7 @@ def probe_encoder(encoder, config, settings, row, labels, seed, draw):
             for organ, dice in dices.items():
                 scores.append(Score(row, labels, seed, None, None, settings.modality, draw,
                                     classifier, case_name(case["image"]), organ, dice))
+    data.tell(odd)
     found = Probe(row, labels, seed, draw, linear.balanced_accuracy(), nearest.balanced_accuracy(),
                   cases)
     return found, scores

@@ -43,7 +43,7 @@ def fig5(out, checkpoints, lists, cache):
     checkpoints {(row, seed): student.pt}; lists {modality: dataset.json or folder}. Writes
     fig5.md, cases.csv, and a panel of the first volume for each row and modality.
     """
-    rows = []
+    rows, odd = [], []
     first_seed = min((seed for _, seed in checkpoints), default=None)
     for (row, seed), path in checkpoints.items():
         student, config = pretrain.load_student(path)
@@ -51,6 +51,7 @@ def fig5(out, checkpoints, lists, cache):
             samples = masked_views(unseen(volumes, modality), config, modality, cache)
             for number, case in enumerate(samples.cases):
                 sample = views_of(samples, number)
+                odd += sample["concerns"]
                 views, hidden, voxels = reconstruct(student, sample, config["mask_cell"])
                 rows.append(Errors(row, seed, modality, case_name(case["image"]),
                                    *errors(views, hidden, voxels)))
@@ -59,6 +60,7 @@ def fig5(out, checkpoints, lists, cache):
                     figures.reconstruction_panel(
                         out / f"{row}-{modality}.svg", views[0, 0], hidden[0, 0], voxels[0, 0],
                         config["spacing"], f"{row}, {modality}, not trained on")
+    data.tell(odd)
     if rows:
         save(out, "fig5", table(rows), rows)
 
@@ -83,9 +85,9 @@ def mean_of(rows, name):
 
 
 def unseen(path, modality):
-    """List volumes that no pre-training on CT has seen: the validation split, if there is one.
+    """List the volumes to reconstruct: the validation split, if there is one.
 
-    MR may do without: then all volumes. ValueError for CT without, and for a faulty list.
+    MR, which no pre-training here sees, may do without: then all volumes. ValueError for CT without, and for a faulty list.
     """
     if data.has_split(path, "validation"):
         return data.read_list(path, "validation")
@@ -112,7 +114,6 @@ def views_of(samples, number):
     sample = samples.sample(number)
     if sample["skipped"]:
         raise ValueError(sample["skipped"][0])
-    data.tell(sample["concerns"], one_by_one=True)
     return sample
 
 

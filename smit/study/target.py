@@ -15,6 +15,7 @@ pre-train on. Prints how many voxels an organ has at --spacing: one of a few doz
 not by luck.
 """
 import argparse
+import csv
 import functools
 import json
 from pathlib import Path
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from smit import data, runtime, scoring
 from smit.data.organs import case_names
 from smit.settings import Help
-from smit.study.carry import read_splits
+from smit.study.carry import fold_of, read_splits
 
 
 def parse_arguments(argv=None):
@@ -72,15 +73,17 @@ def main(args):
     for case, name in bar([*zip(cases, names)]):
         label = f"labels/{name}.nii.gz"
         keep_organs(case["label"], out / label, numbers)
-        entries.append({"image": case["image"], "label": label})
+        entries.append({"image": case["image"], "label": label} | fold_of(case))
 
     to_train_on, to_test_on = entries[:len(training)], entries[len(training):]
     if args.test_every:
         has_all = (sizes > 0).all(axis=1)
         to_train_on = [entry for entry, whole in zip(to_train_on, has_all) if whole]
-    write_lists(out, args.organs, to_train_on, to_test_on)
+    modality = data.list_modality(args.data) or "ct"
+    write_lists(out, args.organs, modality, to_train_on, to_test_on)
     pool = [case["image"] for case in training]
-    (out / "pool.txt").write_text("".join(f"{image}\n" for image in pool))
+    with open(out / "pool.txt", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([image] for image in pool)
     print(f"{data.count(len(to_train_on), 'case')} to train on, {len(to_test_on)} to test on, "
           f"{len(pool)} to pre-train on: {out / 'dataset.json'}, {out / 'pool.txt'}")
 
@@ -126,10 +129,10 @@ def tell_sizes(args, sizes):
     print(scoring.markdown(["organ", "voxels, median", "cases without"], lines))
 
 
-def write_lists(out, organs, training, test):
+def write_lists(out, organs, modality, training, test):
     """Write OUT/dataset.json."""
     labels = {str(number): name for number, name in enumerate(["background", *organs.values()])}
-    content = {"modality": {"0": "CT"}, "labels": labels, "training": training}
+    content = {"modality": {"0": modality.upper()}, "labels": labels, "training": training}
     if test:
         content["validation"] = test
     (out / "dataset.json").write_text(json.dumps(content, indent=1))
