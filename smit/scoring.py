@@ -409,13 +409,17 @@ def csv_text(rows):
 
 
 # ------------------------------------------------------------------------------------------ compare
+LABELS_ALIKE = .01                     # volumes of one label differ by rounding alone [ours]
 COMPARE_NOTE = """Means are over the n cases in which both have a Dice. AVG is the mean of a case's
 organs, so that it can be paired; in table.md it is the mean of the organs' means.
 """
 
 
-def read_dice(folder):
-    """Return {(key of the case, organ): Dice} of a folder's cases.csv; ValueError if unreadable."""
+def read_scores(folder):
+    """Return {(key of the case, organ): (Dice, mL of the label)} of a folder's cases.csv.
+
+    ValueError if it cannot be read.
+    """
     scores = {}
     try:
         with open(Path(folder, "cases.csv"), newline="") as file:
@@ -425,7 +429,7 @@ def read_dice(folder):
                 place = case_key(row["case"]), organ(row["organ"], codes_count)
                 if place in scores:
                     raise ValueError(f"case {place[0]}, {place[1]} is there twice")
-                scores[place] = float(row["dice"])
+                scores[place] = float(row["dice"]), float(row["label_ml"])
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{folder}: no cases.csv to read ({error}); give a folder that "
                          "evaluate.py wrote") from None
@@ -438,19 +442,24 @@ def compare(folders, out):
     A scan without the organ has a Dice where a side invented one, and none where it did not. So
     it pairs with nothing, and is counted as a false alarm.
     """
-    first, second = (read_dice(folder) for folder in folders)
+    first, second = (read_scores(folder) for folder in folders)
     common = [place for place in first if place in second]
     if not common:
         raise ValueError(f"{' and '.join(folders)} have no case and organ in common")
     sides = []
     for scores in (first, second):
-        rows = [{"case": case, "organ": name, "dice": scores[case, name]} for case, name in common]
+        rows = [{"case": place[0], "organ": place[1], "dice": scores[place][0]} for place in common]
         sides.append(columns(rows, "dice"))
+    unlike = [place for place in common
+              if not math.isclose(first[place][1], second[place][1], rel_tol=LABELS_ALIKE)]
 
     rows = [compared_row(name, sides[0][name], sides[1][name]) for name in sides[0]]
     header = ["", "n", *folders, "difference", "95 % interval (paired bootstrap)", "p (Wilcoxon)",
               "false alarms of each alone"]
     text = markdown(header, rows) + "\n" + COMPARE_NOTE
+    if unlike:
+        text += (f"\n**The labels are not the same ones**, or on other grids: in {len(unlike)} of "
+                 f"{len(common)} rows their volumes differ, as of {unlike[0][1]} in {unlike[0][0]}\n")
     out.mkdir(parents=True, exist_ok=True)
     runtime.atomic_write(out / "compare.md", text.encode("utf-8", "backslashreplace"))
     alone = len(first) + len(second) - 2 * len(common)

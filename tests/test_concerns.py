@@ -45,6 +45,35 @@ def test_a_ct_in_hu_raises_no_concern(volume, tmp_path):
     assert found_in(volume, tmp_path) == []
 
 
+def padded(volume, value):
+    """A scan with what its scanner does not see, two thirds of the planes' corners, at a value."""
+    x, y = np.ogrid[-1:1:24j, -1:1:24j]
+    return np.where((x ** 2 + y ** 2 > .8)[..., None], np.float32(value), volume)
+
+
+@pytest.mark.parametrize("pad", [-2000, -3024])
+def test_hu_with_1024_added_are_seen_beside_the_scanner_s_padding(pad, tmp_path):
+    assert found_in(padded(body(), pad), tmp_path) == []
+    (concern,) = found_in(padded(body() + 1024, pad), tmp_path)
+    assert "HU were stored with 1024 added" in concern.what
+
+
+def test_a_body_cut_out_of_its_air_is_no_concern(tmp_path):
+    tissue = np.where(body() > -500, body(), np.float32(-1024))
+    assert found_in(tissue, tmp_path) == []
+
+
+def test_labels_with_numbers_beyond_255_are_no_scan(tmp_path):
+    """As of aparc+aseg, whose numbers reach 2035."""
+    patches = np.random.default_rng(0).permutation(1000 + np.arange(4 ** 3)).reshape(4, 4, 4)
+    volume = np.zeros((30, 30, 30))
+    volume[3:27, 3:27, 3:27] = patches.repeat(6, 0).repeat(6, 1).repeat(6, 2)
+    noise = np.random.default_rng(0).integers(0, 2000, volume.shape)
+    for modality in ("ct", "mr"):
+        assert "as a label does" in found_in(volume, tmp_path, modality=modality)[0].what
+    assert found_in(noise, tmp_path, modality="mr") == []
+
+
 def test_an_mr_raises_no_concern_as_mr_though_a_few_voxels_lie_below_zero(tmp_path):
     volume = np.abs(body(0, 400, 1500))
     volume[0, 0, :2] = -400
@@ -174,6 +203,19 @@ def test_forms_that_differ_are_told_and_a_mirrored_one_by_name(tmp_path):
     assert "even in left and right; the sform is used" in mirrored.what
     agreeing = nifti.read_header(agree(tmp_path))
     assert agreeing.concerns == ()
+
+
+@pytest.mark.parametrize("shift_mm, told", [((4.9, 0, 0), True), ((0, 0, 4.9), False)])
+def test_forms_are_told_apart_in_voxels_of_each_axis(shift_mm, told, tmp_path):
+    affine = np.diag([.7, .7, 5., 1.])
+    image = nib.Nifti1Image(np.zeros((8, 8, 8), np.int16), affine)
+    moved = affine.copy()
+    moved[:3, 3] += shift_mm
+    image.set_sform(affine, 1)
+    image.set_qform(moved, 1)
+    nib.save(image, tmp_path / "scan.nii")
+    found = [concern.what for concern in nifti.read_header(tmp_path / "scan.nii").concerns]
+    assert any("qform and sform differ" in what for what in found) == told
 
 
 def agree(tmp_path):

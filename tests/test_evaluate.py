@@ -427,6 +427,19 @@ def test_two_results_are_compared_case_by_case(tmp_path, capsys):
     assert "| liver | 6 | 0.630 | 0.525 | +0.105 |" in line and line.endswith("| 0.0312 | 0, 0 |")
 
 
+@pytest.mark.parametrize("label_ml, told", [("100.2", False), ("900", True)])
+def test_results_by_other_labels_are_compared_with_a_warning(label_ml, told, tmp_path, capsys):
+    header = ["case", "organ", "dice", "label_ml"]
+    for name, volume in (("a", "100"), ("b", label_ml)):
+        (tmp_path / name).mkdir()
+        lines = [",".join(header), f"case1,liver,.5,{volume}"]
+        (tmp_path / name / "cases.csv").write_text("\n".join(lines) + "\n")
+    run("--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert ("labels are not the same ones" in shown) == told
+    assert ("1 of 1 rows" in shown and "of liver in case1" in shown) == told
+
+
 @pytest.mark.parametrize("part, why",
                          [("student", "no fine-tuned network"), ("cut", "refused"),
                           ("nan", "NaN"), ("wide", "do not fit")])

@@ -9,7 +9,7 @@ import numpy as np
 from smit.data.concerns import Concern
 from smit.transforms import some_voxels
 
-HALF = .4                              # share that is most of a volume
+MOST = .4                              # share that counts as most of the tissue
 NARROW = 50                            # a CT's HU span more than that
 AIR_HU = -200                          # air and lung lie below
 MANY = .02                             # share of voxels that is no chance
@@ -21,7 +21,7 @@ EMPTY = .97                            # and at black, in the box around the bod
 LABEL_VALUES = 32                      # a label map has no more values ...
 SMALL = 1000                           # ... though a scan of fewer voxels may have as few
 ALIKE = .8                             # share of its voxels that equal their neighbours
-LABEL_LIKE = "holds few whole numbers, as a label does and a scan does not"
+LABEL_LIKE = "holds few whole numbers, or patches of them, as a label does and a scan does not"
 
 
 def judge_raw(path, image, settings):
@@ -46,13 +46,11 @@ def judge_raw(path, image, settings):
     if low >= 0 and high <= 255:
         return [Concern(path, "these are grey values, hardly HU: it was scaled before, or is no CT",
                         values, "give the original HU, or use --modality mr")]
-    if np.mean(voxels < AIR_HU) > STRAY:
-        return []
-    tissue = np.count_nonzero(voxels > low + 100)
-    near_1024 = np.count_nonzero((voxels > SOFT_TISSUE[0]) & (voxels < SOFT_TISSUE[1]))
-    if near_1024 > HALF * tissue > 0:
+    if is_raised(voxels):
         return [Concern(path, "no air near -1000, and most of it lies near 1024: HU were stored "
                         "with 1024 added", values, "use --hu_offset -1024")]
+    if np.mean(voxels < AIR_HU) > STRAY:
+        return []
     if -1000 < low < -10 and np.mean(voxels == low) > MANY:
         if low <= settings.hu_window[0]:         # black all the same
             return []
@@ -60,6 +58,20 @@ def judge_raw(path, image, settings):
                         "of black", values, "give the full HU, unless all are cut off alike")]
     return [Concern(path, "nothing lies below -200, where CT has its air: these are no HU", values,
                     "use --modality mr for MR, or --hu_offset -1024 for HU with 1024 added")]
+
+
+def is_raised(voxels):
+    """Return whether these are HU with 1024 added, by where their tissue lies.
+
+    What lies at the minimum does not count: scanners pad what they do not see with one value, and
+    that may be as low as -2000.
+    """
+    seen = voxels[voxels > voxels.min()]
+    if not len(seen) or np.mean(seen < AIR_HU) > STRAY:
+        return False
+    tissue = np.count_nonzero(seen > seen.min() + 100)
+    near_1024 = np.count_nonzero((seen > SOFT_TISSUE[0]) & (seen < SOFT_TISSUE[1]))
+    return near_1024 > MOST * tissue
 
 
 def judge_prepared(path, image):
@@ -77,18 +89,17 @@ def judge_prepared(path, image):
 def looks_like_label(image, offset=0.):
     """Return whether an image has the values of a label map, after `offset` was added.
 
-    Those are few whole numbers of 0..255, or more of them, but mostly equal to their neighbours.
+    Those are whole numbers from 0 on: few of them, or mostly equal to their neighbours.
     """
     if image.numel() < SMALL:
         return False
     corner = image.numpy().flat[0] - offset                          # most scans end here: air
-    if not 0 <= corner <= 255 or corner % 1:
+    if corner < 0 or corner % 1:
         return False
     voxels = some_voxels(image) - np.float32(offset)
-    if voxels.min() < 0 or voxels.max() > 255 or (voxels % 1).any():
+    if voxels.min() < 0 or (voxels % 1).any():
         return False
-    values = np.count_nonzero(np.bincount(voxels.astype(np.uint8), minlength=256))
-    return values <= LABEL_VALUES or share_of_equal_neighbours(image) > ALIKE
+    return len(np.unique(voxels)) <= LABEL_VALUES or share_of_equal_neighbours(image) > ALIKE
 
 
 def share_of_equal_neighbours(image):

@@ -294,9 +294,12 @@ def differing_forms(path, shape, affine, nifti):
     except (ValueError, nib.spatialimages.HeaderDataError):
         return []                                                    # not used, so not needed
     qform[3, 3] = 1
-    apart_mm = (np.abs((qform - affine)[:3]) @ [*shape, 1]).max()
-    if not apart_mm > spacing_of(affine).max():
+    shift = (qform - affine)[:3]
+    # of the corner that lies farthest apart, along each axis
+    apart_voxels = (np.abs(np.linalg.solve(affine[:3, :3], shift)) @ [*shape, 1]).max()
+    if not apart_voxels > 1:
         return []
+    apart_mm = (np.abs(shift) @ [*shape, 1]).max()
     codes = ["".join(nib.aff2axcodes(form)) for form in (affine, qform)]
     mirrored = np.linalg.det(affine[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
     what = "qform and sform differ"
