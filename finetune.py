@@ -275,8 +275,7 @@ def main(args):
     settings.check_finetuning(args)
     if args.check:
         return check(args) if runtime.is_first() else None
-    # preparing is shared, and a rank's share may take hours longer than another's
-    ranks = runtime.start(args.device, timeout_minutes=24 * 60 if args.prepare_only else 10)
+    ranks = runtime.start(args.device)
     if args.prepare_only:
         cases, held_back, names = load_cases(args, ranks)
         data.prepare_ahead(cases + held_back, data.preparation_of(args), args.cache, ranks,

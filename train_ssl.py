@@ -263,9 +263,10 @@ def train(args, ranks, out):
         last = step == total
         report_due = step % args.val_every == 0
         measure = bool(args.mip and held_back and (last or report_due))
-        if last or measure or step % args.log_every == 0:
+        look = bool(teacher and finite and (last or step % args.monitor_every == 0))
+        if last or measure or look or step % args.log_every == 0:
             row = {**means, "grad_norm": norm}
-            if teacher and finite and (last or step % args.monitor_every == 0):
+            if look:
                 row |= monitors.collapse(taught, centers, teacher_temp, ranks)
             row = ranks.mean_of(row)
             if measure:
@@ -303,8 +304,7 @@ def main(args):
     settings.check_pretraining(args)
     if args.check:
         return check(args) if runtime.is_first() else None
-    # preparing is shared, and a rank's share may take hours longer than another's
-    ranks = runtime.start(args.device, timeout_minutes=24 * 60 if args.prepare_only else 10)
+    ranks = runtime.start(args.device)
     if args.prepare_only:
         cases, held_back, _ = load_cases(args, ranks)
         data.prepare_ahead(cases + held_back, data.preparation_of(args), args.cache, ranks,

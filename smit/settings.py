@@ -15,7 +15,7 @@ import sys
 # names, and may have moved.
 FREE_ON_RESUME = {"preset", "out", "resume", "overwrite", "data", "data_root", "cache", "device",
                   "workers", "log_every", "checkpointing", "compile", "save_steps", "save_minutes"}
-# What a run did before a flag existed, or did with one that is gone: so older runs resume.
+# Values of settings that an older run's config lacks, or has and today's has not: so it resumes.
 BEFORE = {"data_root": None, "hu_offset": 0.0, "init": None}
 SIZES = ("embed_dim", "depths", "heads", "window")   # pre-trained and fine-tuned encoder share them
 UNET_SIZES = ("width",)                              # the same of the CNN columns' U-Net
@@ -112,7 +112,7 @@ def add_run_flags(parser, out, presets):
         help="prepare all volumes into --cache, shared over ranks, and leave: no GPU waits later")
     add("--seed", type=whole, default=0, help="of every random draw [ours]")
     add("--log_every", type=count, default=10, help="steps between rows of log.csv [ours]")
-    add("--save_minutes", type=float, default=10, help="minutes between checkpoints [ours]")
+    add("--save_minutes", type=not_negative, default=10, help="minutes between checkpoints [ours]")
     add("--save_steps", type=whole, default=0, help="also save every so many steps; 0: never [ours]")
     add_device_flags(add)
     return add
@@ -144,7 +144,7 @@ def add_data_flags(parser, what):
     add("--cache", default="runs/cache", help="folder of prepared volumes, shared by runs [ours]")
     add("--phantoms", type=count, default=40,
         help="synthetic patients to make without --data [ours]")
-    add("--workers", type=int, default=4,
+    add("--workers", type=whole, default=4,
         help="loader processes a rank; 0 loads in the training process [ours]")
     return add
 
@@ -352,6 +352,11 @@ def check_pretraining(args):
             "--mip needs hidden voxels: a --mask_ratio above 0, or --mip_on all")
     require(not args.shared_head or (args.mpd and args.itd),
             "--shared_head shares a head between MPD and ITD: use both")
+    check_warmup(args)
+
+
+def check_warmup(args):
+    """Refuse a warm-up that never ends: the rate would only rise."""
     require(args.warmup_epochs < args.epochs,
             f"--warmup_epochs {args.warmup_epochs:g} must be fewer than --epochs {args.epochs}")
 
@@ -452,6 +457,7 @@ def check_finetuning(args):
             f"--crop {args.crop} must be multiples of 8 for the U-Net")
     require(args.network == "unet" or not args.encoder_only,
             "--encoder_only is of --net unet: of a Swin network only the encoder is loaded")
+    check_warmup(args)
     require(args.init or not args.freeze_encoder,
             "--freeze_encoder without --init would freeze random weights")
     require(args.num_classes is None or 2 <= args.num_classes <= 256,

@@ -300,7 +300,8 @@ def crop_affine(affine, start):
 
 def rotate90(x, k):
     """Turn (..., R, A, S) by k quarters in the axial (R, A) plane, R towards A [release]."""
-    return torch.rot90(x, k, dims=(-3, -2))
+    # by none it would be a copy, of maybe GBs
+    return torch.rot90(x, k, dims=(-3, -2)) if k % 4 else x
 
 
 # ---------------------------------------------------------- the recipe, and back

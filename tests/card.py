@@ -162,7 +162,7 @@ def run(script, flags):
         counts.append(len(waits))
         zero_grad(self)
     torch.optim.Optimizer.zero_grad = begin_step
-    runtime.start = lambda device, timeout_minutes: start("cpu")._replace(device=CARD)
+    runtime.start = lambda device: start("cpu")._replace(device=CARD)
     for owner, name in ((figures, "pretraining_report"), (figures, "finetuning_report"),
                         (runtime, "save_checkpoint"), (runtime, "save_state")):
         setattr(owner, name, lambda *arguments, **settings: None)

@@ -497,6 +497,25 @@ def test_volumes_are_prepared_ahead_by_every_rank_its_share(phantoms, tmp_path, 
     assert len(list((tmp_path / "cache").glob("*/*.npy"))) == 4 and not (tmp_path / "runs").exists()
 
 
+def test_ranks_that_prepare_meet_before_anyone_waits_too_long(phantoms, tmp_path, monkeypatch):
+    """Another rank has two cases more than this one, and the first is never waited for."""
+    class First(runtime.Ranks):
+        def agree(self, *flags):
+            met.append(flags)
+            return tuple(flag or len(met) <= 5 for flag in flags)
+
+        def gather(self, values):
+            return [values, []]
+
+    met = []
+    monkeypatch.setattr(cases, "TELL_EVERY_S", 1e-9)                # a round for every case
+    ranks = First(0, 2, 0, torch.device("cpu"))
+    cases_found = data.read_list(phantoms)[:4]
+    data.prepare_ahead(cases_found, data.Preparation((10, 10, 10)), tmp_path / "cache", ranks)
+    assert met == [(True,), (True,), (False,), (False,), (False,), (False,)]
+    assert len(list((tmp_path / "cache").glob("*/*.npy"))) == 2
+
+
 def test_bad_volumes_are_all_named_after_the_others_were_prepared(phantoms, tmp_path):
     shutil.copytree(phantoms.parent / "imagesTr", tmp_path / "images")
     for number in (0, 3):

@@ -387,7 +387,8 @@ def test_resume_refuses_other_settings(phantoms, tmp_path):
                           ("--batch 0", "--batch"), ("--fold 0 --split smit21_9", "--split"),
                           ("--num_classes 5", "label value"), ("--num_classes 300", "2..256"),
                           ("--spacing 1 1 -1", "spacing"), ("--hu_window 0 0", "HU window"),
-                          ("--clip nan", "--clip"), ("--log_every 0", "--log_every")])
+                          ("--clip nan", "--clip"), ("--log_every 0", "--log_every"),
+                          ("--epochs 20", "--warmup_epochs 50 must be fewer")])
 def test_settings_that_do_not_fit_are_refused_before_any_work(
         flags, why, phantoms, tmp_path, capsys):
     # SystemExit: argparse, with its message printed

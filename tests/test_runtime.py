@@ -115,6 +115,26 @@ def test_optimizer_and_generator_states_survive(tmp_path):
     assert torch.equal(back["random"], state["random"])
 
 
+@pytest.mark.parametrize("second_names", [True, False])
+def test_a_checkpoint_is_there_while_the_next_one_takes_its_place(
+        second_names, tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise PermissionError("this file system has no second names")
+
+    path, there = tmp_path / "best.pt", []
+    runtime.save_checkpoint(path, state_at(1))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (replace(*paths), there.append(path.exists())))
+    if not second_names:
+        monkeypatch.setattr(os, "link", refuse)
+    for step in (2, 3):
+        runtime.save_checkpoint(path, state_at(step))
+        assert same(runtime.load_checkpoint(path), state_at(step))
+        assert same(runtime.load_checkpoint(tmp_path / "best.prev.pt"), state_at(step - 1))
+    assert all(there) == second_names
+    assert names(tmp_path) == ["best.prev.pt", "best.pt"]
+
+
 @pytest.mark.parametrize("share", [0, 1000, 0.5, 0.99])
 def test_a_kill_in_mid_write_leaves_the_previous_checkpoint(tmp_path, share):
     runtime.save_checkpoint(tmp_path / "last.pt", state_at(1))

@@ -217,6 +217,14 @@ def test_schedules_run_from_end_to_end(phantoms, tmp_path):
     assert [round(row["lr"] / 3e-3 * 6) for row in slow[:3]] == [1, 3, 5]
 
 
+@pytest.mark.parametrize("log_every", [1, 3, 100])
+def test_signs_of_collapse_are_logged_as_often_as_asked(log_every, phantoms, tmp_path):
+    log = train(phantoms, tmp_path / "run", "--steps", 5, "--val_fraction", 0, "--monitor_every", 2,
+                "--log_every", log_every)
+    looked = [int(row["step"]) for row in log if "effective_rank" in row]
+    assert looked == [2, 4, 5]
+
+
 def test_validation_stands_beside_predictors_that_know_nothing(phantoms, tmp_path):
     log = train(phantoms, tmp_path / "run", "--steps", 2, "--val_fraction", .4, "--val_every", 2)
     assert "val_mip" not in log[0]
@@ -282,8 +290,9 @@ def test_resume_refuses_other_settings(phantoms, tmp_path):
     ("--key test", "'test'"), ("--epochs 20", "warmup"), ("--teacher_temp 0 .1", "above 0"),
     ("--shared_head --mpd 0", "shared_head"), ("--spacing 0 1 1", "spacing"),
     ("--spacing 1 1 nan", "spacing"), ("--hu_window 250 -175", "HU window"),
-    ("--clip -1", "--clip"), ("--workers -1", "num_workers"), ("--lr nan", "--lr"),
-    ("--batch 0", "--batch"), ("--val_every 0", "--val_every")])
+    ("--clip -1", "--clip"), ("--workers -1", "--workers"), ("--lr nan", "--lr"),
+    ("--batch 0", "--batch"), ("--val_every 0", "--val_every"),
+    ("--save_minutes nan", "--save_minutes")])
 def test_settings_that_do_not_fit_are_refused_before_any_work(
         flags, why, phantoms, tmp_path, capsys):
     # SystemExit: argparse, with its message printed

@@ -208,15 +208,12 @@ def raise_problems(problems):
         raise ValueError("\n".join([f"{concerns.count(len(distinct), 'problem')}:", *distinct]))
 
 
-def check_cases(cases, labels=False, load=None, problems=(), workers=0):
+def check_cases(cases, labels=False, problems=(), workers=0):
     """Check the headers of all cases, with `labels` each label against its image: the pre-flight.
 
-    With `load`, call that on each case in place of checking headers. Tells what is odd about the
-    headers. ValueError with all that is wrong, a line each, after the `problems` of their lists.
+    Tells what is odd about them. ValueError with all that is wrong, a line each, after the
+    `problems` of their lists.
     """
-    if load:
-        raise_problems([*problems, *find_problems(cases, load, workers)])
-        return
     results = examine(cases, functools.partial(check_headers, labels=labels), workers)
     concerns.tell([concern for _, found in results for concern in found or ()])
     raise_problems([*problems, *(problem for problem, _ in results if problem)])
@@ -339,17 +336,23 @@ def prepare_ahead(cases, settings, folder, ranks, workers=0, with_label=False, n
     share = cases[ranks.rank::ranks.world]
     check = functools.partial(prepare_one, settings=settings, folder=folder, with_label=with_label,
                               num_classes=num_classes)
-    begun = told = time.monotonic()
-    problems, odd = [], []
-    for number, (problem, found) in enumerate(examine_each(share, check, workers), 1):
-        odd += found or ()
-        problems += [problem] if problem else []
-        now = time.monotonic()
-        if ranks.is_main and (now - told > TELL_EVERY_S or number == len(share)):
-            left = timedelta(seconds=round((now - begun) / number * (len(share) - number)))
+    results = iter(examine_each(share, check, workers))
+    problems, odd, prepared = [], [], 0
+    begun = time.monotonic()
+    # ranks meet every few seconds, for one may be done long before another, and none waits for ever
+    while any(ranks.agree(prepared < len(share))):
+        before, round_begun = prepared, time.monotonic()
+        for problem, found in results:
+            odd += found or ()
+            problems += [problem] if problem else []
+            prepared += 1
+            if time.monotonic() - round_begun > TELL_EVERY_S:
+                break
+        if ranks.is_main and prepared > before:
+            seconds = (time.monotonic() - begun) / prepared * (len(share) - prepared)
             others = f" on each of {ranks.world} ranks" if ranks.world > 1 else ""
-            print(f"prepared {number} of {len(share)} volumes{others}, {left} left", flush=True)
-            told = now
+            print(f"prepared {prepared} of {len(share)} volumes{others}, "
+                  f"{timedelta(seconds=round(seconds))} left", flush=True)
     tell_of_all(odd, ranks)
     raise_problems([problem for part in ranks.gather(problems) for problem in part])
 

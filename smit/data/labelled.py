@@ -8,8 +8,7 @@ import os
 import numpy as np
 
 from smit.data import concerns, samples
-from smit.data.cases import (
-    cached, cached_with_concerns, check_cases, preparation_of, tell_of_all)
+from smit.data.cases import cached, check_cases, prepare_ahead, preparation_of
 from smit.data.lists import has_split, label_names, lists_labels, split_keys
 from smit.data.lists import read_lists as read_all
 from smit.settings import require
@@ -101,21 +100,15 @@ def prepare_cases(args, train, held_back, num_classes, ranks):
 
     Organs that no training case has are told.
     """
-    seen, odd = [False] * num_classes, []
-
-    def prepare(case):
-        _, label, found = cached_with_concerns(case, preparation_of(args), args.cache, True,
-                                               num_classes)
-        odd.extend(found)
-        if case in train:
-            for organ in np.unique(label).tolist():
-                seen[organ] = True
-
     check_cases(train + held_back, True, workers=args.workers)     # by the headers: a moment
-    share = (train + held_back)[ranks.rank::ranks.world]
-    check_cases(share, load=prepare)
-    tell_of_all(odd, ranks)
+    prepare_ahead(train + held_back, preparation_of(args), args.cache, ranks, args.workers, True,
+                  num_classes)
 
+    seen = [False] * num_classes
+    for case in train[ranks.rank::ranks.world]:
+        _, label = volumes(args, case, num_classes)
+        for organ in np.unique(label).tolist():
+            seen[organ] = True
     missing = [organ for organ, found in enumerate(ranks.agree(*seen)) if not found]
     if missing and ranks.is_main:
         print(f"warning: no training case has label {missing}: the network cannot learn it")

@@ -102,10 +102,19 @@ def save_checkpoint(path, state):
 
 
 def keep_the_one_before(path):
-    """Rename a whole checkpoint to <stem>.prev.pt; a damaged one must not push that out."""
+    """Name a whole checkpoint <stem>.prev.pt, too; a damaged one must not push that out.
+
+    `path` itself stays, for somebody may read it until the new one takes its place.
+    """
+    path = Path(path)
+    link = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     with contextlib.suppress(FileNotFoundError, ValueError), open(path, "rb") as old:
         check_archive(old)
-        os.replace(path, Path(path).with_suffix(".prev.pt"))
+        try:
+            os.link(path, link)
+        except OSError:  # this file system has no second names
+            link = path
+        os.replace(link, path.with_suffix(".prev.pt"))
 
 
 def load_checkpoint(path):

@@ -319,6 +319,7 @@ def read_run(path, network, sizes):
     state = load_checkpoint(path)
     alone = "model" in state                                    # student.pt holds one network
     found, config = state.get("model" if alone else network), state.get("config")
+    found = state.get("average") or found                       # of finetune.py, as evaluated
     sound = (isinstance(found, dict) and len(found) > 0
              and isinstance(config, dict) and config.keys() >= set(sizes)
              and all(isinstance(name, str) for name in found)
