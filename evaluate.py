@@ -14,7 +14,6 @@ that cannot be predicted or scored are listed, and the exit code is 2. Killed at
 whole predictions and no results.json; the same command makes everything anew.
 """
 import hashlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -250,8 +249,6 @@ def evaluate(args, out, device):
 
 
 def main(args):
-    # names of files that are no UTF-8 must not end the run
-    sys.stdout.reconfigure(errors="backslashreplace")
     out = Path(args.out)
     if args.compare:
         print(scoring.compare(args.compare, out))

@@ -169,8 +169,7 @@ def train(args, ranks, out):
               f"{per_step * args.crops_per_volume} crops; {runtime.describe_memory(net)}; "
               f"{ranks.device.type}, {precision.name}\n{report}", flush=True)
 
-    # find_unused_parameters keeps DDP's sums in order after the first step: a resumed run is the
-    # uninterrupted run, on a CPU to the bit
+    # find_unused_parameters: as in train_ssl.py, for a resumed run's sake
     wrapped = net
     if ranks.world > 1:
         wrapped = DistributedDataParallel(net, find_unused_parameters=True)
@@ -223,17 +222,19 @@ def train(args, ranks, out):
         if held_back and (last or validation_due):
             row["val_dice"], pred = validate(kept, held_back, args, num_classes, precision, ranks)
         # differs: one checkpoint for all organs; the release keeps the best one for each organ
-        improved = row.get("val_dice", -1.0) > best
-        best = max(best, row.get("val_dice", -1.0))         # which nan, no organ to score, is not
-        improved |= last and best < 0
+        improved = row.get("val_dice", -1.0) > best         # nan, no organ to score, never is
+        if improved:
+            best = row["val_dice"]
+        if last and best < 0:                               # nothing was ever scored
+            improved = True
 
         if row or last or step % args.log_every == 0:
             row |= ranks.mean_of({"loss": loss, "grad_norm": norm})
             row["epoch"] = step * per_step / len(cases)
-            known = best if best >= 0 else None
-            log.row(step=step, lr=lr, skipped=skips.total, **row,
-                    **({} if known is None else {"best_dice": best}))
-            bar.tell(row["epoch"], loss=row["loss"], best_Dice=known)
+            if best >= 0:
+                row["best_dice"] = best
+            log.row(step=step, lr=lr, skipped=skips.total, **row)
+            bar.tell(row["epoch"], loss=row["loss"], best_Dice=row.get("best_dice"))
         if ranks.is_main and ("val_dice" in row or last or step == 1):
             case = (held_back or cases)[0]
             image, label = labelled.volumes(args, case, num_classes)

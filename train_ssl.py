@@ -35,9 +35,9 @@ def parse_arguments(argv=None):
 
 
 def load_cases(args, ranks):
-    """Find the volumes of all sources, or make phantoms: (to train on, held back, unreadable ones).
+    """Find the volumes of all sources, or make phantoms: (to train on, held back, bad).
 
-    The last is a number: of volumes left out, to be counted against --max_bad.
+    bad: how many were left out for their headers; they count against --max_bad.
     """
     sources = args.data or phantom.default_data(args.cache, args.phantoms, args.modality,
                                                 args.seed, args.spacing, ranks)
@@ -120,39 +120,39 @@ def smit_losses(args, student, teacher, centers, batch, teacher_temp, precision)
     """
     device = precision.device
     views = u_then_v(batch["views"].to(device, non_blocking=True)) / 255    # (2B, 1, D, H, W)
-    cells = u_then_v(batch["hidden"].to(device, non_blocking=True))         # (2B, d, h, w)
+    hidden_cells = u_then_v(batch["hidden"].to(device, non_blocking=True))  # (2B, d, h, w)
     noise = u_then_v(batch["noise"].to(device, non_blocking=True))          # (2B, drops)
-    hidden_patches = None
+    embedded = None                 # the same mask for the encoder, whose first tokens are of 2^3
     if args.mask_ratio:
-        hidden_patches = expand_mask(cells, args.mask_cell // settings.PATCH)
+        embedded = expand_mask(hidden_cells, args.mask_cell // settings.PATCH)
 
     with precision.autocast():
         with torch.no_grad():
-            taught = teacher(views) if teacher else None            # f_t sees both views whole
-        learned = student(views, hidden_patches, noise)             # f_s sees them corrupted
+            from_teacher = teacher(views) if teacher else None      # f_t sees both views whole
+        from_student = student(views, embedded, noise)              # f_s sees them corrupted
 
     terms = {}                                                      # in float32 from here on
     if args.mip:
         if args.mip_on == "hidden":
-            counted = expand_mask(cells, args.mask_cell)            # (2B, D, H, W)
+            counted = expand_mask(hidden_cells, args.mask_cell)     # (2B, D, H, W)
         else:
             counted = torch.ones_like(views, dtype=torch.bool)
-        terms["mip"] = losses.mip_loss(learned.voxels, views, counted)                # Eq. 1
+        terms["mip"] = losses.mip_loss(from_student.voxels, views, counted)           # Eq. 1
     if args.mpd:
         factor = args.mask_cell // settings.patch_token(args)       # patch tokens of a cell: 1
-        hidden_tokens = expand_mask(cells, factor).flatten(1)                         # (2B, N)
+        hidden_tokens = expand_mask(hidden_cells, factor).flatten(1)                  # (2B, N)
         # found on the CPU, where the mask was drawn: a GPU would have to be waited for
         drawn = expand_mask(u_then_v(batch["hidden"]), factor).flatten(1)
         index = losses.hidden_index(drawn).to(device, non_blocking=True)
         terms["mpd"] = losses.mpd_loss(                                               # Eq. 2, 3
-            learned.patch_logits, taught.patch_logits, hidden_tokens,
+            from_student.patch_logits, from_teacher.patch_logits, hidden_tokens,
             centers["mpd"].value, args.student_temp, teacher_temp, index)
     if args.itd:
-        of_other_view = taught.image_logits.roll(len(views) // 2, dims=0)
+        of_other_view = from_teacher.image_logits.roll(len(views) // 2, dims=0)
         terms["itd"] = losses.itd_loss(                                               # Eq. 4
-            learned.image_logits, of_other_view,
+            from_student.image_logits, of_other_view,
             centers["itd"].value, args.student_temp, teacher_temp)
-    return terms, taught
+    return terms, from_teacher
 
 
 def train(args, ranks, out):
@@ -198,8 +198,8 @@ def train(args, ranks, out):
               f"{ranks.device.type}, {precision.name}\n{report}", flush=True)
 
     # find_unused_parameters: some get no gradient, as the norms of early stages and, without masks,
-    # the mask token. And DDP then sums in one fixed order: a resumed run is the uninterrupted run,
-    # on a CPU to the bit.
+    # the mask token. Without it DDP regroups the gradients after the first backward, which changes
+    # the order of its sums; with it a resumed run is the uninterrupted one, on a CPU to the bit.
     wrapped = student
     if ranks.world > 1:
         wrapped = DistributedDataParallel(student, find_unused_parameters=True)
@@ -209,8 +209,8 @@ def train(args, ranks, out):
     shown = val_pairs if held_back else view_pairs(args, cases, split="val")
     numbers = samples.micro_batches(step * per_step, total * per_step, args.batch, ranks.rank,
                                     ranks.world)
-    loader = samples.Batches(pairs, numbers, ranks, args.workers, args.max_bad, bad,
-                             args.accumulate)
+    loader = samples.Batches(pairs, numbers, ranks, args.workers, max_bad=args.max_bad,
+                             left_out=bad, per_step=args.accumulate)
     log = runtime.CsvLog(out / "log.csv", COLUMNS, ranks, step)
     bar = progress.Progress(step, total, 2 * per_step, ranks)
     clock = progress.SaveClock(args.save_minutes, args.save_steps, total)
@@ -232,15 +232,15 @@ def train(args, ranks, out):
         for micro in range(args.accumulate):
             batch = next(loader)
             wrapped.require_backward_grad_sync = micro == args.accumulate - 1       # for DDP
-            terms, taught = smit_losses(args, wrapped, teacher, centers, batch, teacher_temp,
+            terms, from_teacher = smit_losses(args, wrapped, teacher, centers, batch, teacher_temp,
                                         precision)
             terms["loss"] = sum(lambdas[name] * term for name, term in terms.items())   # L_total
             precision.scaler.scale(terms["loss"] / args.accumulate).backward()
             # the centres move after the step, by what all micro-batches and ranks collected
             if "mpd" in centers:
-                centers["mpd"].collect(taught.patch_logits)
+                centers["mpd"].collect(from_teacher.patch_logits)
             if "itd" in centers:
-                centers["itd"].collect(taught.image_logits)
+                centers["itd"].collect(from_teacher.image_logits)
             for name, term in terms.items():
                 means[name] += term.detach() / args.accumulate
 
@@ -253,7 +253,10 @@ def train(args, ranks, out):
             if teacher:
                 ema.update_teacher(teacher, student, momentum)
         for center in centers.values():
-            center.update() if finite else center.discard()
+            if finite:
+                center.update()
+            else:
+                center.discard()
         precision.scaler.update()
         step += 1
 
@@ -267,7 +270,7 @@ def train(args, ranks, out):
         if last or measure or look or step % args.log_every == 0:
             row = {**means, "grad_norm": norm}
             if look:
-                row |= monitors.collapse(taught, centers, teacher_temp, ranks)
+                row |= monitors.collapse(from_teacher, centers, teacher_temp, ranks)
             row = ranks.mean_of(row)
             if measure:
                 row |= held_back_errors(args, student, val_pairs, precision, ranks)

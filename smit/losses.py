@@ -24,7 +24,6 @@ def mip_loss(pred, target, hidden):
     hidden (B, D, H, W) or (B, 1, D, H, W) bool, at voxel resolution.
     Raises ValueError for a mask on the CPU that hides nothing; on a GPU it gives NaN.
     """
-    # differs: Eq. 1 as printed subtracts u outside the mask; m * (pred - u) is meant
     if hidden.dim() < pred.dim():
         hidden = hidden[:, None]
     if not hidden.is_cuda and not hidden.any():
@@ -32,6 +31,7 @@ def mip_loss(pred, target, hidden):
                          "raise the mask ratio")
     count = hidden.expand_as(pred).sum()
     error = (pred.float() - target.float()).abs()                          # (B, C, D, H, W)
+    # differs: Eq. 1 as printed subtracts u outside the mask; m * (pred - u) is meant
     return (error * hidden).sum() / count
 
 

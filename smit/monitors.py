@@ -9,17 +9,17 @@ from smit.masking import expand_mask
 
 # --------------------------------------------------------------------- collapse
 @torch.no_grad()
-def collapse(taught, centers, teacher_temp, ranks):
+def collapse(from_teacher, centers, teacher_temp, ranks):
     """Measure the signs of collapse in one micro-batch of the teacher's.
 
-    taught: the teacher's Outputs; centers {"mpd": Center, "itd": Center}, as far as
+    from_teacher: its Outputs; centers {"mpd": Center, "itd": Center}, as far as
     their losses are on; ranks: of `runtime.start`, all of which must call this.
     Returns {name: number or tensor of one} for `Ranks.mean_of`: the effective rank of
     the tokens, and for both heads the two entropies and the centre's norm, with the
     centres as they are after the step.
     """
-    row = {"effective_rank": effective_rank(taught.tokens)}
-    for name, logits in (("mpd", taught.patch_logits), ("itd", taught.image_logits)):
+    row = {"effective_rank": effective_rank(from_teacher.tokens)}
+    for name, logits in (("mpd", from_teacher.patch_logits), ("itd", from_teacher.image_logits)):
         if logits is None:
             continue
         center = centers[name].value
@@ -75,7 +75,7 @@ def effective_rank(tokens):
 def masked_image_errors(student, batches, cell, count_all, device, autocast, ranks):
     """Measure masked image prediction on held-back volumes, and two guesses without anatomy [ours].
 
-    batches: this rank's share, as sampling.batches gives them; cell: voxels per axis
+    batches: this rank's share, a samples.Batches of ViewPairs; cell: voxels per axis
     of a mask cell; count_all: score visible voxels too, for full image
     reconstruction. All ranks must call this. It leaves the student in train mode.
     Returns a dict of means over the scored voxels of all ranks, grey values in [0, 1]:
@@ -90,12 +90,12 @@ def masked_image_errors(student, batches, cell, count_all, device, autocast, ran
     for batch in batches:
         views = batch["views"].flatten(0, 1)                               # (2B, 1, D, H, W) uint8
         cells = batch["hidden"].flatten(0, 1)                              # (2B, d, h, w)
-        tokens = None
+        hidden_tokens = None
         if cells.any():
             cells_there = cells.to(device, non_blocking=True)
-            tokens = expand_mask(cells_there, cell // student.encoder.patch)
+            hidden_tokens = expand_mask(cells_there, cell // student.encoder.patch)
         with autocast():
-            voxels = student(views.to(device, non_blocking=True) / 255, tokens).voxels
+            voxels = student(views.to(device, non_blocking=True) / 255, hidden_tokens).voxels
         voxels = voxels.float().cpu()
 
         hidden = expand_mask(cells, cell)[:, None]                         # (2B, 1, D, H, W)
@@ -111,11 +111,11 @@ def masked_image_errors(student, batches, cell, count_all, device, autocast, ran
 
     # means over ranks, of which only the quotients count
     sums, histogram = ranks.mean(torch.cat([sums, histogram]).to(device)).cpu().split([4, 256])
-    l1, l2, median_l1, voxels = sums.tolist()
-    return {"val_mip": l1 / voxels,
-            "val_mse": l2 / voxels,
-            "val_constant": constant_l1(histogram) / voxels,
-            "val_median": median_l1 / voxels}
+    l1, l2, median_l1, count = sums.tolist()
+    return {"val_mip": l1 / count,
+            "val_mse": l2 / count,
+            "val_constant": constant_l1(histogram) / count,
+            "val_median": median_l1 / count}
 
 
 def visible_median(view, hidden):

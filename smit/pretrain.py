@@ -42,11 +42,12 @@ class SMIT(nn.Module):
         super().__init__()
         self.encoder = adopt(SwinTransformer3D(**encoder), habits)
         doublings = len(self.encoder.stages) - 1
-        self.cell = self.encoder.patch * 2 ** doublings  # voxels per axis of a patch token: 16
+        # voxels per axis of a patch token: 16
+        self.token_side = self.encoder.patch * 2 ** doublings
         channels, last_channels = self.encoder.channels[-2:]               # 384, 768
 
         self.voxel_head = None
-        cube = 2 * self.cell                             # voxels per axis of a last token: 32
+        cube = 2 * self.token_side                       # voxels per axis of a last token: 32
         image_channels = encoder.get("in_channels", 1)
         if voxel_head == "linear":
             self.voxel_head = LinearVoxelHead(last_channels, cube, image_channels)

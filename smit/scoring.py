@@ -458,8 +458,9 @@ def compare(folders, out):
               "false alarms of each alone"]
     text = markdown(header, rows) + "\n" + COMPARE_NOTE
     if unlike:
+        case, name = unlike[0]
         text += (f"\n**The labels are not the same ones**, or on other grids: in {len(unlike)} of "
-                 f"{len(common)} rows their volumes differ, as of {unlike[0][1]} in {unlike[0][0]}\n")
+                 f"{len(common)} rows their volumes differ, as of {name} in {case}\n")
     out.mkdir(parents=True, exist_ok=True)
     runtime.atomic_write(out / "compare.md", text.encode("utf-8", "backslashreplace"))
     alone = len(first) + len(second) - 2 * len(common)
@@ -469,9 +470,9 @@ def compare(folders, out):
 
 
 def compared_row(name, values, others):
-    """Return a column's cells in compare.md: n, means of these n cases, difference, its interval, p.
+    """Return a column's cells in compare.md: n, means, difference, its interval, p, false alarms.
 
-    Last, in how many cases each side alone has a Dice: false alarms.
+    Means are of these n cases. Last, in how many cases each side alone has a Dice: false alarms.
     """
     test = metrics.paired_test(values, others)
     there, there_too = np.isfinite(values), np.isfinite(others)

@@ -1,4 +1,4 @@
-"""The fine-tuning network: the pre-trained encoder under a U-shaped decoder [SMIT 3].
+"""The fine-tuning network: the pre-trained encoder under a U-shaped decoder [SMIT 2].
 
 It has the paper's 28.19M parameters.
 Reading order: SegmentationNet, its decoder's Up and ResidualBlock, load_encoder,

@@ -316,7 +316,7 @@ def parse_pretraining(description, argv=None):
     add("--warmup_epochs", type=not_negative, default=30,
         help="of learning rate and teacher temperature [SMIT 2]")
     add("--batch", type=count, default=2,
-        help="volumes, so pairs of views, a rank and micro-batch [ours, for 16 GB]")
+        help="volumes, so pairs of views, a rank and micro-batch [ours]: 3.5 GB")
     add("--accumulate", type=count, default=1, help="micro-batches per optimiser step [ours]")
     add("--lr", type=not_negative, default=2e-4, help="peak learning rate of AdamW [SMIT 2]")
     add("--weight_decay", type=not_negative, default=0.01, help="on matrices only [release]")

@@ -72,9 +72,9 @@ def reverse_and_unshift(windows, window, grid, shift):
     return reverse_windows(windows, window, grid)
 
 
-# The tables below are cached, and made outside inference mode whoever asks first:
-# its tensors could not be trained with later. Those of a grid are few, for a whole
-# scan's shift mask takes hundreds of MiB, and the next scan has another grid.
+# The tables below are cached. A tensor made in inference mode cannot be trained with
+# later, so these are made outside it. Of a grid's few are kept: a whole scan's shift
+# mask takes hundreds of MiB, and the next scan has another grid.
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def relative_position_index(window, table_window=None, device=None):
@@ -223,10 +223,10 @@ class SwinBlock(nn.Module):
 
         # differs: padded cells are no keys; the release lets them take part in the
         # softmax, as Swin does
-        keys = grid if self.mask_padding else padded
+        real_grid = grid if self.mask_padding else padded
         mask = None
-        if any(shift) or keys != padded:
-            mask = shift_mask(keys, window, shift, x.device)               # (nW, n, n)
+        if any(shift) or real_grid != padded:
+            mask = shift_mask(real_grid, window, shift, x.device)          # (nW, n, n)
         index = relative_position_index(window, self.window, x.device)     # (n, n)
 
         x = pad_to(x, padded)                                              # (B, D', H', W', C)

@@ -270,7 +270,7 @@ def last_logged_step(folder):
 
 def kept_step(folder):
     """Return the step from which a run would be resumed, 0 without a checkpoint."""
-    alone = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+    alone = runtime.Ranks(0, 1, torch.device("cpu"))
     with contextlib.redirect_stderr(io.StringIO()):
         state = runtime.load_latest(folder, alone)
     return 0 if state is None else state["step"]

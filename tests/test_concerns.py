@@ -141,7 +141,7 @@ def test_one_line_is_printed_for_many_files_workers_and_epochs(tmp_path, capsys)
         4,
         0.5,
     )
-    ranks = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+    ranks = runtime.Ranks(0, 1, torch.device("cpu"))
 
     assert len(list(samples.Batches(pairs, samples.micro_batches(0, 12, 2), ranks, workers=2))) == 6
     told = capsys.readouterr().err.splitlines()

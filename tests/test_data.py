@@ -509,7 +509,7 @@ def test_ranks_that_prepare_meet_before_anyone_waits_too_long(phantoms, tmp_path
 
     met = []
     monkeypatch.setattr(cases, "TELL_EVERY_S", 1e-9)                # a round for every case
-    ranks = First(0, 2, 0, torch.device("cpu"))
+    ranks = First(0, 2, torch.device("cpu"))
     cases_found = data.read_list(phantoms)[:4]
     data.prepare_ahead(cases_found, data.Preparation((10, 10, 10)), tmp_path / "cache", ranks)
     assert met == [(True,), (True,), (False,), (False,), (False,), (False,)]
@@ -522,7 +522,7 @@ def test_bad_volumes_are_all_named_after_the_others_were_prepared(phantoms, tmp_
         path = tmp_path / f"images/phantom000{number}.nii.gz"
         path.write_bytes(path.read_bytes()[:-9])
     cases_found = data.read_list(tmp_path / "images")
-    alone = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+    alone = runtime.Ranks(0, 1, torch.device("cpu"))
 
     with pytest.raises(ValueError, match="2 problems(.|\n)*phantom0000(.|\n)*phantom0003"):
         data.prepare_ahead(cases_found, data.Preparation((10, 10, 10)), tmp_path / "cache", alone)

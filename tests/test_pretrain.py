@@ -17,7 +17,7 @@ def test_the_papers_student_has_the_papers_shapes():
         out = student(torch.rand(1, 1, 96, 96, 96))
     assert out.tokens.shape == (1, 216, 384) and out.voxels.shape == (1, 1, 96, 96, 96)
     assert out.patch_logits.shape == (1, 216, 8192) and out.image_logits.shape == (1, 8192)
-    assert (student.cell == 16
+    assert (student.token_side == 16
             and sum(p.numel() for p in student.parameters())
             == 8_763_832 + 25_198_592 + 2 * 7_614_720)
 

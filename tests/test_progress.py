@@ -6,7 +6,7 @@ import torch
 
 from smit.runtime import Ranks, progress
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def test_a_run_without_a_terminal_tells_speed_time_left_and_what_is_unknown(capsys):
@@ -34,7 +34,7 @@ def test_a_run_that_stopped_says_how_to_go_on(steps, word, capsys):
 
 
 def test_ranks_other_than_the_first_say_nothing(capsys):
-    bar = progress.Progress(0, 2, 1, Ranks(1, 2, 1, torch.device("cpu")))
+    bar = progress.Progress(0, 2, 1, Ranks(1, 2, torch.device("cpu")))
     bar.advance()
     bar.tell(1, loss=1.)
     bar.close("")

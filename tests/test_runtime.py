@@ -24,7 +24,7 @@ import torch.distributed as dist
 from smit import runtime, weights
 
 ROOT = Path(__file__).resolve().parents[1]
-ALONE = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = runtime.Ranks(0, 1, torch.device("cpu"))
 STARTS_WITHIN_S = 240                    # ranks that import torch anew, on a busy machine
 torch.set_num_threads(1)
 
@@ -124,7 +124,12 @@ def test_a_checkpoint_is_there_while_the_next_one_takes_its_place(
     path, there = tmp_path / "best.pt", []
     runtime.save_checkpoint(path, state_at(1))
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda *paths: (replace(*paths), there.append(path.exists())))
+
+    def look_after(*paths):
+        replace(*paths)
+        there.append(path.exists())
+
+    monkeypatch.setattr(os, "replace", look_after)
     if not second_names:
         monkeypatch.setattr(os, "link", refuse)
     for step in (2, 3):
@@ -522,7 +527,7 @@ def test_a_log_takes_its_own_columns_only(tmp_path):
     with pytest.raises(ValueError, match="log.csv has the columns step,mip"):
         runtime.CsvLog(tmp_path / "log.csv", ("step", "mpd"), ALONE, resume_step=1)
 
-    second = runtime.Ranks(1, 2, 1, torch.device("cpu"))
+    second = runtime.Ranks(1, 2, torch.device("cpu"))
     runtime.CsvLog(tmp_path / "none.csv", ("step",), second).row(step=1)
     assert names(tmp_path) == ["log.csv"]
 

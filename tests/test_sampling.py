@@ -105,10 +105,10 @@ def test_a_bad_volume_is_passed_over_and_told(phantoms, tmp_path):
         and "bad.nii.gz: not a NIfTI" in skipping[0]["skipped"][0]
     )
     with pytest.raises(data.BadVolume, match="bad.nii.gz"):
-        list(sampling.batches(dataset(broken[:1], tmp_path), [[0]]))
+        list(sampling.load_batches(dataset(broken[:1], tmp_path), [[0]]))
 
 
-ALONE = runtime.Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = runtime.Ranks(0, 1, torch.device("cpu"))
 
 
 def test_a_skipped_volume_is_told_in_one_line_and_counted_against_max_bad(
@@ -240,7 +240,7 @@ def test_workers_change_nothing(phantoms, tmp_path):
     pairs = dataset(data.read_list(phantoms), tmp_path)
     numbers = list(sampling.micro_batches(0, 8, 2))
     for one, two in zip(
-        sampling.batches(pairs, numbers), sampling.batches(pairs, numbers, workers=2)
+        sampling.load_batches(pairs, numbers), sampling.load_batches(pairs, numbers, workers=2)
     ):
         assert same(one, two)
 
@@ -324,7 +324,7 @@ def test_augmentation_turns_image_and_label_together_and_never_mirrors():
 def test_a_volume_that_cannot_be_used_stops_the_fine_tuning(phantoms, tmp_path):
     broken = [{**data.read_list(phantoms)[0], "label": str(tmp_path / "gone.nii.gz")}]
     with pytest.raises(data.BadVolume, match="gone.nii.gz"):
-        list(sampling.batches(crops(broken, tmp_path), [[0]]))
+        list(sampling.load_batches(crops(broken, tmp_path), [[0]]))
 
 
 def test_a_file_replaced_during_a_run_is_noticed_the_img_of_a_pair_too(tmp_path):

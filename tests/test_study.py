@@ -307,7 +307,7 @@ def test_what_came_from_a_run_or_a_file_that_was_replaced_is_not_taken_for_finis
     assert run.finished(args, tune) and run.finished(args, evaluate)
 
     record_step(args, tune, made="again", sources=run.sources(args, tune))
-    with pytest.raises(ValueError, match="from another finetune/smit-ct3-seed0 .* delete .*evaluate"):
+    with pytest.raises(ValueError, match="another finetune/smit-ct3-seed0 .* delete .*evaluate"):
         run.finished(args, evaluate)
     (Path(args.out, tune.name) / "step.json").unlink()         # deleted, to be made again
     with pytest.raises(ValueError, match="from another finetune/smit-ct3-seed0"):

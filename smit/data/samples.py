@@ -559,13 +559,3 @@ def tell_about(batch, told):
         if problem not in told:
             print(f"warning: skipped: {problem}", file=sys.stderr, flush=True)
             told.add(problem)
-
-
-def batches(dataset, numbers, workers=0, pin=False):
-    """Yield micro-batches as `load_batches`, crops augmented already."""
-    told = set()
-    for batch in load_batches(dataset, numbers, workers, pin):
-        tell_about(batch, told)
-        if "scale" in batch:
-            batch["images"] = augmented(batch)
-        yield batch

@@ -29,7 +29,7 @@ def example_svg(path, student_path, index=1000, seed=0):
 
     body, level = phantom_slab(config, index, seed)                     # (D, H, W) in [0, 1]
     cell = config["mask_cell"]
-    image = padded(body, math.lcm(cell, 2 * student.cell))              # the encoder's last tokens
+    image = padded(body, math.lcm(cell, 2 * student.token_side))        # the encoder's last tokens
     grid = [side // cell for side in image.shape]
     cells = random_block_mask(1, grid, 0.7, torch.Generator().manual_seed(seed))
     tokens = expand_mask(cells, cell // student.encoder.patch)

@@ -83,7 +83,6 @@ class Ranks(NamedTuple):
     """This process among its peers. Alone, every method is local and no process group exists."""
     rank: int
     world: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -154,7 +153,7 @@ def start(device="auto", timeout_minutes=10):
         threading.Thread(target=leave_with_parent, args=(os.getppid(),), daemon=True).start()
     if world > 1:
         join_group(rank, world, device, timedelta(minutes=timeout_minutes))
-    return Ranks(rank, world, local_rank, device)
+    return Ranks(rank, world, device)
 
 
 def place_of(name, local_rank):

@@ -5,8 +5,8 @@
 
 A copy is a NIfTI file of uint8 with slope and intercept, so whatever reads it finds HU again, cut
 off at the window. Prepared again with the same settings it gives the voxels that the scan itself
-gives, but for planes at its edges that are all black. Labels come along on the same grid, so scores of carried cases are scores at that
-spacing, not at the scans' own.
+gives, but for planes at its edges that are all black. Labels come along on the same grid, so scores
+of carried cases are scores at that spacing, not at the scans' own.
 
 Writes OUT/part1/images, OUT/part1/labels, OUT/part2/..., none above --part_mib, and
 OUT/dataset.json, which lists them all. No header field of the scans is copied but their place in
