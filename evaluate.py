@@ -3,7 +3,7 @@
     python evaluate.py --weights runs/finetune/best.pt --data dataset.json     # predict and score
     python evaluate.py --weights best.pt --data scan.nii.gz                    # no label needed
     python evaluate.py --weights best.pt --data dataset.json --key training --held_out  # a fold's
-    python evaluate.py --weights fold0.pt fold1.pt --data scan.nii.gz          # networks that vote
+    python evaluate.py --weights fold0.pt fold1.pt --data scan.nii.gz          # the mean of two
     python evaluate.py --predictions DIR --labels dataset.json                 # another system
     python evaluate.py --compare DIR_A DIR_B                                   # paired test
 

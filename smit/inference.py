@@ -230,5 +230,5 @@ def check_alike(nets):
         for name in ("spacing", "modality", "hu_window", "hu_offset", "num_classes", "labels"):
             first, other = nets[0].config.get(name, 0), net.config.get(name, 0)
             if first != other:
-                raise ValueError(f"networks of different {name} cannot vote together: {first} and "
+                raise ValueError(f"networks of different {name} cannot be averaged: {first} and "
                                  f"{other}")

@@ -95,7 +95,7 @@ def by_key(paths, where):
 
 
 def folder_names(path, or_parent=False):
-    """Return {id: name} for a folder of label files, or None: of its own JSON, or its parent's."""
+    """Return {id: name} for label files, or None: of a JSON, of the one in a folder, or above it."""
     folder = Path(path)
     files = [folder, folder / "results.json", folder / "dataset.json"]
     if or_parent:
@@ -439,8 +439,8 @@ def read_scores(folder):
 def compare(folders, out):
     """Test the Dice of two result folders case by case, per organ; write and return compare.md.
 
-    A scan without the organ has a Dice where a side invented one, and none where it did not. So
-    it pairs with nothing, and is counted as a false alarm.
+    A case without the organ has a Dice only on a side that invented it. It is not paired then, but
+    counted as a false alarm of that side.
     """
     first, second = (read_scores(folder) for folder in folders)
     common = [place for place in first if place in second]

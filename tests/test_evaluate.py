@@ -159,7 +159,7 @@ def test_several_networks_vote_and_the_record_says_so(weights, phantoms, tmp_pat
 
     state["config"]["spacing"] = [9., 9., 9.]
     runtime.save_checkpoint(tmp_path / "other.pt", state)
-    with pytest.raises(ValueError, match="different spacing cannot vote"):
+    with pytest.raises(ValueError, match="different spacing cannot be averaged"):
         run("--weights", *pair, "--data", scan, "--out", tmp_path / "none")
 
 

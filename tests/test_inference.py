@@ -87,7 +87,7 @@ def test_several_networks_vote_with_their_mean_softmax(networks, scan):
     assert torch.equal(inference.segment(nets, scan), expected)
 
     nets[1].config = {**nets[1].config, "labels": {1: "liver"}}
-    with pytest.raises(ValueError, match="different labels cannot vote"):
+    with pytest.raises(ValueError, match="different labels cannot be averaged"):
         inference.segment(nets, scan)
 
 

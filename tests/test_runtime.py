@@ -808,7 +808,8 @@ def test_a_system_that_cannot_run_it_is_told_so_in_a_sentence(module):
 @pytest.mark.parametrize("error, code, told", [
     (ValueError("bad.nii: cut"), 2, f"error: bad.nii: cut [{__file__}:"),
     (OSError("disk full"), 2, "error: disk full\n"), (KeyboardInterrupt(), 130, "interrupted"),
-    (torch.OutOfMemoryError("no memory"), 2, "error: no memory; give a smaller --batch"),
+    (torch.OutOfMemoryError("no memory"), 2,
+     "error: no memory; give a smaller --batch; or --checkpointing, to train"),
     (MemoryError(), 2, "error: no memory is left; give a smaller --batch"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 2,
      "error: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes; give a "

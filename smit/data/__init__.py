@@ -1,4 +1,4 @@
-"""From files to cases: lists, NIfTI, preparation, cache. Samples and organs have own doors."""
+"""From files to cases: lists, NIfTI, preparation, cache. Samples, organs: from their modules."""
 from smit.data.cases import (  # noqa: F401
     cached, cached_with_concerns, check_case, check_cases, check_voxels, find_problems, load_case,
     onto_grid, preparation_of, prepare_ahead, readable_cases, same_grid)

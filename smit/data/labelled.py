@@ -7,10 +7,9 @@ import os
 
 import numpy as np
 
-from smit.data import concerns, samples
+from smit.data import concerns, lists, samples
 from smit.data.cases import cached, check_cases, prepare_ahead, preparation_of
 from smit.data.lists import has_split, label_names, lists_labels, split_keys
-from smit.data.lists import read_lists as read_all
 from smit.settings import require
 
 VAL_KEY = "validation"                 # default of --val_key, which a list may lack
@@ -25,11 +24,12 @@ def read_lists(args, sources):
     for path in sources:
         require(lists_labels(path), f"{path}: names no labels; give a dataset.json, or a text list "
                                     "with an image and its label on a line")
-    cases, problems = read_all(sources, args.key, args.data_root, args.modality)
+    cases, problems = lists.read_lists(sources, args.key, args.data_root, args.modality)
     with_val_key = [path for path in sources if has_split(path, args.val_key, args.data_root)]
     if not with_val_key and args.val_key != VAL_KEY:
         problems.append(missing_val_key(args, sources))
-    listed, more_problems = read_all(with_val_key, args.val_key, args.data_root, args.modality)
+    listed, more_problems = lists.read_lists(with_val_key, args.val_key, args.data_root,
+                                             args.modality)
     return cases, listed, problems + more_problems
 
 

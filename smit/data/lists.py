@@ -51,8 +51,8 @@ def read_list(path, key="training", data_root=None, modality=None):
     A NIfTI file is a case by itself. Relative paths begin at `data_root`, or at the list's folder.
     Prints what is odd about the list, such as a modality that is not `modality`.
 
-    ValueError, a line each, for anything else, for relative paths that climb out of that folder,
-    and for a case listed twice.
+    ValueError, a line each, for anything else, for relative paths of a JSON that climb out of that
+    folder, and for a case listed twice.
     """
     cases, problems = read_lists([path], key, data_root, modality)
     if problems:
@@ -422,7 +422,7 @@ def nnunet_folders(root, key):
 def visible(folder):
     """Return the names in a folder, without hidden ones, naturally sorted.
 
-    None if there is no folder.
+    An empty list without a folder.
     """
     names = list_names(folder) if os.path.isdir(folder) else []
     return [name for name in names if not name.startswith(".")]

@@ -1,6 +1,6 @@
 """Read and write NIfTI files, none of which is trusted. [SMIT 3]
 
-No other room opens them. A header is held against its file's size before memory is taken. Gzip is
+No other module reads them. A header is held against its file's size before memory is taken. Gzip is
 read to its end, so that its CRC counts. A bad file leaves as BadVolume.
 
 Reading order: names, the header and its checks, voxels, what others call.
@@ -378,7 +378,8 @@ def read_label(path, num_classes=None, allow_empty=True):
     """
     header = read_header(path)
     highest = (num_classes or 256) - 1
-    # scaled integers are whole to half a step; half a class is never forgiven
+    # a scaled integer, stored * slope, misses a whole number by half a slope at most; from a slope
+    # of .5 on that would be half a class, which is not forgiven
     step = abs(header.slope) if header.dtype.kind in "iu" else 0
     tolerance = max(1e-4, step * .5001) if step < .5 else 1e-4
     label = np.empty(int(np.prod(header.shape)), np.uint8)

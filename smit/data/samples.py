@@ -431,8 +431,8 @@ def own_copy(batch):
 def load_in_spite_of_deaths(dataset, numbers, workers=0, pin=False):
     """Yield as `load_batches`; if a worker dies, make the other micro-batches in this process.
 
-    For measurements, in whose midst nothing can be saved: the death ends the training's `Batches`,
-    as if one of their own workers had died.
+    For measurements, which cannot be saved half-way. Their rest is made here, and the death is kept,
+    so that the training's `Batches` end it after this step.
     """
     numbers = list(numbers)
     done = 0

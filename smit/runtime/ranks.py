@@ -218,7 +218,11 @@ class Precision:
                       "as long as in fp32; use --precision fp32")
 
     def autocast(self):
-        """Return a context in which matrix products and convolutions have this precision."""
+        """Return a context in which matrix products and convolutions have this precision.
+
+        On a GPU norms and what follows them stay in float32. A CPU's autocast gives them this
+        precision, too, so bf16 is a little rougher there.
+        """
         return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32")
 
 
@@ -315,7 +319,8 @@ def describe(error):
         return 130, f"interrupted{hint_of_torchrun()}"
     no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if no_memory or "DefaultCPUAllocator" in str(error):        # on a CPU a plain RuntimeError
-        return 2, f"error: {str(error) or 'no memory is left'}; give a smaller --batch"
+        return 2, (f"error: {str(error) or 'no memory is left'}; give a smaller --batch; or "
+                   "--checkpointing, to train, and --stitch_on_cpu to evaluate.py")
     for pattern, advice in LOADER_FAULTS.items():
         if fault := re.search(f"^.*{pattern}.*$", str(error), re.MULTILINE):
             return 2, f"error: {fault[0].strip()}; {advice}; training goes on with --resume"

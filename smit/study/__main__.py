@@ -26,7 +26,7 @@ most of its time.
 and no case of the validation split: choose rates and recipes there.
 
 Writes OUT/EXPERIMENT/ (OUT/EXPERIMENT-mr/) with a table, figures, and cases.csv, which has a row
-for each number in them, from all cells that are finished. A study may be stopped anywhere; the rows
+for each Dice that evaluate.py gave, from all cells that are finished. A study may be stopped anywhere; the rows
 that it did not reach are missing from its tables.
 """
 import argparse

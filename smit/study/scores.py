@@ -138,7 +138,7 @@ def group(items, *fields):
 def average_runs(scores):
     """Average the Dice of each organ in each case over seeds and draws: {(case, organ): Dice}.
 
-    A run that could not score a case counts in neither. Cases are in the order of their names.
+    A run without a Dice for a case and organ is left out of that mean. Cases are in the order of their names.
     """
     values = {}
     for score in sorted(scores, key=lambda score: score.case):
@@ -219,7 +219,7 @@ def paired_difference(first, second):
 
 
 def differences_by_seed(first, second):
-    """Subtract two rows' scores, matched: an array (seeds, cases), nan where a seed lacks a case."""
+    """Subtract two rows' matched scores: an array (seeds, cases), nan where a seed lacks a case."""
     first, second = map(dice_by_seed_and_case, matched(first, second))
     differences = []
     for seed, dice in first.items():

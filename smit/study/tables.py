@@ -74,7 +74,7 @@ GROUPS = {  # Fig. 4's; the text names all organs of I, and only the kind of the
 
 
 def save(out, name, text, rows):
-    """Write OUT/name.md, and OUT/cases.csv with a row for each number in it."""
+    """Write OUT/name.md, and OUT/cases.csv with a row for each Dice, or error, behind it."""
     write_csv(out / "cases.csv", rows)
     write(out / f"{name}.md", text)
 

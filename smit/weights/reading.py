@@ -27,7 +27,7 @@ class Encoder(NamedTuple):
     habits: list        # of habits.HABITS; empty for this project's own
     config: dict        # settings of the run that made the file; {} where it holds none
     left_out: dict      # {name: tensor} beside the encoder: heads, a decoder
-    report: str         # lines for a person; the last but one counts parameters
+    report: str         # lines for a person; the last one counts parameters
 
     def build(self, **others):
         """Build this encoder; others: further arguments of SwinTransformer3D."""
@@ -311,7 +311,9 @@ def expected_weights(arguments, habits, weights):
 
 # --------------------------------------------------------------- into a network
 def read_run(path, network, sizes):
-    """Read a checkpoint of train_ssl.py that may lack tensors: (weights, settings of its run).
+    """Read a run's checkpoint that may lack tensors: (weights, settings of its run).
+
+    It is a student.pt or last.pt of train_ssl.py or smit.baselines, or one of finetune.py.
 
     network: "student" or "teacher"; sizes: names of settings that must be there, those of the U-Net
     or of the Swin encoder. ValueError for any other file, and for one of the other architecture.
@@ -319,7 +321,8 @@ def read_run(path, network, sizes):
     state = load_checkpoint(path)
     alone = "model" in state                                    # student.pt holds one network
     found, config = state.get("model" if alone else network), state.get("config")
-    found = state.get("average") or found                       # of finetune.py, as evaluated
+    if alone and isinstance(state.get("average"), dict):        # of finetune.py: what it evaluated
+        found = state["average"]
     sound = (isinstance(found, dict) and len(found) > 0
              and isinstance(config, dict) and config.keys() >= set(sizes)
              and all(isinstance(name, str) for name in found)
