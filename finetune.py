@@ -40,7 +40,7 @@ def load_cases(args, ranks):
 
 # ------------------------------------------------------------------------- network, optimiser
 def read_init(args, ranks):
-    """Read what --init names: (weights, settings of their encoder, a report on them).
+    """Read what --init names: (weights, sizes of their encoder, a report on them).
 
     Without --init the weights are None and the settings the flags'.
     """
@@ -49,17 +49,17 @@ def read_init(args, ranks):
         return None, {name: getattr(args, name) for name in names}, ""
     if args.partial_init or args.network == "unet":
         pretrained, config = weights.read_run(args.init, args.weights, names)
-        encoder, report = {name: config[name] for name in names}, f"{args.init}:"
+        sizes, report = {name: config[name] for name in names}, f"{args.init}:"
     else:
         found = weights.read_encoder(args.init, args.weights)
         pretrained, config, report = found.weights, found.config, found.report
-        encoder = found.settings()
+        sizes = found.settings()
 
-    settings.check_sizes(args, encoder)
+    settings.check_sizes(args, sizes)
     warning = settings.preparation_warning(args, config)
     if warning and ranks.is_main:
         print(warning)
-    return pretrained, encoder, report
+    return pretrained, sizes, report
 
 
 def build_optimizer(net, args):
@@ -121,8 +121,8 @@ def predict(net, image, args, precision):
 
 def train(args, ranks, out):
     # ---------------------------------------------------------------------------------- data
-    pretrained, encoder, report = read_init(args, ranks)
-    settings.check_crop(args, encoder)
+    pretrained, sizes, report = read_init(args, ranks)
+    settings.check_crop(args, sizes)
     cases, held_back, names = load_cases(args, ranks)
     num_classes = labelled.count_classes(args, names)
     labelled.prepare_cases(args, cases, held_back, num_classes, ranks)
@@ -134,7 +134,7 @@ def train(args, ranks, out):
     # --------------------------------------------------------------------- network, optimiser
     identities = organs.identities([case["image"] for case in cases + held_back])
     precision = runtime.Precision(args.precision, ranks.device)
-    config = {**vars(args), **encoder, "num_classes": num_classes, "labels": names,
+    config = {**vars(args), **sizes, "num_classes": num_classes, "labels": names,
               "global_batch": per_step, "total": total, "format": weights.FORMAT,
               "precision": precision.name,
               "train": identities[:len(cases)], "held_back": identities[len(cases):]}

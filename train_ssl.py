@@ -64,12 +64,12 @@ def view_pairs(args, cases, drops=0, split="train"):
 def read_init(args, ranks):
     """Read what --init names: (the settings, with its encoder's sizes; what to begin with)."""
     start = weights.read_start(args.init)
-    encoder = start.student.settings()
-    settings.check_sizes(args, encoder)
+    sizes = start.student.settings()
+    settings.check_sizes(args, sizes)
     warning = settings.preparation_warning(args, start.student.config)
     if warning and ranks.is_main:
         print(warning)
-    args = argparse.Namespace(**{**vars(args), **encoder})
+    args = argparse.Namespace(**{**vars(args), **sizes})
     settings.check_pretraining(args)
     return args, start
 

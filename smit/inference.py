@@ -41,7 +41,7 @@ def load_encoder(path, device="cpu", part=None):
     found = weights.read_encoder(path, part)
     encoder = found.build()
     try:
-        encoder.preparation = preparation(found.config)
+        encoder.preparation = preparation_of_run(found.config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     encoder.report = found.report
@@ -66,7 +66,7 @@ def load_network(path, device="cpu"):
         check_fit(config, upgraded)
         net = build_network(config)
         net.load_state_dict(upgraded)
-        net.preparation = preparation(config)
+        net.preparation = preparation_of_run(config)
     # a stranger's settings raise anything
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0]
@@ -111,7 +111,7 @@ def check_fit(config, found):
         raise ValueError(counts)
 
 
-def preparation(config, modality=None):
+def preparation_of_run(config, modality=None):
     """Read how a run prepared its volumes off its settings; None where they do not say it.
 
     modality: of the volumes to prepare, in place of the run's own. Another one than that takes no

@@ -561,8 +561,8 @@ def test_fig5_stops_at_a_volume_that_cannot_be_read(tmp_path):
 def test_an_offset_of_the_run_s_own_modality_reaches_what_is_asked_of_its_encoder():
     config = {"spacing": [10, 10, 10], "modality": "ct", "hu_window": [-175, 250],
               "hu_offset": -1024.}
-    assert inference.preparation(config, "ct").hu_offset == -1024
-    mr = inference.preparation(config, "mr")
+    assert inference.preparation_of_run(config, "ct").hu_offset == -1024
+    mr = inference.preparation_of_run(config, "mr")
     assert (mr.modality, mr.hu_offset) == ("mr", 0)
 
 

@@ -143,7 +143,7 @@ def load_encoder(path, random_seed=None):
 
 def probe_encoder(encoder, config, settings, row, labels, seed, draw):
     """Probe one encoder on one draw of labelled volumes: (Probe, list of Score)."""
-    preparation = inference.preparation(config, settings.modality)
+    preparation = inference.preparation_of_run(config, settings.modality)
     names = data.label_names(settings.volumes) or numbered(14)
     classes = max(names) + 1
     training = data.read_list(settings.volumes, "training")

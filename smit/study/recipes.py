@@ -42,7 +42,8 @@ def recipe(out, scores, runs):
         needed = ""
         if not math.isnan(found.noise):
             needed = power.seeds_needed(math.sqrt(2) * found.noise, EFFECT)
-        numbers = [number(value, ".3f") for value in found[1:]]
+        columns = (found.mean, found.deviation, found.noise, found.draw, found.half_way, found.end)
+        numbers = [number(value, ".3f") for value in columns]
         lines.append([*key, found.runs, *numbers, needed])
     head = ["recipe", "row", "labelled volumes", "runs", "DSC", "deviation", "of training",
             "of the draw", "Dice half-way", "Dice at the end", f"seeds to show {EFFECT:g}"]

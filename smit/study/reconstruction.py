@@ -102,7 +102,7 @@ def unseen(path, modality):
 # ------------------------------------------------------------------------------------- one volume
 def masked_views(cases, config, modality, cache):
     """Prepare two masked views of each case, as in pre-training: sample i is of case i."""
-    settings = inference.preparation(config, modality)
+    settings = inference.preparation_of_run(config, modality)
     return ViewPairs(cases, settings, cache, config["crop"], config["view"], config["mask_cell"],
                      MASK_RATIO, split="val")
 
