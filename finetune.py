@@ -50,6 +50,8 @@ def read_init(args, ranks):
     if args.partial_init or args.network == "unet":
         pretrained, config = weights.read_run(args.init, args.weights, names)
         sizes, report = {name: config[name] for name in names}, f"{args.init}:"
+        if "imported" in config:                    # habits of an encoder that came from elsewhere
+            sizes["imported"] = config["imported"]
     else:
         found = weights.read_encoder(args.init, args.weights)
         pretrained, config, report = found.weights, found.config, found.report

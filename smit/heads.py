@@ -38,8 +38,8 @@ class MultiLayerVoxelHead(nn.Sequential):
     """Predict voxels by doubling the resolution five times: h^Pred of the ablation [SMIT 3].
 
     These are "five transpose convolution layers", 768-384-192-96-48-1.
-    tokens (B, in_channels, d, h, w) -> voxels (B, out_channels, 32d, 32h, 32w), for
-    fewer layers 2^layers times the grid.
+    tokens (B, in_channels, d, h, w) -> voxels (B, out_channels, f d, f h, f w), with
+    f = 2^layers: 32 for five.
     """
 
     def __init__(self, in_channels=768, layers=5, out_channels=1):

@@ -16,6 +16,8 @@ import finetune
 import train_ssl
 from smit import runtime, segment
 from smit.baselines import __main__ as baselines
+from smit.baselines import pcrl
+from smit.data import concerns
 
 SMALL = (
     "--spacing 10 10 10 --crop 32 --view 24 --patch 16 --width 4 --queue 16 --embed_dim 8 "
@@ -195,12 +197,15 @@ def test_the_critic_s_loss_does_not_judge_a_network_on_held_back_volumes(phantom
 @pytest.mark.parametrize("name", baselines.TASKS)
 def test_every_gradient_of_a_task_is_clipped_once(name):
     task = baselines.build_task(baselines.parse_arguments([name, *SMALL]))
-    clipped = [parameter for parameters in task.clipped_apart() for parameter in parameters]
+    clipped = [parameter for parameters in task.clip_groups() for parameter in parameters]
     assert len(clipped) == len(set(clipped))
     assert set(clipped) == set(task.parameters())
 
 
 @pytest.mark.parametrize("task, flags, why", [
+    ("genesis", "--compile", "--compile is for"), ("pcrl", "--checkpointing", "--checkpointing is"),
+    ("cpc", "--view 48 48 192 --crop 48 48 192 --patch 16", "last side is too long"),
+    ("moco", "--max_bad -1", "--max_bad"),
     ("genesis", "--view 20", "multiples of 8"), ("genesis", "--view 8", "from 16"),
     ("pcrl", "--view 40", "larger than"), ("pcrl", "--view 16 24 16", "first two"),
     ("rubik", "--view 24 24 48 --crop 48", "equal sides"),
@@ -318,6 +323,27 @@ def test_the_fine_tuned_u_net_has_the_published_size():
     assert sum(weight.numel() for weight in net.parameters()) == 19_074_510
     with pytest.raises(ValueError, match="width"):
         segment.build_network({"network": "unet", "width": "wide", "num_classes": 14})
+
+
+def test_too_few_held_back_volumes_for_a_batch_are_told(phantoms, tmp_path, capsys):
+    concerns.printed.clear()
+    log = train("rotation", phantoms, tmp_path / "run", "--steps", 1, "--batch", 2,
+                "--val_fraction", .2)
+    assert "no val_loss" in capsys.readouterr().err and "val_loss" not in log[-1]
+
+
+def test_the_picture_of_a_turned_restoration_shows_its_input_turned_as_well():
+    ramp = torch.arange(16 ** 3).view(16, 16, 16) / 16 ** 3
+    for flips, turns in (([True, False, True], 1), ([False, True, False], 3)):
+        code = pcrl.turn_code(flips, turns)
+        assert pcrl.read_turn(code) == (flips, turns)
+        task = pcrl.PCRL(width=8, queue=8)
+        turned = pcrl.turn(ramp, flips, turns)
+        batch = {"input": ramp[None, None, None], "code": code[None, None],
+                 "target": turned[None, None, None]}
+        with torch.no_grad():
+            shown, _, target = task.eval().restore(batch)
+        assert torch.equal(shown, target)
 
 
 def test_weights_of_another_network_or_width_are_refused(phantoms, tmp_path):

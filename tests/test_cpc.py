@@ -55,7 +55,7 @@ def test_a_pyramid_reads_and_predicts_as_many_patches_as_the_release_s(rows, pat
 
 def test_columns_gather_neighbours_mirrored_at_the_border():
     codes = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5, 1)              # each patch its own number
-    contexts, targets = cpc.columns(codes)
+    contexts, targets = cpc.columns(codes, *cpc.places(3, 4, 5))
     assert contexts.shape == (24, 10, 1) and targets.shape == (24, 3, 1)
 
     def at(b, x, y, row):
@@ -116,7 +116,7 @@ def test_the_loss_equals_the_sum_over_candidates_column_by_column():
     terms = []
     for ahead, row in enumerate((2, 3)):
         everyone = codes[:, :, :, row].reshape(-1, 16)
-        contexts, _ = cpc.columns(codes)
+        contexts, _ = cpc.columns(codes, *cpc.places(2, 3, 4))
         for column, context in enumerate(contexts):
             output, _ = task.recurrent(context[None])
             scores = everyone @ task.predictors[ahead](output[0, -1])

@@ -404,29 +404,6 @@ def test_many_and_long_names_stand_in_rows_of_a_legend_above_the_curves(tmp_path
     assert dashed == set(charts.CURVE_COLORS[:2])  # the 8th and 9th
 
 
-def test_differences_stand_around_the_line_at_zero_where_the_axis_says(tmp_path):
-    rows = [("smit & co", .02, -.01, .05), ("dino", -.04, -.06, -.02),
-            ("none", math.nan, math.nan, math.nan)]
-    charts.intervals_svg(tmp_path / "a.svg", rows, "difference in Dice", "Differences")
-    root = parsed(tmp_path / "a.svg")
-    to_x = np.polyfit(*read_axis(root, "middle", "x"), 1)
-
-    assert np.allclose([float(e.get("cx")) for e in all_of(root, "circle")],
-                       np.polyval(to_x, [.02, -.04]), atol=.1)
-
-    bars = [e.get("d") for e in all_of(root, "path") if e.get("stroke-width") == "2"]
-    # two caps a bar
-    ends = [[float(x) for x in re.findall(r"[ML]([\d.]+) ", bar)] for bar in (bars[0], bars[3])]
-    assert np.allclose(ends, np.polyval(to_x, [[-.01, .05], [-.06, -.02]]), atol=.1)
-
-    zero = next(e for e in all_of(root, "path") if e.get("stroke-dasharray"))
-    assert abs(float(re.search(r"M([\d.]+)", zero.get("d"))[1]) - np.polyval(to_x, 0)) < .1
-    assert where(root, "smit & co")[1] == where(root, "+0.020 (-0.010 to +0.050)")[1]
-    assert where(root, "none")[1] == where(root, "–")[1]
-    with pytest.raises(ValueError, match="b.svg: no finite difference"):
-        charts.intervals_svg(tmp_path / "b.svg", rows[2:], "x", "t")
-
-
 @pytest.mark.parametrize(
     "low, high", [(0, 1), (-3.2, 17), (1e-9, 2e-4), (5, 5), (0, 0), (8.99, 9.02), (0, 123456)])
 def test_ticks_are_round_enclose_the_data_and_are_few(low, high):

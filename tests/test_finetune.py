@@ -148,6 +148,16 @@ def test_another_preparation_is_warned_about(pretrained, capsys):
             and "spacing [1.5, 1.5, 2.0] here" in told)
 
 
+def test_habits_of_an_imported_encoder_outlive_a_partial_load(pretrained, tmp_path):
+    state = runtime.load_checkpoint(pretrained / "student.pt")
+    state["config"]["imported"] = {"habits": ["attended_padding"]}
+    runtime.save_checkpoint(tmp_path / "imported.pt", state)
+    alone = runtime.start("cpu")
+    for flags in ([], ["--partial_init"]):
+        _, sizes, _ = finetune.read_init(parse("--init", tmp_path / "imported.pt", *flags), alone)
+        assert sizes["imported"]["habits"] == ["attended_padding"]
+
+
 def test_a_wrong_init_is_refused_in_one_line(pretrained, phantoms, tmp_path):
     state = runtime.load_checkpoint(pretrained / "student.pt")
     del state["model"]["encoder.patch_embed.weight"]

@@ -108,7 +108,7 @@ def test_the_critic_s_gradients_do_not_shrink_the_network_s():
     for part, size in ((task.unet, 1.0), (task.critic, 1e6)):
         for parameter in part.parameters():
             parameter.grad = torch.full_like(parameter, size)
-    of_network, of_critic = task.clipped_apart()
+    of_network, of_critic = task.clip_groups()
     norms = [torch.nn.utils.clip_grad_norm_(part, 3.0) for part in (of_network, of_critic)]
 
     assert norms[0].item() == pytest.approx(sum(p.numel() for p in of_network) ** .5, rel=1e-4)

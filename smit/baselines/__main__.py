@@ -42,9 +42,9 @@ PRESETS = {   # what differs from the flags' defaults
     "tiny": dict(spacing=[4.0, 4.0, 4.0], crop=[64] * 3, view=[48] * 3, width=16, patch=16,
                  queue=512, embed_dim=24, depths=[2, 2, 2], heads=[2, 4, 8], drop_path=0.0,
                  head_width=256, bottleneck=64, steps=300, batch=4, lr=1e-3, workers=2,
-                 val_fraction=0.1, val_every=100, phantoms=20),
+                 val_fraction=0.2, val_every=100, phantoms=20),
 }
-# a contrast's negatives come from the micro-batch, so its size is not free
+# --batch and --accumulate are not free here: a contrast's negatives are the micro-batch
 FREE = settings.FREE_ON_RESUME | {"max_bad", "val_every"}
 
 
@@ -64,7 +64,7 @@ def parse_arguments(argv=None):
         help="voxels per axis of a view [SMIT 3]")
     add("--val_fraction", type=share, default=0.05,
         help="share of the volumes held back to measure the loss [ours]")
-    add("--max_bad", type=int, default=0,
+    add("--max_bad", type=settings.whole, default=0,
         help="unreadable volumes to skip before giving up [ours]")
 
     add = parser.add_argument_group("U-Net").add_argument
@@ -122,19 +122,25 @@ def check_settings(args):
         require(all(side % (args.patch // 2) == 0 and side >= 1.5 * args.patch for side in view),
                 f"--view {view} must be multiples of half a --patch of {args.patch}, from three "
                 "halves on")
+        *across, rows = (2 * side // args.patch - 1 for side in view)       # patches of an axis
+        require(rows // 2 <= min(across),
+                f"--view {view}: its last side is too long for the others: a column's context would "
+                "reach beyond them")
     if task == "pcrl":
         require(args.batch >= 2, "pcrl mixes each volume with another: --batch 2 or more")
     if task == "moco":
         require(args.batch >= 4, "moco's negatives are the micro-batch: --batch 4 or more")
-    require(args.warmup_epochs < args.epochs,
-            f"--warmup_epochs {args.warmup_epochs:g} must be fewer than --epochs {args.epochs}")
+    for flag in ("compile", "checkpointing"):
+        require(not getattr(args, flag) or TASKS[task][0].network == "swin",
+                f"--{flag} is for the tasks on the Swin network")
+    settings.check_warmup(args)
 
 
 # --------------------------------------------------------------------------------------- data
 def load_cases(args, ranks):
-    """Find the volumes of all sources, or make phantoms: (to train on, held back, unreadable ones).
+    """Find the volumes of all sources, or make phantoms: (to train on, held back, bad).
 
-    The last is a number: of volumes left out, to be counted against --max_bad.
+    bad: how many were left out for their headers; they count against --max_bad.
     """
     sources = args.data or phantom.default_data(args.cache, args.phantoms, args.modality,
                                                 args.seed, args.spacing, ranks)
@@ -145,6 +151,10 @@ def load_cases(args, ranks):
     n_held_back = round(args.val_fraction * len(cases))
     require(n_held_back < len(cases),
             f"--val_fraction {args.val_fraction} of {len(cases)} volumes leaves none to train on")
+    per_step = args.batch * ranks.world
+    if args.val_fraction and n_held_back < per_step:
+        data.note(f"no val_loss: it is measured on whole batches of {per_step} held-back volumes, "
+                  f"and there are {n_held_back}; a larger --val_fraction holds more back")
     return *samples.random_split(cases, n_held_back, args.seed), bad
 
 
@@ -169,6 +179,13 @@ class TaskSamples(torch.utils.data.Dataset):
         sample = self.task.samples(pair["views"] / 255, rng)
         for name in ("volume", "passed_over", "skipped", "concerns"):
             sample[name] = pair[name]
+        return sample
+
+    def sample(self, number):
+        """Return a sample, or raise the error that stands in its place."""
+        sample = self[number]
+        if isinstance(sample, Exception):
+            raise sample
         return sample
 
     def images(self, batch):
@@ -255,7 +272,6 @@ def train(args, ranks, out):
     # ------------------------------------------------------------------------ task, optimiser
     task = build_task(args).to(ranks.device)
     if args.compile:
-        require(task.network == "swin", "--compile is for the tasks on the Swin network")
         task.encoder.compile_blocks()
     optimizer = build_optimizer(task, args)
     precision = runtime.Precision(args.precision, ranks.device)
@@ -274,8 +290,7 @@ def train(args, ranks, out):
               f"x {ranks.world} ranks = {per_step} pairs; {runtime.describe_memory(task)}; "
               f"{ranks.device.type}, {precision.name}", flush=True)
 
-    # find_unused_parameters keeps DDP's sums in order after the first step: a resumed run is the
-    # uninterrupted run, to the bit
+    # find_unused_parameters: as in train_ssl.py, for a resumed run's sake
     wrapped = task
     if ranks.world > 1:
         wrapped = DistributedDataParallel(task, find_unused_parameters=True)
@@ -312,7 +327,7 @@ def train(args, ranks, out):
 
         precision.scaler.unscale_(optimizer)
         norms = []
-        for parameters in task.clipped_apart():
+        for parameters in task.clip_groups():
             norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf))
         norms = torch.stack(norms)
         finite = bool(norms.isfinite().all())       # alike on all ranks: gradients are their mean
@@ -336,7 +351,7 @@ def train(args, ranks, out):
             log.row(step=step, epoch=epoch, lr=lr, skipped=skips.total, **row)
             bar.tell(epoch, loss=row["loss"])
         if ranks.is_main and (last or look or step == 1):
-            report(out, config, task, shown[0], precision)
+            report(out, config, task, shown.sample(0), precision)
 
         # was any rank asked to stop, did a loader fail, are more volumes bad than --max_bad?
         leaving = loader.agree(stop.asked)

@@ -34,7 +34,11 @@ class CPC(Task):
         self.encoder = Encoder(1, width)
         self.to_code = nn.Linear(self.encoder.channels[-1], code)
         self.recurrent = nn.GRU(code, context, batch_first=True)            # sizes [CPC]
-        _, targets = pyramid(2 * view[2] // patch - 1)
+        d, h, rows = (2 * side // patch - 1 for side in view)
+        # buffers, for a GPU would wait for indices from the host; not saved, for they are no weights
+        x, y, row, targets = places(d, h, rows)
+        for name, index in (("x", x), ("y", y), ("row", row), ("targets", targets)):
+            self.register_buffer(name, index, persistent=False)
         self.predictors = nn.ModuleList()
         for _ in targets:
             self.predictors.append(nn.Linear(context, code))
@@ -51,7 +55,8 @@ class CPC(Task):
     def forward(self, batch):
         patches = u_then_v(batch["patches"])                                # (2B, 5, 5, 5, 1, ...)
         codes = self.encode(patches)                                        # (2B, 5, 5, 5, code)
-        contexts, targets = columns(codes)              # (n, 10, code), (n, 3, code); n = 2B * 25
+        # (n, 10, code), (n, 3, code); n = 2B * 25
+        contexts, targets = columns(codes, self.x, self.y, self.row, self.targets)
         _, state = self.recurrent(contexts)
         state = state[-1]                                                   # (n, context)
 
@@ -120,21 +125,27 @@ def pyramid(rows):
     return context, list(range(own + 1, rows))
 
 
-def columns(codes):
+def places(d, h, rows):
+    """Index the contexts and targets of the columns of a grid: (x, y, row, targets), all long.
+
+    x (d, 1, patches), y (1, h, patches) and row (patches,) name the patches of each column's
+    context; targets (t,) are rows. Neighbours outside the grid are mirrored at its border [CPC].
+    """
+    context, targets = pyramid(rows)
+    row, first, second = torch.tensor(context).unbind(1)                   # (patches,) each
+    x = mirrored(torch.arange(d)[:, None] + first, d)[:, None]
+    y = mirrored(torch.arange(h)[:, None] + second, h)[None]
+    return x, y, row, torch.tensor(targets)
+
+
+def columns(codes, x, y, row, targets):
     """Gather the context and the targets of every column.
 
-    codes (2B, d, h, rows, C) -> contexts (n, patches of a pyramid, C), targets (n, t, C), with
-    n = 2B * d * h. Neighbours outside the grid are mirrored at its border [CPC].
+    codes (2B, d, h, rows, C); x, y, row, targets: of `places`. Returns contexts (n, patches of a
+    pyramid, C) and targets (n, t, C), with n = 2B * d * h.
     """
-    _, d, h, rows, _ = codes.shape
-    context, targets = pyramid(rows)
-    contexts = []
-    for row, first, second in context:
-        x = mirrored(torch.arange(d) + first, d)
-        y = mirrored(torch.arange(h) + second, h)
-        contexts.append(codes[:, x][:, :, y, row])                          # (2B, d, h, C)
-    contexts = torch.stack(contexts, dim=3)                                 # (2B, d, h, 10, C)
-    return contexts.flatten(0, 2), codes[:, :, :, targets].flatten(0, 2)
+    contexts = codes[:, x, y, row]                                          # (2B, d, h, 10, C)
+    return contexts.flatten(0, 2), codes.index_select(3, targets).flatten(0, 2)
 
 
 def mirrored(places, size):

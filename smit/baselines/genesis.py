@@ -1,6 +1,6 @@
 """Models Genesis, "MG": restore a crop whose texture, greys and parts were disturbed [SMIT 7].
 
-Zhou et al., Models Genesis: Generic Autodidactic Models for 3D Medical Image Analysis, MICCAI 2019.
+Zhou et al., Models Genesis, Medical Image Analysis 67, 2021; first at MICCAI 2019.
 The disturbances are pure functions of an image (D, H, W) in [0, 1] and of one torch.Generator, in
 the order in which a sample meets them: flip, local shuffling, intensity curve, painting. Their
 probabilities are those of the released code, tagged [MG].
@@ -75,7 +75,7 @@ def disturb(image, rng):
 
 
 def random_flip(image, rng):
-    """Flip a random axis, and with the same chance another one, at most three times [MG]."""
+    """Flip a random axis up to three times, each by FLIP's chance; one may come twice [MG]."""
     for _ in range(3):
         if not coin(FLIP, rng):
             break

@@ -17,7 +17,9 @@ from smit.swin import SwinTransformer3D
 
 
 class MoCo(Task):
-    """MoCo v3: InfoNCE on the image token, its mean over both directions.
+    """MoCo v3: 2T times InfoNCE on the image token, averaged over both directions.
+
+    What knows nothing has 2T ln B, .55 with the temperature T = .2 and B = 4 volumes.
 
     encoder: keyword arguments of SwinTransformer3D. A micro-batch holds the negatives, so it must
     have four volumes or more.
@@ -66,8 +68,10 @@ class MoCo(Task):
 
         predictions, keys (B, E), row b of both from the two views of one volume.
         """
-        # differs: the keys are this rank's micro-batch, where MoCo v3 gathers all ranks'; and both
-        # sides are centred on their mean, in place of the batch norms inside MoCo v3's heads
+        # differs: the keys are this rank's micro-batch, where MoCo v3 gathers all ranks'; both sides
+        # are centred on their mean, in place of the batch norms inside MoCo v3's heads; and as in
+        # SMIT the momentum is .996, not .99, heads have three layers with GELU, and the patch
+        # embedding learns
         predictions = predictions.float() - predictions.float().mean(dim=0)
         keys = keys.float() - keys.float().mean(dim=0)
         predictions = F.normalize(predictions, dim=-1)

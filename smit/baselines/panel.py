@@ -17,7 +17,8 @@ def restoration_panel(path, disturbed, restored, target, spacing_mm, title="Rest
     change = np.abs(disturbed - target)
 
     panel = Panel(target.shape, spacing_mm)
-    panel.scan(0, "target", target)
+    # without letters of orientation: tasks flip and turn their targets
+    panel.scan(0, "target", target, letters=False)
     for column, heading in enumerate(("disturbed", "restored", "absolute error"), 1):
         panel.heading(column, heading)
     planes = zip(slices(disturbed), slices(restored), slices(error), slices(change))

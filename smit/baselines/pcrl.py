@@ -25,7 +25,7 @@ BLUR = 2.0               # voxels, largest sigma along an axis [torchio's defaul
 
 
 class PCRL(Task):
-    """PCRL: three contrasts and four restorations, both means with weight 1."""
+    """PCRL: the mean of three contrasts plus the mean of four restorations."""
     terms = ("contrast", "restore")
 
     def __init__(self, width=64, queue=16_384, embedding=128, momentum=0.999, temperature=0.2):
@@ -117,8 +117,11 @@ class PCRL(Task):
 
     def restore(self, batch):
         disturbed = batch["input"][:, 0]                                    # (B, 1, D, H, W)
-        _, features = self.student(disturbed, batch["code"][:, 0])
-        return disturbed, self.student.decode(features), batch["target"][:, 0]
+        codes = batch["code"][:, 0]                                         # (B, 7)
+        _, features = self.student(disturbed, codes)
+        # the target is turned, so what went in is shown turned as well
+        turned = [turn(view[0], *read_turn(code))[None] for view, code in zip(disturbed, codes)]
+        return torch.stack(turned), self.student.decode(features), batch["target"][:, 0]
 
     # ----------------------------------------------------------------------- teacher and queue
     @torch.no_grad()
@@ -283,3 +286,8 @@ def turn_code(flips, turns):
     code[:3] = torch.tensor(flips, dtype=torch.float32)
     code[3 + turns] = 1
     return code
+
+
+def read_turn(code):
+    """Read flips and quarter turns off what `turn_code` wrote."""
+    return code[:3].bool().tolist(), int(code[3:].argmax())

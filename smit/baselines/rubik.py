@@ -58,7 +58,7 @@ class Rubik(Task):
         restored = self.unet(twisted).float().sigmoid()
         return twisted, restored, u_then_v(batch["target"])
 
-    def clipped_apart(self):
+    def clip_groups(self):
         """Clip the critic apart: its gradients are the larger ones, and would stop the network."""
         networks = [self.unet, self.critic] if self.critic else [self.unet]
         return [list(network.parameters()) for network in networks]
@@ -88,8 +88,8 @@ def twist(image, axis, layer, turns):
     """Turn one slab of cubes about an axis [Rubik's cube++].
 
     A slab is a third of the image; where the side is no multiple of three, the two outer slabs
-    are alike, so that turned cubes still fit. Where the axes have different spacings, a quarter
-    turn stretches what it turns: an organ seen so is odd, and no less informative.
+    are alike, so that turned cubes still fit. Where spacings differ, a quarter turn stretches organs;
+    the task is the same.
     Raises ValueError unless the sides are equal.
     """
     side = image.shape[0]

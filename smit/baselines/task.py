@@ -27,8 +27,8 @@ class Task(nn.Module):
         """Compute the losses of a batch of samples: {name: scalar}, in float32."""
         raise NotImplementedError
 
-    def clipped_apart(self):
-        """Return lists of parameters, the task's own first, each clipped by its own norm."""
+    def clip_groups(self):
+        """List groups of parameters, each clipped by its own norm; the first one's is logged."""
         return [list(self.parameters())]
 
     def after_step(self, share):

@@ -29,6 +29,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def main(args):
     show_rates(rates)
     reached = rows.marks(found, torch.get_num_threads(), args.device)
     show_marks(reached)
-    show_batches(found.get("step", {}), args.device)
+    if args.device == "cuda":
+        show_batches(found.get("step", {}))
     if args.json:
         figures = dict(machine=machine, ceiling=rates, rows=found,
                        marks=[(*mark, mark.is_reached) for mark in reached])
@@ -153,22 +155,19 @@ def show_marks(marks):
         print(f"  {mark.what:58s} {mark.value:8.2f}   of {mark.bound:4.2f}   {verdict}")
 
 
-def show_batches(results, device):
-    """Print which --batch fills a card, from what steps held; say whether a card was measured."""
+def show_batches(results):
+    """Print which --batch fills a card, from what steps held on one."""
     for precision in ("fp16", "bf16"):
         held = {}
         for label, result in results.items():
-            is_plain = label.startswith("ours") and "checkpointing" not in label
+            is_plain = label.startswith("ours") and not re.search("checkpointing|compiled", label)
             if is_plain and result["precision"] == precision and "wall" in result:
-                gb = result["memory"] * 2 ** 20 / 1e9 if device == "cuda" else result.get("held_gb")
-                if gb:
-                    held[result["batch"]] = gb
+                held[result["batch"]] = result["memory"] * 2 ** 20 / 1e9
         batches = rows.batches_that_fit(held)
         if batches:
-            how = "measured" if device == "cuda" else "counted from operators, on no card"
             steps = ", ".join(f"{gb:.2f} GB at batch {batch}" for batch, gb in held.items())
             advice = ", ".join(f"{batch} on {gb} GB" for gb, batch in batches.items())
-            print(f"a step in {precision} holds {steps} ({how}): --batch {advice}")
+            print(f"a step in {precision} holds {steps}: --batch {advice}")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def on_cpu(compiled):
 
 
 def growing(sizes):
-    """List the contestants of the row "linear": time must grow no faster than the work."""
+    """List the contestants of the row "linear": does time grow as the work does? No mark asks."""
     side = sizes["view"] // 3
     entries = []
     for n in (2, 3, 4):

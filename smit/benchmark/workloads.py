@@ -26,7 +26,7 @@ from smit.swin import SwinTransformer3D
 
 CELL = 16  # voxels per axis of what the mask hides [SMIT 3]
 CLASSES = 14
-PAIRS = 8  # that the loader hands over at a time
+PAIRS = 64  # that the loader hands over at a time: many more than the 2 a worker that lie ready
 
 
 class Setting(SimpleNamespace):
@@ -142,18 +142,19 @@ def step(at):
     def once():
         times = [time.perf_counter()]
         optimizer.zero_grad()
-        terms, taught = script.smit_losses(args, wrapped, teacher, centers, batch,
+        terms, from_teacher = script.smit_losses(args, wrapped, teacher, centers, batch,
                                            teacher_temp=0.04, precision=at.precision)
         loss = sum(weights[name] * term for name, term in terms.items())
         times.append(time.perf_counter())
 
         scaler.scale(loss).backward()
-        centers["mpd"].collect(taught.patch_logits)
-        centers["itd"].collect(taught.image_logits)
+        centers["mpd"].collect(from_teacher.patch_logits)
+        centers["itd"].collect(from_teacher.image_logits)
         times.append(time.perf_counter())
 
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
+        assert norm.isfinite()  # a step's one wait for the card
         scaler.step(optimizer)
         scaler.update()
         ema.update_teacher(teacher, student, momentum=0.996)
@@ -355,7 +356,7 @@ def headers(at):
 
 
 def loader(at):
-    """Load eight pairs of views with their masks from the cache, the loader running already."""
+    """Load pairs of views with their masks from the cache, the loader running already."""
     case = {"image": str(at.ct_path()), "label": None}
     crop, view = [at.view * 4 // 3] * 3, [at.view] * 3
     pairs = samples.ViewPairs([case], data.Preparation(), at.folder / "cache", crop, view, CELL,

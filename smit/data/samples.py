@@ -431,8 +431,8 @@ def own_copy(batch):
 def load_in_spite_of_deaths(dataset, numbers, workers=0, pin=False):
     """Yield as `load_batches`; if a worker dies, make the other micro-batches in this process.
 
-    For measurements, which cannot be saved half-way. Their rest is made here, and the death is kept,
-    so that the training's `Batches` end it after this step.
+    Measurements cannot be saved half-way. So the rest is made here, and the error is kept for the
+    training's `Batches` to raise after this step.
     """
     numbers = list(numbers)
     done = 0
@@ -550,10 +550,7 @@ class Batches:
 
 
 def tell_about(batch, told):
-    """Print what is odd about a batch's volumes, and skipped ones that are not in `told`, a set.
-
-    Adds these to it.
-    """
+    """Print what is odd about a batch's volumes, and each skipped volume once: `told` is a set."""
     concerns.tell(batch["concerns"], one_by_one=True)
     for problem in batch.get("skipped", []):
         if problem not in told:

@@ -1,7 +1,7 @@
 """Draw SVG: text, lines, pictures, colour bars, and the file that holds them [ours].
 
-Every function but `write_svg` and `png` returns one SVG element as a string, or a list of them.
-x runs to the right and y runs down, both in pixels. A keyword such as stroke_width="2" becomes the
+text, stroke, rectangle, disc, picture and color_bar return SVG elements, as strings or lists of
+them. x runs to the right and y runs down, both in pixels. A keyword such as stroke_width="2" becomes the
 attribute stroke-width="2". Panels and charts are lists of such elements.
 """
 import base64

@@ -1,6 +1,6 @@
-"""Curves and intervals as SVG [SMIT Fig. 3].
+"""Curves as SVG [SMIT Fig. 3].
 
-Reading order: axes, curves, intervals (a forest plot), the charts of a run's log.
+Reading order: axes, curves, the charts of a run's log.
 """
 import csv
 import math
@@ -208,58 +208,6 @@ def draw_level(name, y):
             text(RIGHT - 6, y - 6, name, "end", **halo)]
 
 
-# --------------------------------------------------------------------------------------- intervals
-def intervals_svg(path, rows, x_label, title):
-    """Draw differences with their intervals as a forest plot, around a line at zero [ours].
-
-    rows [(label, mean, low, high), ...], from the top to the bottom. The numbers stand at the
-    right. A row whose mean is not finite is drawn as a dash. ValueError if no row has a finite one.
-    """
-    numbers = [value for _, *values in rows for value in values if math.isfinite(value)]
-    if not numbers:
-        raise ValueError(f"{path}: no finite difference to draw in {len(rows)} rows")
-
-    texts = [interval_text(*values) for _, *values in rows]
-    left = 24 + max(text_width(label) for label, *_ in rows)
-    right = left + 420
-    axis = Axis(ticks(min(0, *numbers), max(0, *numbers)), left, right)
-    top, pitch = 46, 28
-    base = top + pitch * len(rows)
-    width = max(right + 24 + max(map(text_width, texts)), 24 + text_width(title, 17))
-
-    zero = axis.pixel(0)
-    drawing = [text(14, 26, title, font_size=17, font_weight="bold"),
-               *draw_x_axis(axis, base, x_label),
-               stroke([(zero, top), (zero, base)], stroke="#333", stroke_dasharray="4 4")]
-    for number, ((label, *values), words) in enumerate(zip(rows, texts)):
-        y = top + pitch * (number + 0.5)
-        drawing += [text(left - 14, y + 5, label, "end"), text(right + 14, y + 5, words)]
-        drawing += draw_interval(axis, y, *values)
-    write_svg(path, width, base + 54, drawing)
-
-
-def draw_interval(axis, y, mean, low, high):
-    """Draw an interval as a bar with caps and its mean as a disc; one without ends has no bar."""
-    drawing = []
-    color = CURVE_COLORS[0]
-    if math.isfinite(low) and math.isfinite(high):
-        ends = [axis.pixel(low), axis.pixel(high)]
-        drawing.append(stroke([(x, y) for x in ends], stroke=color, stroke_width=2))
-        drawing += [stroke([(x, y - 5), (x, y + 5)], stroke=color, stroke_width=2) for x in ends]
-    if math.isfinite(mean):
-        drawing.append(disc(axis.pixel(mean), y, 5, color))
-    return drawing
-
-
-def interval_text(mean, low, high):
-    """Return a difference in words, "+0.012 (-0.003 to +0.027)", or a dash."""
-    if not math.isfinite(mean):
-        return "–"
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return f"{mean:+.3g}"
-    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-
-
 # ---------------------------------------------------------------------------------- a run's charts
 class Chart(NamedTuple):
     """A chart of log.csv; curves {column: its name in the legend}."""
@@ -274,7 +222,7 @@ class Chart(NamedTuple):
 CHARTS = (
     Chart("loss", "Loss, as back-propagated", "loss",
           {"loss": "training", "val_loss": "held back"}),
-    Chart("mip", "Masked image prediction", "L1 on hidden voxels",
+    Chart("mip", "Masked image prediction", "mean absolute error",
           {"mip": "training", "val_mip": "held back", "val_constant": "best constant",
            "val_median": "visible median"}),
     Chart("token_losses", "Token losses", "cross-entropy, nats",

@@ -55,7 +55,7 @@ MEANINGS = {  # of the columns of log.csv
     "mip": "MIP: mean absolute error of masked image prediction",
     "mpd": "MPD: cross-entropy of patch tokens, nats",
     "itd": "ITD: cross-entropy of image tokens, nats",
-    "contrast": "Contrast of views, nats",
+    "contrast": "Contrast of views",
     "info_nce": "InfoNCE, nats",
     "restore": "Error of the restoration",
     "rotation": "Cross-entropy of the rotation, nats",

@@ -134,14 +134,15 @@ class Panel:
             self.drawing += [text(x + 5, y + height / 2 + 5, at_left, **halo),
                              text(x + width / 2, y + 16, at_top, "middle", **halo)]
 
-    def scan(self, column, heading, volume, at=None):
-        """Fill the column of the scan itself: its planes, their numbers, the letters."""
+    def scan(self, column, heading, volume, at=None, letters=True):
+        """Fill the column of the scan itself: its planes, their numbers, the patient's letters."""
         self.heading(column, heading)
         at = at or middle(volume.shape)
         for row, plane in enumerate(slices(volume, at)):
             axis = 2 - row
             self.show_grey(column, row, plane)
-            self.letters(column, row)
+            if letters:
+                self.letters(column, row)
             self.caption(column, row, f"{PLANES[row]} {at[axis] + 1} of {volume.shape[axis]}")
 
     def color_bar(self, column, colors, labels):

@@ -1,7 +1,7 @@
 """Give an encoder habits of other people's Swin transformers, for imported weights alone [ours].
 
 Nothing of the paper is here. An encoder trained elsewhere may compute a little otherwise, and
-its weights are worth what they were trained to be worth only where the same is computed again.
+its weights work only in a network that computes as the one they were trained in.
 Each habit stands against a second implementation in tests/test_habits.py.
 """
 import torch

@@ -66,7 +66,7 @@ def read_encoder(path, part=None, merge=None, drop=(), state=None):
 
 
 def recognise(path, state, part, merge, drop):
-    """Find the encoder in the dict of a file; as read_encoder."""
+    """Find the encoder in the dict of a file. Arguments, result, errors: as of read_encoder."""
     tensors, keys = unwrap(state, part)
     config, exported = settings_of(state)
     if config.get("network") == "unet":
@@ -111,7 +111,7 @@ def recognise(path, state, part, merge, drop):
 def read_file(path):
     """Read the dict in a torch file, or {"model": tensors, "config": settings} of safetensors.
 
-    The former's CRCs are checked, and no code in it is run. ValueError names file and fault.
+    A torch file's CRCs are checked, and no code in it is run. ValueError names file and fault.
     """
     if not is_safetensors(path):
         return load_checkpoint(path)
@@ -223,7 +223,8 @@ def merge_order(family, config, tensors, given=None):
         return "release", "as the authors' code has it"
     if any(".mlp.fc1." in name for name in tensors):
         return "monai-1.4", "which is older than all others, as are its names fc1 and fc2"
-    return "monai-1.4", "MONAI's default until 1.5; a file does not tell, --merge does"
+    return "monai-1.4", ("guessed: MONAI's default until 1.5, and a file does not tell; one of a "
+                         "newer MONAI must go through python -m smit.weights --merge first")
 
 
 def told_habits(config):
@@ -313,7 +314,8 @@ def expected_weights(arguments, habits, weights):
 def read_run(path, network, sizes):
     """Read a run's checkpoint that may lack tensors: (weights, settings of its run).
 
-    It is a student.pt or last.pt of train_ssl.py or smit.baselines, or one of finetune.py.
+    It is a student.pt or last.pt of train_ssl.py, a student.pt of smit.baselines, or a checkpoint
+    of finetune.py.
 
     network: "student" or "teacher"; sizes: names of settings that must be there, those of the U-Net
     or of the Swin encoder. ValueError for any other file, and for one of the other architecture.
@@ -327,8 +329,11 @@ def read_run(path, network, sizes):
              and isinstance(config, dict) and config.keys() >= set(sizes)
              and all(isinstance(name, str) for name in found)
              and all(isinstance(value, torch.Tensor) for value in found.values()))
+    way_out = "student.pt or last.pt of train_ssl.py"
+    if "width" in sizes:
+        way_out = "student.pt of smit.baselines"
     require(sound and not (alone and network != "student"),
-            f"{path} holds no pre-trained {network}; give student.pt or last.pt of train_ssl.py")
+            f"{path} holds no pre-trained {network}; give {way_out}")
     wanted, there = "unet" if "width" in sizes else "swin", config.get("network", "swin")
     require(there == wanted, f"{path} holds a {there}, and a {wanted} is wanted: fine-tune it with "
                              f"--net {there}, or give another")

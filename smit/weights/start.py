@@ -28,8 +28,8 @@ def read_start(path):
         raise ValueError(f"{path}: its encoder puts windows back in a wrong order, as the authors' "
                          "release does, and pre-training does not go on from such. Fine-tune it")
     if student.arguments["patch"] != 2:
-        raise ValueError(f"{path}: its patches are {student.arguments['patch']} voxels wide, and 2 "
-                         "in pre-training")
+        raise ValueError(f"{path}: its patches are {student.arguments['patch']} voxels wide, and "
+                         "pre-training needs 2")
     if isinstance(state.get("teacher"), dict):
         teacher = read_encoder(path, "teacher", state=state)
     centers = state.get("centers")
