@@ -8,6 +8,7 @@ Reading order: shared flags, pre-training, fine-tuning, evaluation.
 """
 import argparse
 import math
+import os
 import sys
 
 # Settings of a run that a resumed one may change: they choose no number that the run computes, but
@@ -198,6 +199,20 @@ def typed(parser, argv, names=SIZES):
     return {name: values[name] for name in names if values[name] is not None}
 
 
+def check_overwrite(args):
+    """Refuse an --overwrite whose data or --init is not there: the old run would go for nothing."""
+    if not args.overwrite:
+        return
+    for path in args.data or ():
+        require(os.path.exists(path), f"--data {path}: there is no such file or folder")
+    init = getattr(args, "init", None)
+    if init:
+        require(os.path.isfile(init), f"--init {init}: there is no such file")
+        out = os.path.realpath(args.out)
+        require(os.path.commonpath([out, os.path.realpath(init)]) != out,
+                f"--init {init}: --overwrite would delete it; give another --out")
+
+
 def check_sizes(args, sizes):
     """Refuse sizes that were typed and are not those of the encoder that --init names."""
     for name, size in args.sizes_given.items():
@@ -335,6 +350,7 @@ def patch_token(args):
 
 def check_pretraining(args):
     """Refuse settings that do not fit each other, before any work is done."""
+    check_overwrite(args)
     view, cell, token = args.view, args.mask_cell, patch_token(args)
     require(all(side % (2 * token) == 0 for side in view),
             f"--view {view} must be a multiple of {2 * token}, a token of the last merge")
@@ -447,6 +463,7 @@ def parse_finetuning(description, argv=None):
 
 def check_finetuning(args):
     """Refuse settings that do not fit each other, before any work is done."""
+    check_overwrite(args)
     require(min(args.crop) >= 8, f"--crop {args.crop}: a side of 8 voxels is the least")
     require(args.fold is None or not args.split,
             "--fold and --split both choose what is held back: give one")
@@ -510,6 +527,9 @@ def parse_evaluation(description, argv=None):
     if len(tasks) != 1:
         parser.error("give one of --weights (with --data), --predictions (with --labels) "
                      "and --compare")
+    for flag in ("held_out", "tta", "export_test"):
+        if getattr(args, flag) and not args.weights:
+            parser.error(f"--{flag} is of predicting with --weights; drop it")
     if args.check and not args.weights:
         parser.error("--check is of --data: it needs --weights too, for how they are prepared")
     if args.weights and not args.data or args.predictions and not args.labels:

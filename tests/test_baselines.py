@@ -325,6 +325,14 @@ def test_the_fine_tuned_u_net_has_the_published_size():
         segment.build_network({"network": "unet", "width": "wide", "num_classes": 14})
 
 
+def test_help_needs_no_task_and_a_run_does(capsys):
+    for flags, code, told in ((["--help"], 0, "pretext task"), (["--steps", "1"], 2, "name a TASK")):
+        with pytest.raises(SystemExit) as leaving:
+            baselines.parse_arguments(flags)
+        shown = capsys.readouterr()
+        assert leaving.value.code == code and told in shown.out + shown.err
+
+
 def test_too_few_held_back_volumes_for_a_batch_are_told(phantoms, tmp_path, capsys):
     concerns.printed.clear()
     log = train("rotation", phantoms, tmp_path / "run", "--steps", 1, "--batch", 2,

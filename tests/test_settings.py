@@ -70,6 +70,31 @@ def test_a_crop_that_ends_as_one_voxel_is_refused(flags, least):
             settings.check_crop(args, sizes)
 
 
+@pytest.mark.parametrize("parse, check", [
+    (settings.parse_pretraining, settings.check_pretraining),
+    (settings.parse_finetuning, settings.check_finetuning)])
+def test_nothing_is_overwritten_for_a_name_that_is_not_there(parse, check, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "student.pt").touch()
+    (tmp_path / "other.pt").touch()
+    flags = ["--overwrite", "--out", str(out)]
+    check(parse("", [*flags, "--data", str(tmp_path), "--init", str(tmp_path / "other.pt")]))
+    for more, told in ((["--data", str(tmp_path / "typo")], "--data .*typo: there is no"),
+                       (["--init", str(tmp_path / "typo.pt")], "--init .*typo.pt: there is no"),
+                       (["--init", str(out / "student.pt")], "--overwrite would delete it")):
+        with pytest.raises(ValueError, match=told):
+            check(parse("", [*flags, *more]))
+
+
+@pytest.mark.parametrize("flag", ["--held_out", "--tta", "--export_test x"])
+def test_flags_of_predicting_are_refused_where_nothing_is_predicted(flag, capsys):
+    for mode in (["--predictions", "a", "--labels", "b"], ["--compare", "a", "b"]):
+        with pytest.raises(SystemExit):
+            settings.parse_evaluation("", [*mode, *flag.split()])
+        assert "is of predicting with --weights" in capsys.readouterr().err
+
+
 def test_fine_tuning_knows_which_sizes_were_typed():
     args = settings.parse_finetuning("", ["--preset", "tiny", "--heads", "2", "2", "2"])
     assert args.sizes_given == {"heads": [2, 2, 2]} and args.embed_dim == 24

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from smit import data
+from smit import data, runtime
 from smit.study import target
 
 
@@ -110,6 +110,12 @@ def test_a_number_that_no_label_has_and_a_folder_in_use_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()                       # the name is free for another try
     with pytest.raises(ValueError, match="another --out"):
         make(source, tmp_path, *ORGANS)
+
+
+def test_a_target_without_test_cases_is_told(tmp_path, capsys):
+    runtime.ranks.WARNED.discard("test cases")
+    make(write_cases(tmp_path, [[5, 2]]), tmp_path / "out", *ORGANS)
+    assert "no case is there to test on" in capsys.readouterr().err
 
 
 def test_cases_without_labels_are_refused(tmp_path):

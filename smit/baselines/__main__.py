@@ -52,7 +52,8 @@ FREE = settings.FREE_ON_RESUME | {"max_bad", "val_every"}
 def parse_arguments(argv=None):
     parser = settings.new_parser(__doc__)
     parser.usage = "%(prog)s TASK [flags]"
-    parser.add_argument("task", choices=TASKS, help="the pretext task")
+    # "?", or --help alone would be refused
+    parser.add_argument("task", nargs="?", choices=TASKS, help="the pretext task")
     add = settings.add_run_flags(parser, None, PRESETS)
     add("--val_every", type=count, default=1000,
         help="steps between measurements on held-back volumes [ours]")
@@ -93,12 +94,15 @@ def parse_arguments(argv=None):
         help="largest gradient norm, as for SMIT; 0 clips nothing")
 
     args = settings.parse(parser, argv, PRESETS)
+    if args.task is None:
+        parser.error(f"name a TASK: {', '.join(TASKS)}")
     args.out = args.out or f"runs/{args.task}"
     return args
 
 
 def check_settings(args):
     """Refuse settings that do not fit each other, before any work is done."""
+    settings.check_overwrite(args)
     view, task = args.view, args.task
     network = TASKS[task][0].network
     require(all(side <= limit for side, limit in zip(view, args.crop)),

@@ -109,6 +109,9 @@ def prepare_cases(args, train, held_back, num_classes, ranks):
         _, label = volumes(args, case, num_classes)
         for organ in np.unique(label).tolist():
             seen[organ] = True
-    missing = [organ for organ, found in enumerate(ranks.agree(*seen)) if not found]
+    seen = ranks.agree(*seen)
+    missing = [organ for organ, found in enumerate(seen) if not found]
     if missing and ranks.is_main:
-        print(f"warning: no training case has label {missing}: the network cannot learn it")
+        highest = max(organ for organ, found in enumerate(seen) if found)
+        print(f"warning: no training case has label {missing}: the network cannot learn it; if there "
+              f"is no organ beyond {highest}, give --num_classes {highest + 1}")

@@ -86,6 +86,9 @@ def main(args):
         csv.writer(file, lineterminator="\n").writerows([image] for image in pool)
     print(f"{data.count(len(to_train_on), 'case')} to train on, {len(to_test_on)} to test on, "
           f"{len(pool)} to pre-train on: {out / 'dataset.json'}, {out / 'pool.txt'}")
+    if not to_test_on:
+        runtime.warn_once("test cases", "no case is there to test on, and a study needs some: give "
+                          "--test_every, or a list with cases under 'validation'")
 
 
 def split(splits, test_every):
