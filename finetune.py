@@ -266,7 +266,8 @@ def train(args, ranks, out):
 
 
 def check(args):
-    """Read and prepare every case and label of --data; ValueError names all that is wrong."""
+    """Read --init, and all images and labels of --data; ValueError names all that is wrong."""
+    read_init(args, runtime.Ranks(0, 1, torch.device("cpu")))
     cases, listed, problems = labelled.read_lists(args, args.data)
     num_classes = labelled.count_classes(args, labelled.organ_names(args.data))
     data.check_voxels(cases + listed, data.preparation_of(args), True, num_classes, problems,

@@ -300,7 +300,9 @@ def train(args, ranks, out):
 
 
 def check(args):
-    """Read and prepare every volume of --data; ValueError names all that is wrong."""
+    """Read --init, and every volume of --data; ValueError names all that is wrong."""
+    if args.init:
+        read_init(args, runtime.Ranks(0, 1, torch.device("cpu")))
     cases, problems = data.read_lists(args.data, args.key, args.data_root, args.modality)
     data.check_voxels(cases, data.preparation_of(args), problems=problems, workers=args.workers)
     print(f"checked: {data.count(len(cases), 'volume')}, {data.verdict()}")

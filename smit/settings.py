@@ -108,7 +108,7 @@ def add_run_flags(parser, out, presets):
     add("--resume", action="store_true", help="continue OUT/last.pt, if there is one")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     add("--check", action="store_true",
-        help="read and prepare all data, list everything that is wrong, and leave")
+        help="read all data, try their preparation, list everything that is wrong, and leave")
     add("--prepare_only", action="store_true",
         help="prepare all volumes into --cache, shared over ranks, and leave: no GPU waits later")
     add("--seed", type=whole, default=0, help="of every random draw [ours]")
@@ -498,7 +498,7 @@ def parse_evaluation(description, argv=None):
     add("--held_out", action="store_true",
         help="of --data, only the cases that --weights was validated on")
     add("--check", action="store_true",
-        help="read and prepare all data, list everything that is wrong, and leave")
+        help="read all data, try their preparation, list everything that is wrong, and leave")
     add("--overlap", type=float, default=0.5,
         help="share of a window that the next one covers too [SMIT 3]")
     add("--blend", choices=["gaussian", "constant"], default="gaussian",

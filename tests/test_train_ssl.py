@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import finetune
 import train_ssl
 from conftest import SMALL
 from foreign import monai_encoder, release_encoder
@@ -366,6 +367,14 @@ def test_a_volume_from_two_sources_is_refused(phantoms, tmp_path):
 def test_errors_are_one_line_and_exit_code_2(tmp_path, run_script):
     done = run_script("train_ssl.py", *SMALL, "--data", "nowhere", check=False)
     assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", [train_ssl, finetune])
+def test_a_check_looks_at_what_a_run_begins_with(script, phantoms, tmp_path):
+    args = script.parse_arguments(["--data", str(phantoms), "--check", "--init",
+                                   str(tmp_path / "typo.pt")])
+    with pytest.raises(ValueError, match="typo.pt"):
+        script.main(args)
 
 
 def test_student_weights_say_what_they_are(phantoms, tmp_path):
