@@ -739,7 +739,7 @@ def test_devices_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="device tpu"):
         runtime.start("tpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="0 GPUs"):
+        with pytest.raises(ValueError, match="torch finds no GPU"):
             runtime.start("cuda")
 
 
@@ -825,6 +825,17 @@ def test_errors_become_one_line_and_bugs_keep_their_traceback(capsys, error, cod
     shown = capsys.readouterr().err
     assert leaving.value.code == code and shown.startswith(told)
     assert code == 1 or shown.count("\n") == 1
+
+
+def test_a_build_for_cuda_that_finds_no_gpu_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for cuda, told in ((None, 0), ("12.8", 1)):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        runtime.ranks.WARNED.discard("no gpu")
+        assert runtime.ranks.place_of("auto", 0) == torch.device("cpu")
+        assert capsys.readouterr().err.count("finds no GPU: this runs on the CPU") == told
+    with pytest.raises(ValueError, match="torch finds no GPU; .* --device cpu"):
+        runtime.ranks.place_of("cuda", 0)
 
 
 def test_two_ranks_agree_and_recover_from_a_killed_one(tmp_path):

@@ -696,7 +696,8 @@ def whole(phantoms, tmp_path_factory):
     flags = ["--data", phantoms, "--pretrain_data", phantoms, "--pretrain_flags", PRETRAIN,
              "--finetune_flags", TUNE, "--rows", "smit", "--labels", 2, "--out", "study",
              "--parallel", 2]
-    study(folder, "table2", *flags)
+    done = study(folder, "table2", *flags)
+    assert "3 of 3 steps: evaluate/smit-ct2-seed0" in done.stdout
     return folder, flags
 
 

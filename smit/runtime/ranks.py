@@ -160,9 +160,14 @@ def place_of(name, local_rank):
     """Return the torch.device of this process; ValueError if there is none of this name for it."""
     gpus = torch.cuda.device_count()
     if name == "auto":
+        if not gpus and torch.version.cuda:
+            warn_once("no gpu", "torch was built for CUDA and finds no GPU: this runs on the CPU")
         name = "cuda" if gpus else "cpu"
     if name == "cpu":
         return torch.device("cpu")
+    if name == "cuda" and not gpus:
+        raise ValueError("device cuda: torch finds no GPU; is its build for CUDA, does the driver "
+                         "answer to nvidia-smi? Or give --device cpu")
     if name != "cuda" or local_rank >= gpus:
         raise ValueError(f"device {name} has no place for process {local_rank} ({gpus} GPUs): "
                          "one process each, or cpu")

@@ -298,6 +298,8 @@ def run(args, steps):
             ended = running.pop(pid)
             if finish(args, ended, status, usage):
                 done.add(ended.step.name)
+                if bar.disable:                        # output is no terminal: a line in its place
+                    print(f"{len(done)} of {len(steps)} steps: {ended.step.name}", flush=True)
             else:
                 failed.append(ended.step.name)
             bar.update()
