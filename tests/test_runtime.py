@@ -137,6 +137,11 @@ def test_a_checkpoint_is_there_while_the_next_one_takes_its_place(
         assert same(runtime.load_checkpoint(path), state_at(step))
         assert same(runtime.load_checkpoint(tmp_path / "best.prev.pt"), state_at(step - 1))
     assert all(there) == second_names
+    if second_names:                            # as a kill before the new one's rename leaves them
+        (tmp_path / "best.prev.pt").unlink()
+        os.link(path, tmp_path / "best.prev.pt")
+        runtime.save_checkpoint(path, state_at(4))
+        assert same(runtime.load_checkpoint(tmp_path / "best.prev.pt"), state_at(3))
     assert names(tmp_path) == ["best.prev.pt", "best.pt"]
 
 

@@ -107,14 +107,17 @@ def keep_the_one_before(path):
     `path` itself stays, for somebody may read it until the new one takes its place.
     """
     path = Path(path)
+    previous = path.with_suffix(".prev.pt")
     link = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     with contextlib.suppress(FileNotFoundError, ValueError), open(path, "rb") as old:
         check_archive(old)
+        if previous.exists() and previous.samefile(path):
+            return  # a kill at this place left both names; renaming one to the other does nothing
         try:
             os.link(path, link)
         except OSError:  # this file system has no second names
             link = path
-        os.replace(link, path.with_suffix(".prev.pt"))
+        os.replace(link, previous)
 
 
 def load_checkpoint(path):
