@@ -236,7 +236,7 @@ def train(args, ranks, out):
             batch = next(loader)
             wrapped.require_backward_grad_sync = micro == args.accumulate - 1       # for DDP
             terms, from_teacher = smit_losses(args, wrapped, teacher, centers, batch, teacher_temp,
-                                        precision)
+                                              precision)
             terms["loss"] = sum(lambdas[name] * term for name, term in terms.items())   # L_total
             precision.scaler.scale(terms["loss"] / args.accumulate).backward()
             # the centres move after the step, by what all micro-batches and ranks collected

@@ -95,7 +95,7 @@ def by_key(paths, where):
 
 
 def folder_names(path, or_parent=False):
-    """Return {id: name} for label files, or None: of a JSON, of the one in a folder, or above it."""
+    """Return {id: name} for label files, or None: of a JSON, of that in a folder, or above it."""
     folder = Path(path)
     files = [folder, folder / "results.json", folder / "dataset.json"]
     if or_parent:

@@ -73,8 +73,8 @@ def reverse_and_unshift(windows, window, grid, shift):
 
 
 # The tables below are cached. A tensor made in inference mode cannot be trained with
-# later, so these are made outside it. Of a grid's few are kept: a whole scan's shift
-# mask takes hundreds of MiB, and the next scan has another grid.
+# later, so these are made outside it. Few of those for a grid are kept: a whole scan's
+# shift mask takes hundreds of MiB, and the next scan has another grid.
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def relative_position_index(window, table_window=None, device=None):

@@ -326,7 +326,7 @@ def test_the_fine_tuned_u_net_has_the_published_size():
 
 
 def test_help_needs_no_task_and_a_run_does(capsys):
-    for flags, code, told in ((["--help"], 0, "pretext task"), (["--steps", "1"], 2, "name a TASK")):
+    for flags, code, told in ((["--help"], 0, "pretext"), (["--steps", "1"], 2, "name a TASK")):
         with pytest.raises(SystemExit) as leaving:
             baselines.parse_arguments(flags)
         shown = capsys.readouterr()

@@ -128,8 +128,8 @@ def check_settings(args):
                 "halves on")
         *across, rows = (2 * side // args.patch - 1 for side in view)       # patches of an axis
         require(rows // 2 <= min(across),
-                f"--view {view}: its last side is too long for the others: a column's context would "
-                "reach beyond them")
+                f"--view {view}: its last side is too long for the others, beyond which a column's "
+                "context would reach")
     if task == "pcrl":
         require(args.batch >= 2, "pcrl mixes each volume with another: --batch 2 or more")
     if task == "moco":

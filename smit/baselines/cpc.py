@@ -35,7 +35,7 @@ class CPC(Task):
         self.to_code = nn.Linear(self.encoder.channels[-1], code)
         self.recurrent = nn.GRU(code, context, batch_first=True)            # sizes [CPC]
         d, h, rows = (2 * side // patch - 1 for side in view)
-        # buffers, for a GPU would wait for indices from the host; not saved, for they are no weights
+        # buffers, or a GPU would wait for indices from the host; no weights, so they are not saved
         x, y, row, targets = places(d, h, rows)
         for name, index in (("x", x), ("y", y), ("row", row), ("targets", targets)):
             self.register_buffer(name, index, persistent=False)

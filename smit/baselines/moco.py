@@ -68,10 +68,10 @@ class MoCo(Task):
 
         predictions, keys (B, E), row b of both from the two views of one volume.
         """
-        # differs: the keys are this rank's micro-batch, where MoCo v3 gathers all ranks'; both sides
-        # are centred on their mean, in place of the batch norms inside MoCo v3's heads; and as in
-        # SMIT the momentum is .996, not .99, heads have three layers with GELU, and the patch
-        # embedding learns
+        # differs: the keys are this rank's micro-batch, where MoCo v3 gathers all ranks'; both
+        # sides are centred on their mean, in place of the batch norms inside MoCo v3's heads; and
+        # as in SMIT the momentum is .996, not .99, heads have three layers with GELU, and the
+        # patch embedding learns
         predictions = predictions.float() - predictions.float().mean(dim=0)
         keys = keys.float() - keys.float().mean(dim=0)
         predictions = F.normalize(predictions, dim=-1)

@@ -88,8 +88,8 @@ def twist(image, axis, layer, turns):
     """Turn one slab of cubes about an axis [Rubik's cube++].
 
     A slab is a third of the image; where the side is no multiple of three, the two outer slabs
-    are alike, so that turned cubes still fit. Where spacings differ, a quarter turn stretches organs;
-    the task is the same.
+    are alike, so that turned cubes still fit. Where spacings differ, a quarter turn stretches
+    organs; the task is the same.
     Raises ValueError unless the sides are equal.
     """
     side = image.shape[0]

@@ -113,5 +113,8 @@ def prepare_cases(args, train, held_back, num_classes, ranks):
     missing = [organ for organ, found in enumerate(seen) if not found]
     if missing and ranks.is_main:
         highest = max(organ for organ, found in enumerate(seen) if found)
-        print(f"warning: no training case has label {missing}: the network cannot learn it; if there "
-              f"is no organ beyond {highest}, give --num_classes {highest + 1}")
+        way_out = ""
+        if missing[-1] > highest:                       # a text list names no organs: 14 classes
+            way_out = f"; if {highest} is the last organ, give --num_classes {highest + 1}"
+        print(f"warning: no training case has label {missing}: the network cannot learn it"
+              f"{way_out}")

@@ -1,8 +1,8 @@
 """Draw SVG: text, lines, pictures, colour bars, and the file that holds them [ours].
 
 text, stroke, rectangle, disc, picture and color_bar return SVG elements, as strings or lists of
-them. x runs to the right and y runs down, both in pixels. A keyword such as stroke_width="2" becomes the
-attribute stroke-width="2". Panels and charts are lists of such elements.
+them. x runs to the right and y runs down, both in pixels. A keyword such as stroke_width="2"
+becomes the attribute stroke-width="2". Panels and charts are lists of such elements.
 """
 import base64
 import re

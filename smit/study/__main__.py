@@ -26,8 +26,8 @@ most of its time.
 and no case of the validation split: choose rates and recipes there.
 
 Writes OUT/EXPERIMENT/ (OUT/EXPERIMENT-mr/) with a table, figures, and cases.csv, which has a row
-for each Dice that evaluate.py gave, from all cells that are finished. A study may be stopped anywhere; the rows
-that it did not reach are missing from its tables.
+for each Dice that evaluate.py gave, from all cells that are finished. A study may be stopped
+anywhere; the rows that it did not reach are missing from its tables.
 """
 import argparse
 import os
@@ -84,7 +84,7 @@ def parse_arguments(argv=None):
              "rotation")
     add("--row_flags", nargs="+", default=[], metavar="ROW=FLAGS",
         help="more flags for the pre-training of one row, such as a rate of its own")
-    add("--finetune_flags", default="", 
+    add("--finetune_flags", default="",
         help="more flags for finetune.py, in one string; a single word needs the =, as in "
              "--finetune_flags=--compile")
     add("--unet_flags", default="", help="more flags for finetune.py in rows with the U-Net alone")
@@ -218,7 +218,8 @@ def check_lists(args):
     if not parts:
         require(data.has_split(args.data, "validation", root),
                 f"{args.data}: has no validation split, and {args.experiment} asks about its "
-                "cases; give a dataset.json with cases under 'validation', or --folds")
+                "cases; give a dataset.json with cases under 'validation'"
+                + ("" if args.experiment in FROZEN else ", or --folds"))
         scored = data.read_list(args.data, "validation", root)
         trained = trained + scored
     check_unseen(args, scored, args.data)

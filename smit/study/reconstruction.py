@@ -87,8 +87,8 @@ def mean_of(rows, name):
 def unseen(path, modality):
     """List the volumes to reconstruct: the validation split, if there is one.
 
-    MR, which no pre-training here sees, may do without: then all volumes. ValueError for CT without,
-    and for a faulty list.
+    MR, which no pre-training here sees, may do without: then all volumes. ValueError for CT
+    without, and for a faulty list.
     """
     if data.has_split(path, "validation"):
         return data.read_list(path, "validation")

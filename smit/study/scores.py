@@ -138,7 +138,8 @@ def group(items, *fields):
 def average_runs(scores):
     """Average the Dice of each organ in each case over seeds and draws: {(case, organ): Dice}.
 
-    A run without a Dice for a case and organ is left out of that mean. Cases are in the order of their names.
+    A run without a Dice for a case and organ is left out of that mean. Cases are in the order of
+    their names.
     """
     values = {}
     for score in sorted(scores, key=lambda score: score.case):
