@@ -43,7 +43,7 @@ def load_cases(args, ranks):
                                                 args.seed, args.spacing, ranks)
     cases, problems = data.read_lists(sources, args.key, args.data_root, args.modality)
     cases, bad = data.readable_cases(cases, args.max_bad, problems=problems, workers=args.workers,
-                                   ranks=ranks)
+                                     ranks=ranks)
 
     n_held_back = round(args.val_fraction * len(cases))
     if args.val_fraction and not n_held_back:

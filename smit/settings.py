@@ -262,7 +262,7 @@ METHODS = {   # loss weights of the rows of Table 2 and Fig. 4 on the Swin backb
     "ml-smit": dict(mip=1.0, mpd=0.1, itd=0.1, voxel_head="multilayer"),  # Fig. 5's decoder
 }
 PRETRAINING_FREE = FREE_ON_RESUME | {"method", "max_bad", "batch", "accumulate", "val_every",
-                                       "monitor_every"}
+                                     "monitor_every"}
 
 
 PRETRAINING_BEFORE = {**BEFORE, "contrast": 0.0, "monitor_every": 10, "val_volumes": 200}

@@ -158,7 +158,7 @@ def test_marks_compare_the_two_sides_that_were_measured():
 
 def test_the_loader_must_feed_four_cards_that_are_bound_by_their_memory():
     found = {"step": {"ours, bf16": dict(gb=27.)}, "loader": {"0 workers": dict(wall=3.2),
-                                                            "2 workers": dict(wall=.8)}}
+                                                              "2 workers": dict(wall=.8)}}
     (mark,) = rows.marks(found, 2)              # 64 pairs in .8 s; 4 * 675 GB/s / 27 GB = 100
     assert mark.value == pytest.approx(80 / 100) and not mark.is_reached
     assert "80 pairs/s on 2 cores / 100 that 4 V100" in mark.what

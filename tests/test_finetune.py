@@ -375,7 +375,7 @@ def test_weights_are_kept_though_there_is_no_organ_to_score(phantoms, tmp_path, 
 
 
 def test_an_output_that_is_not_finite_is_told_and_is_background(phantoms, tmp_path, monkeypatch,
-                                                              capsys):
+                                                                capsys):
     monkeypatch.setattr(segment, "sliding_window",
                         lambda net, volume, *a, **k: torch.full((1, 14, *volume.shape[2:]),
                                                                 math.nan))

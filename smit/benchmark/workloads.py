@@ -143,7 +143,7 @@ def step(at):
         times = [time.perf_counter()]
         optimizer.zero_grad()
         terms, from_teacher = script.smit_losses(args, wrapped, teacher, centers, batch,
-                                           teacher_temp=0.04, precision=at.precision)
+                                                 teacher_temp=0.04, precision=at.precision)
         loss = sum(weights[name] * term for name, term in terms.items())
         times.append(time.perf_counter())
 
