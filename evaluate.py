@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from smit import data, figures, inference, runtime, scoring, settings
 from smit.data import cases as case_files
+from smit.data.concerns import enumerate_names
 from smit.data.organs import btcv_numbers, case_key, case_names, is_among, numbered
 
 # settings of the network's run that results.json records
@@ -49,9 +50,8 @@ def class_names(config, names_path=None):
 
     None if neither has names.
     """
-    labels = config["labels"]
-    if not labels and names_path:
-        labels = scoring.given_names(names_path)
+    given = scoring.given_names(names_path) if names_path else None
+    labels = scoring.own_or_given(config["labels"], given, "the network of --weights")
     return {**numbered(config["num_classes"]), **labels} if labels else None
 
 
@@ -64,7 +64,7 @@ def select_cases(args, nets):
     given = scoring.given_names(args.names) if args.names else None
     cases = []
     for path in args.data:
-        names = given or data.label_names(path, ignore=True)
+        names = scoring.own_or_given(data.label_names(path, ignore=True), given, path)
         for case in data.read_list(path, args.key, args.data_root, nets[0].config["modality"]):
             case |= {"names": names, "source": path}
             cases.append(case)
@@ -144,14 +144,44 @@ def tell_before(cases):
             print(f"warning: {problem}", flush=True)
 
 
-def refuse_overwriting(cases, targets):
-    """Raise ValueError if a prediction would be written over one of the cases' own files."""
-    sources = set()
+def refuse_overwriting(args, cases, targets):
+    """Raise ValueError if one of `targets` is a file that was given, or one of the cases' own."""
+    sources = {Path(path).resolve() for path in
+               (*args.data, *(args.weights or ()), args.labels, args.names) if path}
     for case in cases:
         sources |= {Path(case[kind]).resolve() for kind in ("image", "label") if case[kind]}
     clash = sources & {path.resolve() for path in targets}
     settings.require(not clash, f"--out or --export_test would overwrite {min(clash, default='')}: "
                                 "give another folder")
+
+
+def clear(out, targets, exported):
+    """Remove what an earlier evaluation left under the names that this one will write.
+
+    A file of a case's name is then of these weights, whatever fails or is killed. Predictions of
+    other cases stay, and are told. ValueError where they would be submitted with these.
+    """
+    earlier = others_beside(targets)
+    if earlier:
+        data.note(f"{out} also holds {data.count(len(earlier), 'prediction')} of other cases "
+                  f"({enumerate_names(earlier)}), which this evaluation leaves alone and does not "
+                  "count")
+    earlier = others_beside(exported)
+    settings.require(not earlier, "--export_test: its folder also holds "
+                                  f"{data.count(len(earlier), 'prediction')} of other cases "
+                                  f"({enumerate_names(earlier)}), maybe of another network; give "
+                                  "an empty folder")
+    scoring.clear(out)
+    for path in targets + exported:
+        path.unlink(missing_ok=True)
+
+
+def others_beside(targets):
+    """Return the names of further volumes in the folder of these files."""
+    if not targets:
+        return []
+    names = {path.name for path in targets}
+    return sorted(path.name for path in targets[0].parent.glob("*.nii.gz") if path.name not in names)
 
 
 def predict_all(args, device):
@@ -176,10 +206,10 @@ def predict_all(args, device):
     export = Export(args.export_test, names, cases)
     targets = [out / f"{case['name']}.nii.gz" for case in cases]
     exported = [export.target(case) for case in cases] if export.folder else []
-    refuse_overwriting(cases, targets + exported)
+    refuse_overwriting(args, cases, targets + exported + scoring.result_files(out))
     tell_before(cases)
 
-    scoring.clear(out)
+    clear(out, targets, exported)
     size = sum(parameter.numel() for parameter in nets[0].parameters())
     print(f"{data.count(len(cases), 'case')}, {data.count(len(nets), 'network')} of {size:,} "
           f"parameters in windows of {config['crop']}, {config['num_classes']} classes; "
@@ -204,17 +234,26 @@ def predict_all(args, device):
         export.write(case, label)
         case["prediction"] = target
 
+    predicted = [case for case in cases if "prediction" in case]
     one = len(nets) == 1                     # of several networks, lists
     facts = {"weights": args.weights[0] if one else args.weights,
              "weights_sha256": digests[0] if one else digests, "models": len(nets),
              "data": args.data, "split": args.key, "held_out": args.held_out,
+             "predicted": [case["prediction"].name for case in predicted],
              "seen_in_training": seen, **{name: config[name] for name in RECORDED},
              "overlap": args.overlap, "blend": args.blend, "tta": args.tta, "precision": precision}
-    predicted = [case for case in cases if "prediction" in case]
     return predicted, names, failed, facts
 
 
 # ------------------------------------------------------------------------------ score
+def refuse_other_results(out):
+    """Raise ValueError if a folder's results.json names the predictions that lie beside it."""
+    results = out / "results.json"
+    is_network = results.is_file() and "weights" in data.read_json(results)
+    settings.require(not is_network, f"{out} holds the results of --weights, whose predictions "
+                                     "would lose their names; give another --out")
+
+
 def evaluate(args, out, device):
     """Predict, score, write, and tell what failed; ValueError if anything did."""
     if args.weights:
@@ -222,6 +261,9 @@ def evaluate(args, out, device):
     else:
         cases, names, failed, facts = scoring.find_predictions(args.predictions, args.labels,
                                                                args.key, args.names)
+        refuse_overwriting(args, cases, scoring.result_files(out))
+        refuse_other_results(out)
+        scoring.clear(out)
     labelled = [case for case in cases if case["label"]]
     facts["unmatched"] = scoring.unmatched(labelled, names)
 

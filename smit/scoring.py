@@ -38,8 +38,8 @@ def find_predictions(predictions, labels, key, names_path=None):
     """Pair another system's files with labels: (cases, names of its numbers, what failed, facts).
 
     predictions: a folder; labels: a folder of label files, or a list whose `key` has labels;
-    names_path: a JSON that names the numbers of both. A case has a "prediction", too. Tells of
-    predictions without a label. ValueError as `check_names`.
+    names_path: a JSON that names the numbers of a side that has no names. A case has a
+    "prediction", too. Tells of predictions without a label. ValueError as `check_names`.
     """
     label_files = by_key(labelled_files(labels, key), labels)
     files = by_key(data.find_volumes(predictions), predictions)
@@ -52,12 +52,12 @@ def find_predictions(predictions, labels, key, names_path=None):
         concerns.note(f"{predictions}: {data.count(len(extra), 'file')} not scored, for want of a "
                       f"label in {labels}: {concerns.enumerate_names(extra)}")
 
-    if names_path:
-        label_names = prediction_names = given_names(names_path)
-    else:
-        # predictions are often kept below the data set, and rarely numbered as it is
-        label_names = folder_names(labels, or_parent=True)
-        prediction_names = folder_names(predictions)
+    given = given_names(names_path) if names_path else None
+    # predictions are often kept below the data set, and rarely numbered as it is
+    label_names = own_or_given(
+        folder_names(labels, label_files.values(), or_parent=True), given, labels)
+    scored = [path for case, path in files.items() if case in label_files]
+    prediction_names = own_or_given(folder_names(predictions, scored), given, predictions)
     check_names(label_names, prediction_names, labels, predictions)
     titles = dict(zip(files.values(), case_names(list(files.values()))))
     cases, failed = [], {}
@@ -94,16 +94,51 @@ def by_key(paths, where):
     return files
 
 
-def folder_names(path, or_parent=False):
-    """Return {id: name} for label files, or None: of a JSON, of that in a folder, or above it."""
+def folder_names(path, files, or_parent=False):
+    """Return {id: name} for label files, or None: of a JSON, of that in a folder, or above it.
+
+    ValueError if an evaluation's results.json is there and `files` are not all its predictions.
+    """
     folder = Path(path)
-    files = [folder, folder / "results.json", folder / "dataset.json"]
+    places = [folder, folder / "results.json", folder / "dataset.json"]
     if or_parent:
-        files.append(folder.parent / "dataset.json")
-    for file in files:
-        if file.is_file() and file.suffix == ".json":
-            return data.label_names(file, ignore=True)
+        places.append(folder.parent / "dataset.json")
+    for place in places:
+        is_json = place.is_file() and place.suffix == ".json"
+        if is_json and (place.name != "results.json" or names_numbers_of(place, files)):
+            return data.label_names(place, ignore=True)
     return None
+
+
+def names_numbers_of(results, files):
+    """Return whether a results.json is of the files beside it, and not of another folder's.
+
+    ValueError if it is, but some of `files` came from elsewhere.
+    """
+    folder = results.parent
+    facts = data.read_json(results)
+    if "predictions" in facts:
+        scored = Path(facts["predictions"])
+        return scored.exists() and scored.samefile(folder)
+    strangers = {Path(file).name for file in files} - {*facts.get("predicted", ())}
+    if "predicted" in facts and strangers:
+        names = concerns.enumerate_names(sorted(strangers))
+        raise ValueError(f"{folder}: {data.count(len(strangers), 'file')} ({names}) are not of "
+                         "the evaluation whose results.json is there, which does not name their "
+                         "numbers; move them to a folder of their own")
+    return True
+
+
+def own_or_given(own, given, place):
+    """Return the names of a place's numbers: its own, else those that --names gives, or None.
+
+    Tells where both are there and differ.
+    """
+    if not own:
+        return given
+    if given and organ_ids(own, place) != organ_ids(given, "--names"):
+        concerns.note(f"{place}: has names of its own, which count; those of --names are others")
+    return own
 
 
 def given_names(path):
@@ -292,6 +327,12 @@ def columns(rows, score):
     return {**table, "AG": glands, "AVG": average, "AVG12": finite_mean([*others, glands])}
 
 
+def parts_of_means(organs):
+    """Return the columns of which each of MEANS is the mean."""
+    others = [name for name in organs if name not in ("RA", "LA")]
+    return {"AG": ["RA", "LA"], "AVG": organs, "AVG12": [*others, "AG"]}
+
+
 def summary(rows, score):
     """Return {column: mean, 95 % bootstrap interval over cases, n, misses}.
 
@@ -311,8 +352,7 @@ def summary(rows, score):
         result[name] = {"mean": float(finite_mean(table[name])), "low": low, "high": high,
                         "n": len(finite), "misses": int(np.isinf(missed[name]).sum())}
 
-    others = [name for name in organs if name not in ("RA", "LA")]
-    parts = {"AG": ["RA", "LA"], "AVG": organs, "AVG12": [*others, "AG"]}
+    parts = parts_of_means(organs)
     for name in (name for name in parts if name in table):
         means = [result[part]["mean"] for part in parts[name]]
         drawn[name] = finite_mean([drawn[part] for part in parts[name]])
@@ -369,9 +409,14 @@ def page_of(out):
     return out / ("evaluation.html" if is_run else "index.html")
 
 
+def result_files(out):
+    """Return the paths of all that `write_results` writes, and of the page."""
+    return [*(out / name for name in FILES), page_of(out)]
+
+
 def clear(out):
     """Remove the results of an earlier evaluation: they belong to its predictions."""
-    for path in (*(out / name for name in FILES), page_of(out)):
+    for path in result_files(out):
         path.unlink(missing_ok=True)
 
 
@@ -411,7 +456,8 @@ def csv_text(rows):
 # ------------------------------------------------------------------------------------------ compare
 LABELS_ALIKE = .01                     # volumes of one label differ by rounding alone [ours]
 COMPARE_NOTE = """Means are over the n cases in which both have a Dice. AVG is the mean of a case's
-organs, so that it can be paired; in table.md it is the mean of the organs' means.
+organs, those that both have a Dice of, so that it can be paired; in table.md it is the mean of the
+organs' means. False alarms of a mean are those of its organs.
 """
 
 
@@ -446,14 +492,20 @@ def compare(folders, out):
     common = [place for place in first if place in second]
     if not common:
         raise ValueError(f"{' and '.join(folders)} have no case and organ in common")
-    sides = []
-    for scores in (first, second):
-        rows = [{"case": place[0], "organ": place[1], "dice": scores[place][0]} for place in common]
+    sides, alarms = [], []
+    for scores, others in ((first, second), (second, first)):
+        rows = []
+        for place in common:
+            (dice, _), (other, _) = scores[place], others[place]
+            is_alone = math.isfinite(dice) and not math.isfinite(other)
+            rows.append({"case": place[0], "organ": place[1], "alarm": float(is_alone),
+                         "dice": math.nan if is_alone else dice})
         sides.append(columns(rows, "dice"))
+        alarms.append(counts_with_sums(columns(rows, "alarm")))
     unlike = [place for place in common
               if not math.isclose(first[place][1], second[place][1], rel_tol=LABELS_ALIKE)]
 
-    rows = [compared_row(name, sides[0][name], sides[1][name]) for name in sides[0]]
+    rows = [compared_row(name, *(side[name] for side in (*sides, *alarms))) for name in sides[0]]
     header = ["", "n", *folders, "difference", "95 % interval (paired bootstrap)", "p (Wilcoxon)",
               "false alarms of each alone"]
     text = markdown(header, rows) + "\n" + COMPARE_NOTE
@@ -461,25 +513,34 @@ def compare(folders, out):
         case, name = unlike[0]
         text += (f"\n**The labels are not the same ones**, or on other grids: in {len(unlike)} of "
                  f"{len(common)} rows their volumes differ, as of {name} in {case}\n")
+    for folder, scores in zip(folders, (first, second)):
+        if len(scores) > len(common):
+            text += (f"\n{data.count(len(scores) - len(common), 'row')} of cases.csv "
+                     f"left out: in {folder} alone\n")
     out.mkdir(parents=True, exist_ok=True)
     runtime.atomic_write(out / "compare.md", text.encode("utf-8", "backslashreplace"))
-    alone = len(first) + len(second) - 2 * len(common)
-    if alone:
-        text += f"\n{alone} rows of cases.csv are in one folder alone and were left out\n"
     return text
 
 
-def compared_row(name, values, others):
+def counts_with_sums(table):
+    """Return {column: sum over cases} of `columns`; a mean's is the sum of its organs'."""
+    counts = {name: int(np.nansum(values)) for name, values in table.items() if name not in MEANS}
+    parts = parts_of_means([*counts])
+    for name in (name for name in MEANS if name in table):
+        counts[name] = sum(counts[part] for part in parts[name])
+    return counts
+
+
+def compared_row(name, values, others, alarms, alarms_of_others):
     """Return a column's cells in compare.md: n, means, difference, its interval, p, false alarms.
 
-    Means are of these n cases. Last, in how many cases each side alone has a Dice: false alarms.
+    Means are of these n cases. alarms: in how many cases each side alone has a Dice.
     """
     test = metrics.paired_test(values, others)
-    there, there_too = np.isfinite(values), np.isfinite(others)
-    alarms = f"{(there & ~there_too).sum()}, {(there_too & ~there).sum()}"
+    alarms = f"{alarms}, {alarms_of_others}"
     if not test["n"]:
         return [name, 0, "-", "-", "-", "-", "-", alarms]
-    paired = there & there_too
+    paired = np.isfinite(values) & np.isfinite(others)
     means = [f"{side[paired].mean():.3f}" for side in (values, others)]
     interval = "-"
     if test["n"] > 1:

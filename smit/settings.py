@@ -517,7 +517,7 @@ def parse_evaluation(description, argv=None):
     add("--labels", metavar="PATH",
         help="folder or dataset.json (its --key) with the labels of --predictions")
     add("--names", metavar="JSON",
-        help="dataset.json that names the numbers in both, where their folders have none")
+        help="dataset.json that names the numbers of a side that has no names of its own")
     add("--tolerance_mm", type=not_negative, default=2.0, help="of the surface Dice [ours]")
     add("--compare", nargs=2, metavar="DIR",
         help="two result folders: paired tests of their Dice, first - second")

@@ -293,6 +293,39 @@ def test_bad_cases_are_told_before_the_first_prediction_and_by_check_alone(
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2  # an image whose label is bad, too
 
 
+def test_what_an_earlier_network_predicted_does_not_pass_for_this_ones(
+        weights, phantoms, tmp_path, capsys):
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    names = [f"phantom000{n}.nii.gz" for n in range(3)]
+    for name in names:
+        shutil.copy(phantoms.parent / "imagesTr" / name, images)
+    run("--weights", weights, "--data", images, "--out", out)
+    assert [path.name for path in sorted(out.glob("*.nii.gz"))] == names
+
+    (images / names[0]).unlink()
+    (images / names[1]).write_bytes(b"cut short")
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="1 of 2 cases failed: phantom0001"):
+        run("--weights", weights, "--data", images, "--out", out)
+    assert [path.name for path in sorted(out.glob("*.nii.gz"))] == [names[0], names[2]]
+    assert f"out also holds 1 prediction of other cases ({names[0]})" in capsys.readouterr().err
+    assert json.loads((out / "results.json").read_text())["predicted"] == [names[2]]
+
+
+def test_the_networks_own_names_count_before_those_given(weights, phantoms, tmp_path, capsys):
+    names = json.loads(phantoms.read_text())["labels"]
+    shifted = {number: names[str(int(number) % 13 + 1)] for number in names if number != "0"}
+    (tmp_path / "given.json").write_text(json.dumps({"labels": shifted}))
+    for flags in ([], ["--names", tmp_path / "given.json"]):
+        run("--weights", weights, "--data", phantoms, "--out", tmp_path / f"out{len(flags)}",
+            *flags)
+    assert rows(tmp_path / "out0") == rows(tmp_path / "out2")
+    told = capsys.readouterr().err
+    assert "the network of --weights: has names of its own" in told
+    assert f"{phantoms}: has names of its own" in told
+
+
 def listed(phantoms, path, cases=(0,)):
     """Write a text list of phantoms and their labels, which names no organs."""
     folder = phantoms.parent
@@ -396,6 +429,11 @@ def test_a_btcv_submission_has_btcvs_names_and_numbers(weights, phantoms, tmp_pa
     a, b = (nib.load(path).dataobj for path in (tmp_path / "test" / "label0061.nii.gz",
                                                 tmp_path / "out" / image.name))
     assert np.array_equal(a, b)  # phantoms are numbered as BTCV
+
+    other = shutil.copy(image, tmp_path / "img0062.nii.gz")
+    with pytest.raises(ValueError, match="also holds 1 prediction of other cases .label0061.nii"):
+        run("--weights", weights, "--data", other, "--out", tmp_path / "other",
+            "--export_test", tmp_path / "test")
 
 
 def test_a_network_without_names_has_no_submission():

@@ -289,7 +289,68 @@ def test_two_results_are_compared_whatever_prefix_their_cases_have(tmp_path):
     assert "| right adrenal gland | 3 | 0.600 | 0.600 | +0.000 |" in text
 
 
+def test_a_false_alarm_is_counted_and_no_dice_of_0_in_the_mean(tmp_path):
+    rows = {"a": ["c1,liver,.8,1,1,1,1", "c1,spleen,0,inf,0,1,0", "c2,liver,.7,1,1,1,1",
+                  "c2,spleen,.5,1,1,1,1", "c3,liver,.1,1,1,1,1"],
+            "b": ["c1,liver,.8,1,1,1,1", "c1,spleen,nan,nan,nan,0,0", "c2,liver,.7,1,1,1,1",
+                  "c2,spleen,.5,1,1,1,1"]}
+    for side in rows:
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "cases.csv").write_text(
+            "\n".join([",".join(scoring.COLUMNS), *rows[side]]) + "\n")
+    text = scoring.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
+    assert "| AVG | 2 | 0.700 | 0.700 | +0.000 | +0.000 to +0.000 | 1 | 1, 0 |" in text
+    assert f"1 row of cases.csv left out: in {tmp_path / 'a'} alone" in text
+    assert (tmp_path / "out/compare.md").read_text() == text
+
+
 # ------------------------------------------------------------------------ whose names, and of which
+def test_given_names_are_for_the_side_without_names(tmp_path, capsys):
+    save(tmp_path / "label/a.nii.gz", blocks(1, 2))
+    save(tmp_path / "pred/a.nii.gz", blocks(2, 1))       # perfect, in numbers of its own
+    name_numbers(tmp_path / "label", liver=1, spleen=2)
+    name_numbers(tmp_path / "given", liver=2, spleen=1)
+    rows, _ = score(tmp_path, "--names", tmp_path / "given/dataset.json")
+    assert [float(row["dice"]) for row in rows] == [1, 1]
+    assert "label: has names of its own, which count" in capsys.readouterr().err
+
+
+def test_results_name_the_files_that_they_are_of_and_no_others(tmp_path):
+    save(tmp_path / "label/a.nii.gz", blocks(1, 2))
+    save(tmp_path / "pred/a.nii.gz", blocks(2, 1))       # perfect, by the names beside it
+    name_numbers(tmp_path / "label", liver=1, spleen=2)
+    name_numbers(tmp_path / "pred", liver=2, spleen=1)
+    # the scores of another folder, whose numbers are others, were written there
+    results = {"predictions": str(tmp_path / "label"), "labels": {"1": "liver", "2": "spleen"}}
+    (tmp_path / "pred/results.json").write_text(json.dumps(results))
+    assert [float(row["dice"]) for row in score(tmp_path)[0]] == [1, 1]
+
+    results = {"weights": "b.pt", "predicted": ["b.nii.gz"], "labels": results["labels"]}
+    (tmp_path / "pred/results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"pred: 1 file \(a.nii.gz\) are not of the evaluation"):
+        score(tmp_path)
+
+
+def test_scores_replace_neither_a_list_nor_the_names_of_predictions(tmp_path):
+    save(tmp_path / "out/label/a.nii.gz", blocks(1, 2))
+    save(tmp_path / "pred/a.nii.gz", blocks(1, 2))
+    listing = tmp_path / "out/cases.csv"
+    listing.write_text("../pred/a.nii.gz,label/a.nii.gz\n")
+    with pytest.raises(ValueError, match="would overwrite .*cases.csv: give another folder"):
+        evaluate.main(evaluate.parse_arguments(
+            ["--predictions", str(tmp_path / "pred"), "--labels", str(listing),
+             "--out", str(tmp_path / "out")]))
+    assert listing.read_text().startswith("../pred/a")
+
+    save(tmp_path / "label/a.nii.gz", blocks(1, 2))
+    listing.unlink()
+    (tmp_path / "out/results.json").write_text(json.dumps({"weights": "a.pt", "labels": {}}))
+    with pytest.raises(ValueError, match="holds the results of --weights"):
+        score(tmp_path)
+    assert (tmp_path / "out/results.json").exists()
+
+
 def test_names_that_name_nothing_are_refused(tmp_path):
     save(tmp_path / "label/a.nii.gz", blocks(1, 2))
     save(tmp_path / "pred/a.nii.gz", blocks(2, 1))       # perfect, by the names beside it

@@ -4,7 +4,7 @@ from smit.data.cases import (  # noqa: F401
     onto_grid, preparation_of, prepare_ahead, readable_cases, same_grid)
 from smit.data.concerns import Concern, count, note, tell, verdict  # noqa: F401
 from smit.data.lists import (  # noqa: F401
-    find_volumes, has_split, label_names, list_modality, read_list, read_lists)
+    find_volumes, has_split, label_names, list_modality, read_json, read_list, read_lists)
 from smit.data.nifti import (  # noqa: F401
     BadVolume, is_volume, pack, read_header, read_label, read_volume, skew_degrees, stem,
     write_label)
