@@ -94,7 +94,9 @@ def resampled_grid(shape, affine, spacing):
     """Return shape and affine of a grid with `spacing` mm a voxel, and the same axes and centre."""
     old = spacing_of(affine)
     spacing = np.asarray(spacing, dtype=np.float64)
-    new_shape = tuple(max(1, round(float(n * a / b))) for n, a, b in zip(shape, old, spacing))
+    # rounded twice: the affine's noise must not decide where 31 planes of 5 mm are 77.5 of 2 mm
+    sides = np.round(np.asarray(shape) * old / spacing, 3)
+    new_shape = tuple(max(1, round(side)) for side in sides.tolist())
 
     new = affine.astype(np.float64)
     new[:3, :3] *= spacing / old
@@ -248,17 +250,19 @@ def background_level(x, fewest=.005, common=.1):
 def some_voxels(x, count=2 ** 18):
     """Draw `count` voxels of a volume, with replacement; all where there are no more.
 
-    Returns a flat array, alike whenever it is asked for. A stride would not do: it
-    is often a multiple of a side, and then it sees a single plane.
+    Returns a flat array, alike whenever it is asked for, however the voxels lie in
+    memory. A stride would not do: it is often a multiple of a side, and then it sees a
+    single plane.
     """
-    values = x.numpy().ravel(order="K")
+    values = x.numpy()
     if values.size <= count:
-        return values
-    return values[np.random.default_rng(0).integers(values.size, size=count)]
+        return values.ravel()
+    drawn = np.random.default_rng(0).integers(values.size, size=count)
+    return values[np.unravel_index(drawn, values.shape)]
 
 
 # ------------------------------------------------------------ crops and rotations
-def foreground_box(x, threshold=0.):
+def foreground_box(x, threshold=0):
     """Find the box around all x > threshold: ((lo, hi), (lo, hi), (lo, hi)), hi exclusive.
 
     It is the whole volume when nothing is.
@@ -328,14 +332,19 @@ class Preparation:
 
 def most_voxels():
     """Return how many voxels a volume may have: the environment's SMIT_MAX_VOXELS, or MAX_VOXELS."""
-    return int(os.environ.get("SMIT_MAX_VOXELS", MAX_VOXELS))
+    given = os.environ.get("SMIT_MAX_VOXELS", MAX_VOXELS)
+    try:
+        return int(float(given))
+    except (ValueError, OverflowError):
+        raise ValueError(f"the environment's SMIT_MAX_VOXELS is {given!r}; give a number, such as "
+                         "1e9") from None
 
 
 def prepare(image, affine, settings):
     """Orient, resample, scale, and crop to the body [SMIT 3].
 
-    image: float (X, Y, Z) in the order of its file. The body is what lies above the
-    window's low [release]; in MR, above .05 after scaling [ours].
+    image: float (X, Y, Z) in the order of its file. The body is what is above black,
+    the window's low [release]; in MR, above a level of 12 of 255 [ours].
     Returns (uint8 (D, H, W), 0..255 for 0..1; affine of its grid). ValueError if there
     is no body, or if the prepared grid were too large: a side over MAX_SIDE, or more
     voxels than most_voxels().
@@ -352,20 +361,21 @@ def prepare(image, affine, settings):
                          f"environment's SMIT_MAX_VOXELS={voxels:.0f}")
     image, affine = to_ras(image, affine)
     image, affine = resample(image, affine, settings.spacing_mm)
-    threshold = 0. if ct else .05
     if ct:
         image = window_hu(image, *settings.hu_window)
     else:
         image = percentile_scale(image, *settings.percentiles)
-    if not image.numpy().max() > threshold:
-        raise ValueError(f"all air, nothing above {settings.hu_window[0]} HU; "
-                         "leave it out, or set the modality")
-
-    start, end = zip(*foreground_box(image, threshold))
-    image = crop(image, start, np.subtract(end, start))
     # differs: kept in 256 steps, at most .83 HU off in the paper's window; a quarter of
     # the disk and of the reading
-    return image.mul_(255).round_().to(torch.uint8), crop_affine(affine, start)
+    image = image.mul_(255).round_().to(torch.uint8)
+
+    # of rounded levels: air at the window's low comes out of resampling a hair above it
+    threshold = 0 if ct else 12
+    if not image.max() > threshold:
+        raise ValueError(f"all air, nothing above {settings.hu_window[0]} HU; "
+                         "leave it out, or set the modality")
+    start, end = zip(*foreground_box(image, threshold))
+    return crop(image, start, np.subtract(end, start)), crop_affine(affine, start)
 
 
 def to_file_grid(logits, affine, file_shape, file_affine):

@@ -256,3 +256,24 @@ def test_at_45_degrees_rounding_does_not_choose_the_axes():
         less[other, other] -= nudge
         assert T.ras_axes(turn) == T.ras_axes(more) == T.ras_axes(less)
         assert T.ras_axes(turn)[0] == (0, 1, 2)
+
+
+def test_air_at_the_windows_low_is_no_body():
+    image, affine = torch.full((30, 30, 30), -175.), np.diag([1.1, 1.3, 2.7, 1])
+    image[10:20, 8:20, 12:20] = 60.                      # 11 x 16 x 22 mm
+    body, _ = T.prepare(image, affine, T.Preparation((2., 2., 2.)))
+    assert body.shape == (6, 9, 12)
+    assert all(body.movedim(axis, 0)[end].any() for axis in range(3) for end in (0, -1))
+
+
+def test_the_noise_of_an_affine_decides_no_number_of_planes():
+    for mm in (5., 5 - 1.4e-7, 5 + 1.4e-7):              # 31 planes of 5 mm are 77.5 of 2 mm
+        shape, _ = T.resampled_grid((20, 20, 31), np.diag([2., 2., mm, 1]), (2., 2., 2.))
+        assert shape == (20, 20, 78)
+
+
+def test_the_drawn_voxels_do_not_depend_on_how_a_volume_lies_in_memory():
+    volume = torch.arange(80 ** 3).view(80, 80, 80)
+    turned = volume.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert torch.equal(volume, turned) and volume.stride() != turned.stride()
+    assert np.array_equal(T.some_voxels(volume), T.some_voxels(turned))

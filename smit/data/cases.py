@@ -27,7 +27,7 @@ from smit.runtime.files import atomic_write
 from smit.runtime.ranks import ignore_stop_signals
 from smit.transforms import Preparation, from_ras, prepare, ras_grid, regrid, spacing_of, to_ras
 
-CACHE_FORMAT = 6                       # raise it when `prepare` changes
+CACHE_FORMAT = 7                       # raise it when `prepare` changes
 CASE_TIMEOUT_S = 300                   # a case that takes longer ends the check
 TELL_EVERY_S = 10                      # between lines of `prepare_ahead`
 ENDS = 2 ** 16                         # bytes of a file's head and tail in the cache's key
@@ -166,17 +166,21 @@ def examine(cases, check, workers=0):
 
 
 def examine_each(cases, check, workers=0):
-    """Give for each case, in their order, (what is wrong or None, what check(case) returned).
+    """Yield for each case, in their order, (what is wrong or None, what check(case) returned).
 
     A DataLoader is the pool: its workers leave when their parent is killed, and a case that hangs
-    ends the check. Those of concurrent.futures would stay.
+    ends the check. Those of concurrent.futures would stay. OSError as check raises it.
     """
-    return torch.utils.data.DataLoader(
+    results = torch.utils.data.DataLoader(
         cases, batch_size=None, collate_fn=functools.partial(examine_one, check),
         num_workers=workers,
         # fork, so that `check` may be any function
         multiprocessing_context="fork" if workers else None,
         timeout=CASE_TIMEOUT_S if workers else 0, worker_init_fn=ignore_stop_signals)
+    for problem, found in results:
+        if isinstance(problem, OSError):                 # of the cache's disk, not of a case
+            raise problem
+        yield problem, found
 
 
 def examine_shared(cases, check, workers, ranks):
@@ -199,6 +203,8 @@ def examine_one(check, case):
         return None, check(case)
     except ValueError as error:
         return str(error), None
+    except OSError as error:            # raised in a worker it would bring a traceback along
+        return error, None
 
 
 def raise_problems(problems):
@@ -336,7 +342,7 @@ def prepare_ahead(cases, settings, folder, ranks, workers=0, with_label=False, n
     share = cases[ranks.rank::ranks.world]
     check = functools.partial(prepare_one, settings=settings, folder=folder, with_label=with_label,
                               num_classes=num_classes)
-    results = iter(examine_each(share, check, workers))
+    results = examine_each(share, check, workers)
     problems, odd, prepared = [], [], 0
     begun = time.monotonic()
     # ranks meet every few seconds, for one may be done long before another, and none waits for ever

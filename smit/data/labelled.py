@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from smit.data import concerns, lists, samples
+from smit.data import concerns, lists, organs, samples
 from smit.data.cases import cached, check_cases, prepare_ahead, preparation_of
 from smit.data.lists import has_split, label_names, lists_labels, split_keys
 from smit.settings import require
@@ -46,7 +46,9 @@ def missing_val_key(args, sources):
 def split_cases(args, cases, listed):
     """Decide which cases to train on and which to hold back."""
     if args.split:
-        return samples.published_split(cases + listed, args.split)
+        # the published split decides, and a case may stand under both keys
+        distinct = {os.path.realpath(case["image"]): case for case in cases + listed}
+        return samples.published_split([*distinct.values()], args.split)
     if args.fold is not None:
         return samples.fold_split(cases, args.fold, args.folds)
     if listed:
@@ -59,8 +61,13 @@ def split_cases(args, cases, listed):
 
 
 def organ_names(sources):
-    """Read {id: organ}, which all sources must share, or {} where none names its labels."""
+    """Read {id: organ}, which all sources must share, or {} where none names its labels.
+
+    ValueError where they differ, or where two numbers are one organ.
+    """
     names = [label_names(path) for path in sources]
+    for path, found in zip(sources, names):
+        organs.organ_ids(found or {}, path)              # refuses two numbers of one organ
     require(all(other == names[0] for other in names),
             f"{', '.join(sources)} number their labels differently: train on one of them")
     return names[0] or {}

@@ -47,7 +47,8 @@ def read_list(path, key="training", data_root=None, modality=None):
               without labels and hidden files
     JSON      of MSD, MONAI or nnU-Net; `key` names the split; a case has a "fold", too, if the
               list gives it one, and a "fold_problem" if the folds beside the list are faulty
-    text      one image a line, then a tab or comma and its label, if any; # starts a comment
+    text      one image a line, then a tab, comma or semicolon and its label, if any; # starts a
+              comment
     A NIfTI file is a case by itself. Relative paths begin at `data_root`, or at the list's folder.
     Prints what is odd about the list, such as a modality that is not `modality`.
 
@@ -290,8 +291,8 @@ def list_names(folder):
 
 
 def natural(name):
-    """Return a key that sorts numbers by value: case2 before case10."""
-    return re.sub("[0-9]+", lambda digits: digits[0].zfill(12), name)
+    """Return a key that sorts numbers by value: case2 before case10; case01 and case1 by name."""
+    return re.sub("[0-9]+", lambda digits: digits[0].zfill(12), name), name
 
 
 def other_formats(path):
@@ -429,13 +430,15 @@ def visible(folder):
 
 
 def with_folds(path, entries):
-    """Give entries the folds of a splits_final.json beside the list [nnU-Net].
+    """Give entries the folds of a splits_final.json beside the list, if it has none [nnU-Net].
 
-    Its k-th part holds back the cases under "val" and trains on all others. If it does not, each
+    The file's k-th part holds back the cases under "val" and trains on all others. If it does not, each
     entry gets a "fold_problem" in place of a fold: whoever wants no folds can read the list.
     """
     splits_path = os.path.join(os.path.dirname(path), "splits_final.json")
     images = [entry["image"] for entry in entries]
+    if any(entry.get("fold") is not None for entry in entries):
+        return entries                                   # the list's own come first
     if not os.path.isfile(splits_path) or not all(isinstance(image, str) for image in images):
         return entries
     names = [entry.get("case") or stem(entry["image"]).removesuffix("_0000") for entry in entries]
@@ -527,8 +530,11 @@ def text_entries(path):
 
 
 def columns_of(path, line):
-    """Return the columns of a line, two at least, split at tabs, or else at commas."""
-    delimiter = "\t" if "\t" in line else ","
+    """Return the columns of a line, two at least, split at tabs, or else at commas or semicolons.
+
+    Semicolons are what spreadsheets write where a comma is the decimal point.
+    """
+    delimiter = next((mark for mark in "\t,;" if mark in line), ",")
     try:
         cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
     except csv.Error as error:
@@ -616,7 +622,8 @@ def label_names(path, ignore=False):
                 raise ValueError(f"{key!r} is a region of several numbers, {value}: give each "
                                  "organ one number")
             number, name = (int(key), value) if isinstance(value, str) else (value, key)
-            if type(number) is not int or not 0 <= number < 256 or number in names:
+            is_new = number not in names and name not in names.values()
+            if type(number) is not int or not 0 <= number < 256 or not is_new:
                 raise ValueError(f"{key!r}: {value}")
             names[number] = name
     except (AttributeError, TypeError, ValueError) as error:

@@ -149,27 +149,34 @@ def list_digest(cases):
 
 
 # ------------------------------------------------------------------------------ the files of a run
-def written(case):
-    """Return the modification times of a case's files, in ns; 0 for a missing file."""
-    times = []
+def marks(case):
+    """Return what tells each of a case's files from another of its name; None for a missing one.
+
+    Size, time of modification and checksum of the ends: putting the old file back restores them.
+    """
+    found = []
     for path in filter(None, (case["image"], case["label"])):
         for file in pair(path):
-            times.append(os.stat(file).st_mtime_ns if os.path.exists(file) else 0)
-    return times
+            try:
+                _, size, written, _, checksum = case_files.stamp(file)
+                found.append((size, written, checksum))
+            except OSError:
+                found.append(None)
+    return found
 
 
-def written_times(cases):
-    """Return `written` of each case; in threads, for on a network disk each of them is a wait."""
+def marks_of_all(cases):
+    """Return `marks` of each case; in threads, for on a network disk each of them is a wait."""
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(written, cases))
+        return list(pool.map(marks, cases))
 
 
-def unchanged(case, times):
-    """Return the case; BadVolume if its files were written since `times`.
+def unchanged(case, known):
+    """Return the case; BadVolume if its files are no longer those with the `known` marks.
 
     All epochs of a run are over the same volumes.
     """
-    if written(case) != times:
+    if marks(case) != known:
         raise BadVolume(f"{case['image']}: changed or removed since the run began; put the old one "
                         "back")
     return case
@@ -220,7 +227,7 @@ class ViewPairs(torch.utils.data.Dataset):
         self.grid = tuple(voxels // cell for voxels in view)
         self.mask_ratio, self.drops = mask_ratio, drops
         self.seed, self.split = seed, split
-        self.written = written_times(cases)                          # now, before workers start
+        self.marks = marks_of_all(cases)                             # now, before workers start
 
     def __len__(self):
         return len(self.cases)
@@ -262,7 +269,7 @@ class ViewPairs(torch.utils.data.Dataset):
         problems = []
         for place in range(index, index + n):
             try:
-                case = unchanged(self.cases[place % n], self.written[place % n])
+                case = unchanged(self.cases[place % n], self.marks[place % n])
                 volume, _, found = case_files.cached_with_concerns(case, self.settings, self.cache)
                 return volume, place % n, problems, found
             except BadVolume as error:
@@ -356,7 +363,7 @@ class LabelledCrops(torch.utils.data.Dataset):
         self.num_classes = num_classes
         self.size, self.crops = tuple(size), crops
         self.drops, self.seed = drops, seed
-        self.written = written_times(cases)                          # now, before workers start
+        self.marks = marks_of_all(cases)                             # now, before workers start
 
     def __len__(self):
         return len(self.cases)
@@ -365,7 +372,7 @@ class LabelledCrops(torch.utils.data.Dataset):
         n = len(self.cases)
         index = epoch_order(n, self.seed, sample // n)[sample % n]
         try:
-            case = unchanged(self.cases[index], self.written[index])
+            case = unchanged(self.cases[index], self.marks[index])
             image, label, found = case_files.cached_with_concerns(
                 case, self.settings, self.cache, True, self.num_classes)
         except (BadVolume, OSError) as error:           # a bad file, or the cache's disk

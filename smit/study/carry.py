@@ -5,8 +5,8 @@
 
 A copy is a NIfTI file of uint8 with slope and intercept, so whatever reads it finds HU again, cut
 off at the window. Prepared again with the same settings it gives the voxels that the scan itself
-gives, but for planes at its edges that are all black. Labels come along on the same grid, so scores
-of carried cases are scores at that spacing, not at the scans' own.
+gives. Labels come along on the same grid, so scores of carried cases are scores at that spacing,
+not at the scans' own.
 
 Writes OUT/part1/images, OUT/part1/labels, OUT/part2/..., none above --part_mib, and
 OUT/dataset.json, which lists them all. No header field of the scans is copied but their place in
@@ -53,7 +53,9 @@ def main(args):
                          "files themselves")
     splits = read_splits(args.data)
     cases = [case for split in splits.values() for case in split]
-    data.check_cases(cases)
+    labels = data.label_names(args.data, ignore=True) or {}
+    data.check_cases([case for case in cases if not case["label"]])
+    data.check_cases([case for case in cases if case["label"]], labels=True)
 
     names = iter(case_names([case["image"] for case in cases]))
     parts = Parts(out, args.part_mib * MIB)
@@ -68,7 +70,6 @@ def main(args):
                 bar.update()
     data.tell(odd)
 
-    labels = data.label_names(args.data) or {}
     numbered = {str(number): name for number, name in labels.items()}
     content = {"modality": {"0": "CT"}, "labels": numbered, **listed}
     (out / "dataset.json").write_text(json.dumps(content, indent=1))

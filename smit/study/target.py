@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from smit import data, runtime, scoring
-from smit.data.organs import case_names
+from smit.data.organs import case_names, organ_ids
 from smit.settings import Help
 from smit.study.carry import fold_of, read_splits
 
@@ -49,6 +49,10 @@ def parse_arguments(argv=None):
     args.organs = {int(number): name for number, _, name in entries}
     if len(args.organs) < len(entries):
         parser.error("--organs: a number is there twice")
+    try:
+        organ_ids(args.organs, "--organs")
+    except ValueError as error:
+        parser.error(str(error))
     if args.test_every is not None and args.test_every < 2:
         parser.error("--test_every: give 2 or more, or no case is left to train on")
     return args
@@ -79,7 +83,7 @@ def main(args):
     if args.test_every:
         has_all = (sizes > 0).all(axis=1)
         to_train_on = [entry for entry, whole in zip(to_train_on, has_all) if whole]
-    modality = data.list_modality(args.data) or "ct"
+    modality = data.list_modality(args.data)
     write_lists(out, args.organs, modality, to_train_on, to_test_on)
     pool = [case["image"] for case in training]
     with open(out / "pool.txt", "w", newline="") as file:
@@ -133,9 +137,10 @@ def tell_sizes(args, sizes):
 
 
 def write_lists(out, organs, modality, training, test):
-    """Write OUT/dataset.json."""
+    """Write OUT/dataset.json; without a modality where the source tells none."""
     labels = {str(number): name for number, name in enumerate(["background", *organs.values()])}
-    content = {"modality": {"0": modality.upper()}, "labels": labels, "training": training}
+    content = {"modality": {"0": modality.upper()}} if modality else {}
+    content |= {"labels": labels, "training": training}
     if test:
         content["validation"] = test
     (out / "dataset.json").write_text(json.dumps(content, indent=1))
