@@ -39,14 +39,19 @@ def load_cases(args, ranks):
 
 
 # ------------------------------------------------------------------------- network, optimiser
-def read_init(args, ranks):
+def read_init(args, ranks, saved=None):
     """Read what --init names: (weights, sizes of their encoder, a report on them).
 
-    Without --init the weights are None and the settings the flags'.
+    Without --init the weights are None and the sizes the flags'. saved: the settings of a run that
+    goes on, which has the sizes, and its weights elsewhere.
     """
     names = settings.UNET_SIZES if args.network == "unet" else settings.SIZES
     if not args.init:
         return None, {name: getattr(args, name) for name in names}, ""
+    if saved:
+        sizes = {name: saved[name] for name in {*names, "imported"} & saved.keys()}
+        settings.check_sizes(args, sizes)
+        return None, sizes, ""
     if args.partial_init or args.network == "unet":
         pretrained, config = weights.read_run(args.init, args.weights, names)
         sizes, report = {name: config[name] for name in names}, f"{args.init}:"
@@ -91,16 +96,19 @@ def upgrade_run(state, parts, precision):
 
 
 # ---------------------------------------------------------------------------------- validation
-def validate(net, cases, args, num_classes, precision, ranks):
+def validate(net, cases, args, num_classes, precision, ranks, stop):
     """Measure Dice on the prepared grid: (mean Dice, label map of the first case) [ours].
 
     The mean is over the cases that have or are given an organ, then over organs. The label map
     lies on the CPU; it is None on ranks other than the first, and where there is no case.
+    Broken off when `stop` is asked for: the mean is then of no use.
     """
     net.eval()
     scores = torch.zeros(2, len(cases), num_classes - 1, dtype=torch.float64)   # values, counted
     first = None
     for number in range(ranks.rank, len(cases), ranks.world):
+        if stop.asked:
+            break
         image, label = labelled.volumes(args, cases[number], num_classes)
         pred = predict(net, image, args, precision)
         first = pred if number == 0 else first
@@ -123,7 +131,7 @@ def predict(net, image, args, precision):
 
 def train(args, ranks, out):
     # ---------------------------------------------------------------------------------- data
-    pretrained, sizes, report = read_init(args, ranks)
+    pretrained, sizes, report = read_init(args, ranks, runtime.saved_settings(out, ranks))
     settings.check_crop(args, sizes)
     cases, held_back, names = load_cases(args, ranks)
     num_classes = labelled.count_classes(args, names)
@@ -185,6 +193,11 @@ def train(args, ranks, out):
     clock = progress.SaveClock(args.save_minutes, args.save_steps, total)
     stop = runtime.StopSignals(ranks)
 
+    def validates(step):
+        """Tell whether a validation follows a step; val_steps is a float."""
+        is_due = step // val_steps > (step - 1) // val_steps
+        return bool(held_back) and (step == total or is_due)
+
     # ------------------------------------------------------------------------------ training
     while step < total:
         lr = ema.warmup_cosine(step + 0.5, warmup, total, args.lr)      # the middle of this step
@@ -219,10 +232,13 @@ def train(args, ranks, out):
         skips.count(finite, step, {"loss": loss.detach()}, crops.images(batch), ranks)
         bar.advance()
         last = step == total
-        validation_due = step // val_steps > (step - 1) // val_steps    # val_steps: a float
         row, pred = {}, None
-        if held_back and (last or validation_due):
-            row["val_dice"], pred = validate(kept, held_back, args, num_classes, precision, ranks)
+        if validates(step):
+            row["val_dice"], pred = validate(kept, held_back, args, num_classes, precision, ranks,
+                                             stop)
+            (broken_off,) = ranks.agree(stop.asked)
+            if broken_off:                  # last.pt is of the step before: --resume validates again
+                break
         # differs: one checkpoint for all organs; the release keeps the best one for each organ
         improved = row.get("val_dice", -1.0) > best         # nan, no organ to score, never is
         if improved:
@@ -249,7 +265,8 @@ def train(args, ranks, out):
         if ranks.is_main and improved:
             runtime.save_checkpoint(out / "best.pt", {
                 "model": kept.state_dict(), "config": config, "step": step, "val_dice": best})
-        if ranks.is_main and (leaving or clock.due(step)):
+        # before a validation, too: it may take long or fail
+        if ranks.is_main and (leaving or clock.due(step) or validates(step + 1)):
             runtime.save_state(out / "last.pt", state, step=step, samples=step * per_step,
                                skipped=skips.total, best=best, config=config)
             clock.reset()

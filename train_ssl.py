@@ -9,6 +9,7 @@ and for others), OUT/log.csv (the losses as back-propagated, and the signs of co
 OUT/config.json and OUT/index.html (pictures). Every setting stands in smit/settings.py.
 """
 import argparse
+import itertools
 import json
 import math
 from collections import Counter
@@ -61,12 +62,18 @@ def view_pairs(args, cases, drops=0, split="train"):
                              args.mask_cell, args.mask_ratio, drops, args.seed, split)
 
 
-def read_init(args, ranks):
-    """Read what --init names: (the settings, with its encoder's sizes; what to begin with)."""
-    start = weights.read_start(args.init)
-    sizes = start.student.settings()
+def read_init(args, ranks, saved=None):
+    """Read what --init names: (the settings, with its encoder's sizes; what to begin with).
+
+    saved: the settings of a run that goes on, which has the sizes, and its weights elsewhere.
+    """
+    start = None if saved else weights.read_start(args.init)
+    if saved:
+        sizes = {name: saved[name] for name in {*settings.SIZES, "imported"} & saved.keys()}
+    else:
+        sizes = start.student.settings()
     settings.check_sizes(args, sizes)
-    warning = settings.preparation_warning(args, start.student.config)
+    warning = settings.preparation_warning(args, start.student.config) if start else ""
     if warning and ranks.is_main:
         print(warning)
     args = argparse.Namespace(**{**vars(args), **sizes})
@@ -100,11 +107,15 @@ def build_optimizer(student, args):
     return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
-def held_back_errors(args, student, val_pairs, precision, ranks):
-    """Measure MIP on this rank's share of the held-back volumes: {column of log.csv: number}."""
+def held_back_errors(args, student, val_pairs, precision, ranks, stop):
+    """Measure MIP on this rank's share of the held-back volumes: {column of log.csv: number}.
+
+    Broken off when `stop` is asked for: the numbers are then of no use.
+    """
     share = [[number] for number in range(ranks.rank, len(val_pairs), ranks.world)]
     loader = samples.Batches(val_pairs, share, ranks, args.workers, args.max_bad)
-    errors = monitors.masked_image_errors(student, loader, args.mask_cell, args.mip_on == "all",
+    batches = itertools.takewhile(lambda _: not stop.asked, loader)
+    errors = monitors.masked_image_errors(student, batches, args.mask_cell, args.mip_on == "all",
                                           ranks.device, precision.autocast, ranks)
     loader.check_bad()
     return errors
@@ -162,7 +173,7 @@ def train(args, ranks, out):
     # ---------------------------------------------------------------------------------- data
     start = None
     if args.init:
-        args, start = read_init(args, ranks)
+        args, start = read_init(args, ranks, runtime.saved_settings(out, ranks))
     cases, held_back, bad = load_cases(args, ranks)
     per_step = args.batch * args.accumulate * ranks.world
     total = args.steps or math.ceil(args.epochs * len(cases) / per_step)
@@ -180,6 +191,11 @@ def train(args, ranks, out):
     precision = runtime.Precision(args.precision, ranks.device)
     # with --method smit: 1, lambda_MPD, lambda_ITD
     lambdas = {name: getattr(args, name) for name in TERMS}
+
+    pairs = view_pairs(args, cases, student.encoder.drops)
+    val_pairs = view_pairs(args, held_back[:args.val_volumes], split="val")
+    # where nothing is held back, pictures show a training volume, by draws that stay the same
+    shown = val_pairs if held_back else view_pairs(args, cases, split="val")
 
     # ---------------------------------------------------------------------- resume, outputs
     config = {**vars(args), "global_batch": per_step, "total": total, "volumes": len(cases),
@@ -206,10 +222,6 @@ def train(args, ranks, out):
     wrapped = student
     if ranks.world > 1:
         wrapped = DistributedDataParallel(student, find_unused_parameters=True)
-    pairs = view_pairs(args, cases, student.encoder.drops)
-    val_pairs = view_pairs(args, held_back[:args.val_volumes], split="val")
-    # where nothing is held back, pictures show a training volume, by draws that stay the same
-    shown = val_pairs if held_back else view_pairs(args, cases, split="val")
     numbers = samples.micro_batches(step * per_step, total * per_step, args.batch, ranks.rank,
                                     ranks.world)
     loader = samples.Batches(pairs, numbers, ranks, args.workers, max_bad=args.max_bad,
@@ -218,6 +230,10 @@ def train(args, ranks, out):
     bar = progress.Progress(step, total, 2 * per_step, ranks)
     clock = progress.SaveClock(args.save_minutes, args.save_steps, total)
     stop = runtime.StopSignals(ranks)
+
+    def measures(step):
+        """Tell whether the held-back volumes are measured after a step."""
+        return bool(args.mip and held_back and (step == total or step % args.val_every == 0))
 
     # ------------------------------------------------------------------------------ training
     while step < total:
@@ -231,9 +247,10 @@ def train(args, ranks, out):
             group["lr"] = lr
 
         optimizer.zero_grad()
-        means = Counter()
+        means, volumes = Counter(), []
         for micro in range(args.accumulate):
             batch = next(loader)
+            volumes += pairs.images(batch)
             wrapped.require_backward_grad_sync = micro == args.accumulate - 1       # for DDP
             terms, from_teacher = smit_losses(args, wrapped, teacher, centers, batch, teacher_temp,
                                               precision)
@@ -264,29 +281,31 @@ def train(args, ranks, out):
         step += 1
 
         # ------------------------------------------------------------ log, show, stop, save
-        skips.count(finite, step, means, pairs.images(batch), ranks)
+        skips.count(finite, step, means, volumes, ranks)
         bar.advance()
         last = step == total
-        report_due = step % args.val_every == 0
-        measure = bool(args.mip and held_back and (last or report_due))
         look = bool(teacher and finite and (last or step % args.monitor_every == 0))
-        if last or measure or look or step % args.log_every == 0:
+        if last or measures(step) or look or step % args.log_every == 0:
             row = {**means, "grad_norm": norm}
             if look:
                 row |= monitors.collapse(from_teacher, centers, teacher_temp, ranks)
             row = ranks.mean_of(row)
-            if measure:
-                row |= held_back_errors(args, student, val_pairs, precision, ranks)
+            if measures(step):
+                row |= held_back_errors(args, student, val_pairs, precision, ranks, stop)
+                (broken_off,) = ranks.agree(stop.asked)
+                if broken_off:              # last.pt is of the step before: --resume measures again
+                    break
             epoch = step * per_step / len(cases)
             log.row(step=step, epoch=epoch, lr=lr, momentum=momentum, teacher_temp=teacher_temp,
                     skipped=skips.total, **row)
             bar.tell(epoch, loss=row["loss"])
-        if ranks.is_main and (last or report_due or step == 1):
+        if ranks.is_main and (last or step % args.val_every == 0 or step == 1):
             figures.pretraining_report(out, config, student, shown.sample(0))
 
         # was any rank asked to stop, did a loader fail, are more volumes bad than --max_bad?
         leaving = loader.agree(stop.asked)
-        if ranks.is_main and (leaving or clock.due(step)):
+        # before a measurement, too: it may take long or fail
+        if ranks.is_main and (leaving or clock.due(step) or measures(step + 1)):
             # student.pt first: a resume trusts last.pt
             student_state = {"model": student.state_dict(), "config": config, "step": step}
             runtime.save_checkpoint(out / "student.pt", student_state)

@@ -32,7 +32,7 @@ def cosine(t, start, end):
 
 
 def linear_warmup(t, start, end):
-    """Go straight from `start` at t = 0 to `end` at t = 1, and stay [SMIT 3].
+    """Go straight from `start` at t = 0 to `end` at t = 1, and stay [SMIT 2].
 
     So rises the teacher's temperature.
     """
@@ -40,7 +40,7 @@ def linear_warmup(t, start, end):
 
 
 def warmup_cosine(step, warmup, total, base, end=0.0):
-    """Rise from 0 to `base` in `warmup` steps, then fall to `end` at step `total` [SMIT 3].
+    """Rise from 0 to `base` in `warmup` steps, then fall to `end` at step `total` [SMIT 2].
 
     This is the learning rate. The rise is straight, the fall is half a cosine.
     """

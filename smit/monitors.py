@@ -75,7 +75,7 @@ def effective_rank(tokens):
 def masked_image_errors(student, batches, cell, count_all, device, autocast, ranks):
     """Measure masked image prediction on held-back volumes, and two guesses without anatomy [ours].
 
-    batches: this rank's share, a samples.Batches of ViewPairs; cell: voxels per axis
+    batches: this rank's share of a samples.Batches of ViewPairs; cell: voxels per axis
     of a mask cell; count_all: score visible voxels too, for full image
     reconstruction. All ranks must call this. It leaves the student in train mode.
     Returns a dict of means over the scored voxels of all ranks, grey values in [0, 1]:
@@ -111,7 +111,7 @@ def masked_image_errors(student, batches, cell, count_all, device, autocast, ran
 
     # means over ranks, of which only the quotients count
     sums, histogram = ranks.mean(torch.cat([sums, histogram]).to(device)).cpu().split([4, 256])
-    l1, l2, median_l1, count = sums.tolist()
+    l1, l2, median_l1, count = sums.clamp_min(1e-30).tolist()       # 0: none was left to measure
     return {"val_mip": l1 / count,
             "val_mse": l2 / count,
             "val_constant": constant_l1(histogram) / count,

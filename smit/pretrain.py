@@ -33,7 +33,7 @@ class SMIT(nn.Module):
     encoder: keyword arguments of SwinTransformer3D.
     voxel_head: "linear", "multilayer" or None.
     patch_head, image_head: whether to build them.
-    shared_head: one projection head for patches and image, iBOT's default.
+    shared_head: one projection head for patches and image, as iBOT's paper does.
     habits: of weights.habits.HABITS, for an imported encoder alone.
     """
 

@@ -200,17 +200,11 @@ def typed(parser, argv, names=SIZES):
 
 
 def check_overwrite(args):
-    """Refuse an --overwrite whose data or --init is not there: the old run would go for nothing."""
-    if not args.overwrite:
-        return
-    for path in args.data or ():
-        require(os.path.exists(path), f"--data {path}: there is no such file or folder")
-    init = getattr(args, "init", None)
-    if init:
-        require(os.path.isfile(init), f"--init {init}: there is no such file")
-        out = os.path.realpath(args.out)
-        require(os.path.commonpath([out, os.path.realpath(init)]) != out,
-                f"--init {init}: --overwrite would delete it; give another --out")
+    """Refuse an --overwrite that would delete the file that --init names."""
+    if args.overwrite and args.init:
+        out, init = os.path.realpath(args.out), os.path.realpath(args.init)
+        require(os.path.commonpath([out, init]) != out,
+                f"--init {args.init}: --overwrite would delete it; give another --out")
 
 
 def check_sizes(args, sizes):
@@ -289,7 +283,8 @@ def parse_pretraining(description, argv=None):
     add("--val_volumes", type=count, default=200,
         help="of them, measure this many at most [ours]")
     add("--max_bad", type=whole, default=0,
-        help="unreadable volumes to skip before giving up [ours]")
+        help="unreadable volumes to skip before giving up; those held back are counted apart "
+             "[ours]")
 
     add = parser.add_argument_group("losses").add_argument
     add("--mip", type=not_negative,
@@ -334,7 +329,7 @@ def parse_pretraining(description, argv=None):
         help="volumes, so pairs of views, a rank and micro-batch [ours]: 3.5 GB")
     add("--accumulate", type=count, default=1, help="micro-batches per optimiser step [ours]")
     add("--lr", type=not_negative, default=2e-4, help="peak learning rate of AdamW [SMIT 2]")
-    add("--weight_decay", type=not_negative, default=0.01, help="on matrices only [release]")
+    add("--weight_decay", type=not_negative, default=0.01, help="[release]; on matrices only [ours]")
     add("--clip", type=not_negative, default=3.0,
         help="largest gradient norm [DINO]; 0 clips nothing")
     sizes = typed(parser, argv)

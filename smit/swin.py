@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 # Added to a score that must not count. Its exp() is 0 in fp32, bf16 and fp16.
 # fp16 holds it, where -1e9 would be -inf.
 FORBIDDEN = -1e4
+MOST_VARIANTS = 64                     # of a block, compiled
 
 
 # ---------------------------------------------------------------------- windows
@@ -431,6 +432,10 @@ class SwinTransformer3D(nn.Module):
         Not the whole encoder: it would build index tables and shift masks again in
         every forward, where the caches above are not looked into.
         """
+        # Blocks share their code, of which torch compiles 8 variants by default and runs all others
+        # uncompiled. Widths, shift masks, gradients or none make some 15, of student and teacher.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_VARIANTS)
         for stage in self.stages:
             for block in stage.blocks:
                 block.attention.compile(**settings)

@@ -405,7 +405,8 @@ def test_many_and_long_names_stand_in_rows_of_a_legend_above_the_curves(tmp_path
 
 
 @pytest.mark.parametrize(
-    "low, high", [(0, 1), (-3.2, 17), (1e-9, 2e-4), (5, 5), (0, 0), (8.99, 9.02), (0, 123456)])
+    "low, high", [(0, 1), (-3.2, 17), (1e-9, 2e-4), (5, 5), (0, 0), (8.99, 9.02), (0, 123456),
+                  (0, 1e-13), (1e-13, 1e-13), (.5, .5 + 1e-13)])
 def test_ticks_are_round_enclose_the_data_and_are_few(low, high):
     marks = charts.ticks(low, high)
     assert marks[0] <= low and marks[-1] >= high and 2 <= len(marks) <= 8
@@ -456,6 +457,19 @@ def test_a_gradient_that_is_zero_on_its_logarithmic_chart_ends_no_run(tmp_path):
     (tmp_path / "log.csv").write_text("step,grad_norm\n1,0\n2,0\n")
     assert charts.from_log(tmp_path / "log.csv", tmp_path)["grad_norm"] == 0
     assert not list(tmp_path.glob("*.svg"))
+
+
+def test_a_loss_that_was_not_finite_leaves_a_gap_and_is_told(tmp_path):
+    losses = [.9, .5, "nan", .4, "inf"]
+    rows = [f"{10 * n},{loss}\n" for n, loss in enumerate(losses, 1)]
+    (tmp_path / "log.csv").write_text("step,loss\n" + "".join(rows))
+    report.run_page(tmp_path, {"total": 50}, "A run")
+
+    curve = [path for path in all_of(parsed(tmp_path / "loss.svg"), "path")
+             if path.get("stroke-width") == "2"]
+    assert len(curve) == 2                               # of steps 10 and 20, and of step 40
+    facts = facts_of(parsed(tmp_path / "index.html"))
+    assert facts["Loss of the last logged step"] == "not finite"
 
 
 def test_a_table_that_is_no_log_is_refused(tmp_path):

@@ -3,8 +3,10 @@ interrupts or divides it."""
 import csv
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import nibabel as nib
@@ -301,12 +303,26 @@ def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script
     assert (two - one).norm() < .02 * (one - start).norm()
 
 
+def test_a_stop_during_a_validation_loses_one_step_and_no_exactness(
+        phantoms, tmp_path, monkeypatch):
+    flags = ["--steps", 4, "--val_every", 1.5]                    # of 4 volumes by 2: 3 steps
+    whole = tune(phantoms, tmp_path / "whole", *flags)
+    predict = finetune.predict
+    monkeypatch.setattr(finetune, "predict",
+                        lambda *a: os.kill(os.getpid(), signal.SIGTERM) or predict(*a))
+    log = tune(phantoms, tmp_path / "stopped", *flags)
+    stopped = runtime.load_checkpoint(tmp_path / "stopped" / "last.pt")["step"]
+    assert stopped == len(log) < len(whole) and not any("val_dice" in row for row in log)
+    monkeypatch.undo()
+    assert tune(phantoms, tmp_path / "stopped", *flags, "--resume") == whole
+
+
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(phantoms, tmp_path):
     flags = ["--steps", 6, "--save_steps", 3, "--drop_path", ".3", "--val_every", .5,
              "--layer_decay", .8]
     tune(phantoms, tmp_path / "whole", *flags)
     (tmp_path / "resumed").mkdir()
-    shutil.copy(tmp_path / "whole" / "last.prev.pt", tmp_path / "resumed" / "last.pt")  # step 3
+    shutil.copy(tmp_path / "whole" / "last.prev.pt", tmp_path / "resumed" / "last.pt")  # step 5
     shutil.copy(tmp_path / "whole" / "log.csv", tmp_path / "resumed" / "log.csv")
     tune(phantoms, tmp_path / "resumed", *flags, "--resume", "--workers", 1)
     whole, resumed = (runtime.load_checkpoint(tmp_path / name / "last.pt")

@@ -481,6 +481,7 @@ def test_a_second_run_is_refused_at_once_and_a_killed_one_leaves_no_lock(tmp_pat
 def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path):
     out = tmp_path / "deep" / "er"
     with runtime.OutputFolder(out, ALONE):
+        runtime.resume(out, {}, {}, set(), ALONE)
         runtime.save_checkpoint(out / "last.pt", state_at(1))
         (out / "mine.txt").write_text("kept")
     assert re.search(r"run \(last.pt\): --resume .* --overwrite", refusal(out))
@@ -489,6 +490,11 @@ def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path):
         assert runtime.load_latest(out, ALONE)["step"] == 1
     with runtime.OutputFolder(out, ALONE, overwrite=True):
         assert runtime.load_latest(out, ALONE) is None
+        assert (out / "last.pt").exists()                # the new run may still be refused
+    with runtime.OutputFolder(out, ALONE, resume=True):
+        assert runtime.load_latest(out, ALONE)["step"] == 1
+    with runtime.OutputFolder(out, ALONE, overwrite=True):
+        assert runtime.resume(out, {}, {}, set(), ALONE)["step"] == 0
         assert names(out) == [".files", ".lock", "mine.txt"]
 
 
@@ -627,12 +633,14 @@ def test_overwrite_deletes_what_the_run_wrote_and_no_file_of_the_users(tmp_path)
     out, before = tmp_path / "out", tmp_path / "before.png"
     before.write_text("kept")
     with runtime.OutputFolder(out, ALONE):
+        runtime.resume(out, {}, {}, set(), ALONE)
         (out / "mine.png").write_text("kept")
         for name in ("last.pt", "panel.svg", "other.png"):
             runtime.atomic_write(out / name, b"the run's")
     with open(out / ".files", "a") as listing:
         listing.write("../before.png\n..\n\n.lock/..\n" + str(before) + "\n")
     with runtime.OutputFolder(out, ALONE, overwrite=True):
+        runtime.resume(out, {}, {}, set(), ALONE)
         assert names(out) == [".files", ".lock", "mine.png"]
 
     assert before.read_text() == "kept"

@@ -279,6 +279,31 @@ def test_compiled_blocks_answer_alike_and_keep_their_names():
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def test_no_block_of_student_and_teacher_stays_uncompiled(monkeypatch):
+    torch.compiler.reset()
+    # few here, as torch's 8 are few for four stages
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    runs = []
+
+    def backend(graph, inputs):
+        def run(*tensors):
+            runs.append(graph)
+            return graph(*tensors)
+        return run
+
+    student, teacher = (tiny(depths=(1, 1), heads=(2, 2)) for _ in range(2))
+    teacher.requires_grad_(False)
+    for encoder in (student, teacher):
+        encoder.compile_blocks(backend=backend)
+    view = torch.rand(1, 1, 8, 16, 16)
+    for _ in range(2):
+        runs.clear()
+        with torch.no_grad():
+            teacher(view)
+        student(view)
+    assert len(runs) == 2 * 2 * 2                      # attention and MLP of two blocks, twice
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_attention_and_mlp_are_compiled_with_checkpointing_too(checkpointing):
     torch.compiler.reset()

@@ -1,8 +1,10 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import sys
 
 import nibabel
@@ -259,7 +261,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(phantoms, tmp_path):
              "--val_every", 2]
     train(phantoms, tmp_path / "whole", *flags)
     (tmp_path / "resumed").mkdir()
-    shutil.copy(tmp_path / "whole" / "last.prev.pt", tmp_path / "resumed" / "last.pt")  # step 3
+    shutil.copy(tmp_path / "whole" / "last.prev.pt", tmp_path / "resumed" / "last.pt")  # step 5
     shutil.copy(tmp_path / "whole" / "log.csv", tmp_path / "resumed" / "log.csv")
     train(phantoms, tmp_path / "resumed", *flags, "--resume", "--workers", 1)
     whole, resumed = (runtime.load_checkpoint(tmp_path / name / "last.pt")
@@ -283,6 +285,35 @@ def test_resume_refuses_other_settings(phantoms, tmp_path):
         train(phantoms, tmp_path / "run", "--steps", 1)
 
 
+def test_a_stop_during_a_measurement_loses_one_step_and_no_exactness(
+        phantoms, tmp_path, monkeypatch):
+    flags = ["--steps", 4, "--val_fraction", ".4", "--val_every", 3]
+    train(phantoms, tmp_path / "whole", *flags)
+
+    measure = train_ssl.monitors.masked_image_errors
+    monkeypatch.setattr(train_ssl.monitors, "masked_image_errors",
+                        lambda *a: os.kill(os.getpid(), signal.SIGTERM) or measure(*a))
+    log = train(phantoms, tmp_path / "stopped", *flags)
+    assert [int(row["step"]) for row in log] == [1, 2]
+    assert runtime.load_checkpoint(tmp_path / "stopped" / "last.pt")["step"] == 2
+    monkeypatch.undo()
+    assert train(phantoms, tmp_path / "stopped", *flags, "--resume") == read_log(tmp_path / "whole")
+
+
+def test_a_run_goes_on_without_the_file_that_it_began_with(phantoms, tmp_path):
+    train(phantoms, tmp_path / "first", "--steps", 1)
+    init = shutil.copy(tmp_path / "first" / "student.pt", tmp_path / "init.pt")
+    flags = ["--steps", 2, "--init", init, "--val_fraction", 0, "--save_steps", 1]
+    train(phantoms, tmp_path / "run", *flags)
+    whole = (tmp_path / "run" / "log.csv").read_bytes()
+    shutil.move(tmp_path / "run" / "last.prev.pt", tmp_path / "run" / "last.pt")    # step 1
+    (tmp_path / "init.pt").unlink()
+    train(phantoms, tmp_path / "run", *flags, "--resume")
+    assert (tmp_path / "run" / "log.csv").read_bytes() == whole
+    with pytest.raises(ValueError, match="init.pt"):
+        train(phantoms, tmp_path / "run", *flags, "--overwrite")
+
+
 @pytest.mark.parametrize("flags, why", [
     ("--view 18", "multiple of 8"), ("--view 32", "larger than --crop"),
     ("--mask_cell 5", "--mask_cell 5"), ("--mask_cell 2", "patch token"),
@@ -296,11 +327,16 @@ def test_resume_refuses_other_settings(phantoms, tmp_path):
     ("--save_minutes nan", "--save_minutes")])
 def test_settings_that_do_not_fit_are_refused_before_any_work(
         flags, why, phantoms, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("last.pt", "student.pt", "log.csv"):
+        (run / name).write_text("of an earlier run, which stays")
     # SystemExit: argparse, with its message printed
     with pytest.raises((ValueError, SystemExit)) as refusal:
-        train(phantoms, tmp_path / "run", *flags.split())
+        train(phantoms, run, *flags.split(), "--overwrite")
     assert re.search(why, str(refusal.value) + capsys.readouterr().err)
-    assert not (tmp_path / "run" / "log.csv").exists()
+    assert all((run / name).exists() for name in ("last.pt", "student.pt", "log.csv"))
+    assert not (run / "config.json").exists()
 
 
 def test_bad_volumes_stop_the_run_unless_allowed(phantoms, tmp_path, capsys):

@@ -66,7 +66,8 @@ def parse_arguments(argv=None):
     add("--val_fraction", type=share, default=0.05,
         help="share of the volumes held back to measure the loss [ours]")
     add("--max_bad", type=settings.whole, default=0,
-        help="unreadable volumes to skip before giving up [ours]")
+        help="unreadable volumes to skip before giving up; those held back are counted apart "
+             "[ours]")
 
     add = parser.add_argument_group("U-Net").add_argument
     add("--width", type=count, default=64, help="channels of its first level [MG, PCRL]")
@@ -102,7 +103,6 @@ def parse_arguments(argv=None):
 
 def check_settings(args):
     """Refuse settings that do not fit each other, before any work is done."""
-    settings.check_overwrite(args)
     view, task = args.view, args.task
     network = TASKS[task][0].network
     require(all(side <= limit for side, limit in zip(view, args.crop)),
@@ -280,6 +280,10 @@ def train(args, ranks, out):
     optimizer = build_optimizer(task, args)
     precision = runtime.Precision(args.precision, ranks.device)
 
+    train_samples = TaskSamples(args, task, cases)
+    val_samples = TaskSamples(args, task, held_back, split="val")
+    shown = val_samples if held_back else TaskSamples(args, task, cases, split="val")
+
     # ----------------------------------------------------------------------- resume, outputs
     config = {**vars(args), "network": task.network, "global_batch": per_step, "total": total,
               "volumes": len(cases), "volume_list": samples.list_digest(cases + held_back),
@@ -298,9 +302,6 @@ def train(args, ranks, out):
     wrapped = task
     if ranks.world > 1:
         wrapped = DistributedDataParallel(task, find_unused_parameters=True)
-    train_samples = TaskSamples(args, task, cases)
-    val_samples = TaskSamples(args, task, held_back, split="val")
-    shown = val_samples if held_back else TaskSamples(args, task, cases, split="val")
     numbers = samples.micro_batches(step * per_step, total * per_step, args.batch, ranks.rank,
                                     ranks.world)
     loader = samples.Batches(train_samples, numbers, ranks, args.workers, args.max_bad, bad,
@@ -311,6 +312,10 @@ def train(args, ranks, out):
     clock = progress.SaveClock(args.save_minutes, args.save_steps, total)
     stop = runtime.StopSignals(ranks)
 
+    def measures(step):
+        """Tell whether the held-back volumes are measured after a step."""
+        return bool(held_back) and (step == total or step % args.val_every == 0)
+
     # ------------------------------------------------------------------------------ training
     while step < total:
         lr = ema.warmup_cosine(step + 0.5, warmup, total, args.lr)      # the middle of this step
@@ -318,9 +323,10 @@ def train(args, ranks, out):
             group["lr"] = lr
 
         optimizer.zero_grad()
-        means = Counter()
+        means, volumes = Counter(), []
         for micro in range(args.accumulate):
             batch = next(loader)
+            volumes += train_samples.images(batch)
             wrapped.require_backward_grad_sync = micro == args.accumulate - 1       # for DDP
             with precision.autocast():
                 terms = wrapped(on_device(batch, ranks.device))
@@ -344,12 +350,12 @@ def train(args, ranks, out):
         step += 1
 
         # ------------------------------------------------------------ log, show, stop, save
-        skips.count(finite, step, means, train_samples.images(batch), ranks)
+        skips.count(finite, step, means, volumes, ranks)
         bar.advance()
         last, look = step == total, step % args.val_every == 0
         if last or look or step % args.log_every == 0:
             row = ranks.mean_of({**means, "grad_norm": norms[0]})
-            if held_back and (last or look):
+            if measures(step):
                 row |= held_back_loss(args, task, val_samples, precision, ranks)
             epoch = step * per_step / len(cases)
             log.row(step=step, epoch=epoch, lr=lr, skipped=skips.total, **row)
@@ -359,7 +365,8 @@ def train(args, ranks, out):
 
         # was any rank asked to stop, did a loader fail, are more volumes bad than --max_bad?
         leaving = loader.agree(stop.asked)
-        if ranks.is_main and (leaving or clock.due(step)):
+        # before a measurement, too: it may take long or fail
+        if ranks.is_main and (leaving or clock.due(step) or measures(step + 1)):
             # student.pt first: a resume trusts last.pt
             student_state = {"model": task.transferred(), "config": config, "step": step}
             runtime.save_checkpoint(out / "student.pt", student_state)

@@ -22,7 +22,10 @@ MOST_DISCS = 40                                        # with more points a curv
 # -------------------------------------------------------------------------------------------- axes
 def ticks(low, high, wanted=5):
     """Return about `wanted` round numbers from at or below `low` to at or above `high`."""
-    raw = (high - low or abs(high) or 1) / wanted
+    span = high - low
+    if span <= 1e-9 * abs(high):                 # of one value, but for its rounding
+        span = abs(high) or 1
+    raw = span / wanted
     power = 10.0 ** math.floor(math.log10(raw))
     step = 10 * power
     for factor in (5, 2, 1):
@@ -31,7 +34,7 @@ def ticks(low, high, wanted=5):
 
     first = math.floor(low / step + 1e-9)
     last = max(math.ceil(high / step - 1e-9), first + 1)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
 def log_ticks(low, high):
@@ -243,9 +246,10 @@ CHARTS = (
 
 
 def read_log(log_csv):
-    """Read a log.csv as {column: array}; cells that hold no number are nan [ours].
+    """Read a log.csv as {column: (steps, values)}, of the rows with a number in that column [ours].
 
-    A run without a log has no columns yet. ValueError, naming the file, without column "step".
+    NaN and infinity are numbers that were measured, and stay; a blank cell was not. A run without
+    a log has no columns yet. ValueError, naming the file, without column "step".
     """
     if not Path(log_csv).exists():
         return {}
@@ -256,24 +260,20 @@ def read_log(log_csv):
     if rows and "step" not in names:
         raise ValueError(f"{log_csv}: no column 'step' among {', '.join(names)}; give the log.csv "
                          "of a run")
-    return {name: np.array([number(row[name]) for row in rows]) for name in names}
+    columns = {}
+    for name in names:
+        points = [(number(row["step"]), number(row[name])) for row in rows]
+        points = [point for point in points if None not in point]
+        columns[name] = tuple(np.array(points, dtype=float).reshape(-1, 2).T)
+    return columns
 
 
 def number(cell):
-    """Return a cell as a float; nan where the row was cut short or the cell holds no number."""
+    """Return a cell as a float; None where the row was cut short or the cell holds no number."""
     try:
         return float(cell)
     except (TypeError, ValueError):
-        return math.nan
-
-
-def finite_points(columns, name):
-    """Return the steps and values of a column's finite values, both empty without the column."""
-    if name not in columns:
-        return np.array([]), np.array([])
-    values = columns[name]
-    known = np.isfinite(values)
-    return columns["step"][known], values[known]
+        return None
 
 
 def from_log(log_csv, folder, prototypes=None):
@@ -284,21 +284,16 @@ def from_log(log_csv, folder, prototypes=None):
     columns = read_log(log_csv)
     for chart in CHARTS:
         draw_chart(chart, columns, folder, prototypes)
-
-    numbers = {}
-    for name in columns:
-        _, values = finite_points(columns, name)
-        if len(values):
-            numbers[name] = values[-1]
-    return numbers
+    return {name: values[-1] for name, (_, values) in columns.items() if len(values)}
 
 
 def draw_chart(chart, columns, folder, prototypes):
     """Write a chart of a log, or remove an earlier run's where this log has no values for it."""
     series = {}
     for column, name in chart.curves.items():
-        steps, values = finite_points(columns, column)
-        if len(values) and (values.max() > 0 or not chart.log_y):
+        steps, values = columns.get(column, ((), np.array([])))
+        can_be_drawn = np.isfinite(values) & (values > 0 if chart.log_y else True)
+        if can_be_drawn.any():
             series[name] = (steps, values)
 
     lines = {}

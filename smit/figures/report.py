@@ -25,13 +25,15 @@ def run_page(out, config, title, expected=()):
     known yet is shown as a dash.
     """
     numbers = from_log(out / "log.csv", out, config.get("prototypes"))
-    if numbers.get("best_dice", 0) < 0:
-        numbers["best_dice"] = math.nan                  # no validation yet
+    if numbers.get("best_dice", 0) < 0:                  # so an older run says: no validation yet
+        del numbers["best_dice"]
 
     facts = {}
     for column in [*page.MEANINGS, *numbers]:
         if column in numbers or column in expected:
-            facts[page.MEANINGS.get(column, column)] = numbers.get(column, math.nan)
+            value = numbers.get(column)
+            is_known = value is None or math.isfinite(value)
+            facts[page.MEANINGS.get(column, column)] = value if is_known else "not finite"
     if config.get("total") and "step" in numbers:
         facts["Steps done"] = f"{numbers['step']:.0f} of {config['total']}"
 
@@ -43,8 +45,8 @@ def run_page(out, config, title, expected=()):
 
 def last_step(out):
     """Return the last step of OUT/log.csv, 0 before the first."""
-    steps = read_log(out / "log.csv").get("step", [])
-    return int(np.nanmax(steps)) if np.isfinite(steps).any() else 0
+    steps, _ = read_log(out / "log.csv").get("step", ((), ()))
+    return int(max(steps, default=0))
 
 
 @torch.no_grad()

@@ -5,4 +5,4 @@ from smit.runtime.ranks import (  # noqa: F401
     launched_by_torchrun, peak_memory_mb, restarts, run, start, warn_once)
 from smit.runtime.files import (  # noqa: F401
     CsvLog, OutputFolder, atomic_write, compare_settings, load_checkpoint, load_latest, resume,
-    save_checkpoint, save_state)
+    save_checkpoint, save_state, saved_settings)

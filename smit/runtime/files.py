@@ -4,6 +4,7 @@ import errno
 import fcntl
 import math
 import os
+import pickletools
 import re
 import sys
 import zipfile
@@ -21,14 +22,20 @@ LISTING = ".files"  # in a run's folder: names of all that `atomic_write` wrote 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 CONTAINERS = (dict, OrderedDict, list, tuple)
-PLAIN = (*CONTAINERS, bool, int, float, str, bytes, type(None))
+PLAIN = (*CONTAINERS, bool, int, float, str, type(None))
+PICKLED = re.compile(  # what torch.save has a pickle ask for, where all is plain
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|"
+    r"torch (Bool|Byte|Char|Short|Int|Long|Half|BFloat16|Float|Double|Complex(Float|Double))Storage")
 
 # What a checkpoint may hold at most [ours]: entries, of which a run's has some thousand;
-# containers within each other; and bytes of tensors, as a multiple of the file's, which is above
-# 1 where layers are tied
+# containers within each other; bytes of tensors, as a multiple of the file's, which is above 1
+# where layers are tied; parts of a tuple, with those of tuples in it; and copies of dicts, of which
+# each state dict makes one
 MOST_ENTRIES = 2 ** 18
 MOST_DEPTH = 64
 MOST_SHARES = 64
+MOST_PARTS = 4096
+MOST_COPIES = 32
 
 
 # ---------------------------------------------------------------- files that are whole or absent
@@ -135,34 +142,80 @@ def load_checkpoint(path):
             check_plain({**state}, os.fstat(file.fileno()).st_size)
         return state
     except Exception as error:  # hostile bytes raise anything at all
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks to run {code[1]}, which was not done" if code else error
-        raise ValueError(f"{path} is refused as a checkpoint: {reason}; "
+        raise ValueError(f"{path} is refused as a checkpoint: {error}; "
                          "use another or make it anew") from error
 
 
 def check_archive(file):
-    """Raise ValueError unless all that torch.load would read matches its CRC-32.
+    """Raise ValueError unless all that torch.load would read is safe and matches its CRC-32.
 
-    torch itself never looks. From an entry marked as a folder it returns stray memory, and it makes
-    a bytearray of any size that it is told: no checkpoint of ours holds one.
+    torch itself never looks. From an entry marked as a folder it returns stray memory. It takes a
+    file for an archive by its first bytes, where zipfile looks at the last ones.
     """
     try:
+        file.seek(0)
+        begins = file.read(4) == b"PK\x03\x04"
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
             is_bomb = sum(part.file_size for part in parts) > os.fstat(file.fileno()).st_size
             is_odd = any(part.external_attr & 16 for part in parts)
-            if is_odd or is_bomb:
+            if not begins or parts[0].header_offset != 0 or archive.comment:
+                problem = "it does not begin and end as an archive"
+            elif is_odd or is_bomb:
                 problem = "its directory claims what it cannot hold"
             else:
                 problem = archive.testzip()
             for part in [] if problem else parts:
-                if part.filename.endswith("data.pkl") and b"\nbytearray\n" in archive.read(part):
-                    problem = "it makes a bytearray, which may take any memory"
+                # torch does not mind capitals
+                if part.orig_filename.lower().endswith("data.pkl"):
+                    check_pickle(archive.read(part))
     except Exception as error:  # hostile bytes raise anything at all
         problem = error
     if problem:
         raise ValueError(f"cut short, damaged or of another kind ({problem})")
+
+
+def check_pickle(data):
+    """Raise ValueError unless a pickle is such as torch.save writes for tensors and plain types.
+
+    torch itself runs more. bytearray takes any memory, and _codecs.encode any memory or time. To
+    hash a tuple takes any time where its parts share theirs, and ends the process where it is deep.
+    An OrderedDict can be made of a large one, again and again.
+
+    Nothing is made here: in place of a value, the stack has how many parts it has, or the name of
+    what is asked for.
+    """
+    stack, marks, memo, copies, before = [], [], {}, 0, ""
+    for operation, argument, _ in pickletools.genops(data):
+        name, takes = operation.name, operation.stack_before
+        start = len(stack) - len(takes)
+        if pickletools.markobject in takes:
+            start = marks.pop() - takes.index(pickletools.markobject)
+
+        value = 1
+        if name == "GLOBAL":
+            value = argument
+            if not PICKLED.fullmatch(argument):
+                asked = re.sub(r"[^\w.]+", ".", argument)[:100]
+                raise ValueError(f"it asks to run {asked}, which was not done")
+        elif name.startswith("TUPLE"):
+            value += sum(1 if isinstance(part, str) else part for part in stack[start:])
+            if value > MOST_PARTS:
+                raise ValueError(f"a tuple in it has more than {MOST_PARTS:,} parts")
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            value = memo[argument]
+        elif name == "BUILD":
+            copies += 1
+        elif name == "REDUCE" and stack[start] == "collections OrderedDict":
+            copies += before != "EMPTY_TUPLE"
+        if copies > MOST_COPIES:
+            raise ValueError(f"it copies a dict more than {MOST_COPIES} times")
+        stack[start:] = [value] * len(operation.stack_after)
+        before = name
 
 
 def check_plain(state, room=math.inf):
@@ -239,7 +292,10 @@ def resume(folder, parts, config, free, ranks, defaults=None, upgrade=None):
     `free`, else ValueError names them. defaults: values of settings that only one of the two has,
     for a flag that came or went since the run began. upgrade(state, parts): returns the state of a
     run in an older format in today's.
+    The run of a folder that OutputFolder was asked to overwrite is deleted first: call this when
+    all that can refuse the new run has been done.
     """
+    clear(Path(folder), ranks)
     state = load_latest(folder, ranks)
     if state is None:
         return {"step": 0, "skipped": 0}
@@ -259,8 +315,11 @@ def resume(folder, parts, config, free, ranks, defaults=None, upgrade=None):
 def load_latest(folder, ranks):
     """Read the whole one of last.pt and last.prev.pt with the larger state["step"], or None.
 
-    ValueError where files are there and none is whole, or where ranks find different steps.
+    None, too, for a run that is to be overwritten. ValueError where files are there and none is
+    whole, or where ranks find different steps.
     """
+    if Path(folder) in to_clear:
+        return None
     states, problems = {}, []
     for path in (Path(folder, "last.pt"), Path(folder, "last.prev.pt")):
         if not os.path.lexists(path):
@@ -286,6 +345,12 @@ def load_latest(folder, ranks):
     return states.get(step)
 
 
+def saved_settings(folder, ranks):
+    """Return the settings of the run that goes on in a folder, or {} for a new one."""
+    state = load_latest(folder, ranks)
+    return state["config"] if state else {}
+
+
 def compare_settings(saved, now, free):
     """List each setting that differs from the checkpoint's, one line each.
 
@@ -307,22 +372,27 @@ def compare_settings(saved, now, free):
 
 
 # ---------------------------------------------------------------- the output folder and its log
+to_clear = set()  # folders that begin anew, until `resume` has cleared them; alike on all ranks
+
+
 @contextlib.contextmanager
 def OutputFolder(folder, ranks, resume=False, overwrite=False):
     """Hold a folder as its one writer, as a context that gives its Path.
 
-    A folder that holds a run asks for resume (implied when torchrun restarts), or for overwrite,
-    which deletes what the run wrote there and nothing else. ValueError if the folder is in use or
-    not writable.
+    A folder that holds a run asks for resume (implied when torchrun restarts), or for overwrite:
+    then the function `resume` deletes what the run wrote there and nothing else. ValueError if the
+    folder is in use or not writable.
     """
     folder = Path(folder)
     with claim(folder, resume, overwrite) if ranks.is_main else contextlib.nullcontext():
-        ranks.agree()
+        (anew,) = ranks.agree(folder in to_clear)
+        if anew:
+            to_clear.add(folder)
         yield folder
 
 
 def claim(folder, resume, overwrite):
-    """Make, lock, try and clean a folder; return the open lock, which ends with the process."""
+    """Make, lock and try a folder; return the open lock, which ends with the process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+b", buffering=0)
@@ -348,9 +418,9 @@ def claim(folder, resume, overwrite):
                          "--resume continues it, --overwrite deletes it")
     for partial in folder.glob(".*.partial"):
         partial.unlink()
+    to_clear.discard(folder)
     if not resume:
-        delete_run(folder)
-        (folder / LISTING).touch()
+        to_clear.add(folder)
     lock.write(f", {job()}".encode())
     return lock
 
@@ -365,6 +435,17 @@ def take_lock(lock, folder):
             raise
         warn_once("lock", f"{folder}: this file system has no locks ({error.strerror}): "
                   "see to it that no second run writes there")
+
+
+def clear(folder, ranks):
+    """Delete the run in a folder that begins anew. Every rank must call it."""
+    if folder not in to_clear:
+        return
+    if ranks.is_main:
+        delete_run(folder)
+        (folder / LISTING).touch()
+    ranks.agree()
+    to_clear.remove(folder)
 
 
 def delete_run(folder):
