@@ -116,7 +116,8 @@ def named_data(tmp_path, phantoms):
     btcv, other = phantoms.parent, phantom.write_dataset(tmp_path / "data/other", 2, seed=1,
                                                          spacing_mm=(10, 10, 10))
     for name, folder in (("btcv", btcv), ("chaos", btcv), ("data/ct", btcv / "imagesTr"),
-                         ("openkbp/images", other.parent / "imagesTr")):
+                         ("openkbp/images", other.parent / "imagesTr"),
+                         ("runs/phantoms-ct-20-6x6x6mm-seed0", btcv)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(folder)
     (tmp_path / "ct_extra").mkdir()
