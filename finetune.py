@@ -123,10 +123,11 @@ def predict(net, image, args, precision):
     with precision.autocast():
         logits = segment.predict(net, image, tuple(args.crop),
                                  batch=args.batch * args.crops_per_volume)
-    if not logits.isfinite().all():
+    label, finite = logits.argmax(0), logits.isfinite().all(0)
+    if not finite.all():
         runtime.warn_once("output", "the network's output is not finite, and becomes background: "
                           "expect low Dice, and use --precision fp32 or bf16 in another run")
-    return logits.argmax(0).cpu()
+    return (label * finite).cpu()
 
 
 def train(args, ranks, out):
@@ -259,7 +260,7 @@ def train(args, ranks, out):
             if pred is None and last:
                 pred = predict(kept.eval(), image, args, precision)
             figures.finetuning_report(out, config, image, label, pred,
-                                      organs.case_name(case["image"]))
+                                      organs.case_name(case["image"]), step)
 
         leaving = loader.agree(stop.asked)          # was any asked to stop, did a loader fail?
         if ranks.is_main and improved:

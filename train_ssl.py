@@ -300,7 +300,7 @@ def train(args, ranks, out):
                     skipped=skips.total, **row)
             bar.tell(epoch, loss=row["loss"])
         if ranks.is_main and (last or step % args.val_every == 0 or step == 1):
-            figures.pretraining_report(out, config, student, shown.sample(0))
+            figures.pretraining_report(out, config, student, shown.sample(0), step)
 
         # was any rank asked to stop, did a loader fail, are more volumes bad than --max_bad?
         leaving = loader.agree(stop.asked)

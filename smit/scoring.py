@@ -376,7 +376,8 @@ def markdown(header, rows):
 def table_text(scores, tolerance_mm):
     """Return table.md: for each score its mean, interval and misses, one column per organ.
 
-    A mean over fewer organs than the labels name is marked, as in ".812 (10 of 13)".
+    A mean over fewer organs than the labels name is marked, as in ".812 (10 of 13)". A legend
+    follows.
     """
     rows = []
     for score, (title, digits) in SCORES.items():
@@ -385,7 +386,10 @@ def table_text(scores, tolerance_mm):
         rows.append([title + suffix, *(mean_text(cell, digits) for cell in cells)])
         rows.append(["95 % interval", *(interval_text(cell, digits) for cell in cells)])
     rows.append(["misses", *(cell["misses"] for cell in scores["hd95_mm"].values())])
-    return markdown(["", *scores["dice"]], rows)
+    legend = "AVG: mean over organs. Misses: cases in which label or prediction alone has the organ."
+    if "AG" in scores["dice"]:
+        legend += " AG: mean of both adrenal glands. AVG12: mean over organs, these as one."
+    return markdown(["", *scores["dice"]], rows) + f"\n{legend}\n"
 
 
 def mean_text(cell, digits):
@@ -457,7 +461,7 @@ def csv_text(rows):
 LABELS_ALIKE = .01                     # volumes of one label differ by rounding alone [ours]
 COMPARE_NOTE = """Means are over the n cases in which both have a Dice. AVG is the mean of a case's
 organs, those that both have a Dice of, so that it can be paired; in table.md it is the mean of the
-organs' means. False alarms of a mean are those of its organs.
+organs' means. In the last column a mean has the sum of its organs.
 """
 
 
@@ -507,7 +511,7 @@ def compare(folders, out):
 
     rows = [compared_row(name, *(side[name] for side in (*sides, *alarms))) for name in sides[0]]
     header = ["", "n", *folders, "difference", "95 % interval (paired bootstrap)", "p (Wilcoxon)",
-              "false alarms of each alone"]
+              "cases in which one alone predicts what the label lacks"]
     text = markdown(header, rows) + "\n" + COMPARE_NOTE
     if unlike:
         case, name = unlike[0]

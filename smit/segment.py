@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from smit.baselines.unet import UNet3D
+from smit.baselines.unet import UNet3D, convolve
 from smit.settings import SIZES, UNET_SIZES
 from smit.sliding import sliding_window
 from smit.swin import SwinTransformer3D
@@ -146,8 +146,16 @@ def conv_norm(c_in, c_out, size):
     if size == 1:
         conv = PointConv(c_in, c_out, bias=False)
     else:
-        conv = nn.Conv3d(c_in, c_out, size, padding=size // 2, bias=False)
+        conv = PaddedConv(c_in, c_out, size, padding=size // 2, bias=False)
     return nn.Sequential(conv, InstanceNorm())
+
+
+class PaddedConv(nn.Conv3d):
+    """Convolve as nn.Conv3d does, with gradients that are right in bf16 on a CPU, too."""
+
+    def forward(self, x):
+        """x (B, c_in, D, H, W) -> (B, c_out, D, H, W)."""
+        return convolve(x, self.weight, self.bias, self.padding)
 
 
 # ----------------------------------------------------------- pre-trained weights
@@ -165,8 +173,8 @@ def load_encoder(net, state_dict, partial=False):
     # reports success
     given = encoder_weights(state_dict)
     counts = fill(net.encoder, given, partial)
-    dropped = count(state_dict) - count(given)
-    return f"encoder weights: {counts}; heads and mask token dropped: {dropped:,}"
+    others = count(state_dict) - count(given)
+    return f"encoder weights: {counts}; of the rest of the file not loaded: {others:,}"
 
 
 def load_decoder(net, state_dict):

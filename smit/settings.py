@@ -95,15 +95,22 @@ def require(condition, message):
         raise ValueError(message)
 
 
+TAGS = """Tags such as [SMIT 2] say where a default comes from: [SMIT 2] is section 2 of the paper,
+[release] the authors' code, [DINO], [nnU-Net] and the like are other papers, and [ours] is a choice
+of this project.
+"""
+
+
 def new_parser(description):
     return argparse.ArgumentParser(description=description, formatter_class=Help,
-                                   usage="%(prog)s [flags]")
+                                   usage="%(prog)s [flags]", epilog=TAGS)
 
 
 def add_run_flags(parser, out, presets):
     """Say where a training run writes, how often, and on what it runs."""
     add = parser.add_argument_group("run").add_argument
-    add("--preset", choices=presets, default="paper", help="sizes; single flags override it")
+    add("--preset", choices=presets, default="paper",
+        help="paper: the paper's sizes; tiny: minutes on two CPU cores; other flags override it")
     add("--out", default=out, help="output folder [ours]")
     add("--resume", action="store_true", help="continue OUT/last.pt, if there is one")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
@@ -111,10 +118,11 @@ def add_run_flags(parser, out, presets):
         help="read all data, try their preparation, list everything that is wrong, and leave")
     add("--prepare_only", action="store_true",
         help="prepare all volumes into --cache, shared over ranks, and leave: no GPU waits later")
-    add("--seed", type=whole, default=0, help="of every random draw [ours]")
+    add("--seed", type=whole, default=0, help="of all random numbers [ours]")
     add("--log_every", type=count, default=10, help="steps between rows of log.csv [ours]")
     add("--save_minutes", type=not_negative, default=10, help="minutes between checkpoints [ours]")
-    add("--save_steps", type=whole, default=0, help="also save every so many steps; 0: never [ours]")
+    add("--save_steps", type=whole, default=0,
+        help="also save every so many steps; 0: never [ours]")
     add_device_flags(add)
     return add
 
@@ -139,7 +147,7 @@ def add_data_flags(parser, what):
     add("--spacing", nargs=3, type=float, default=[1.5, 1.5, 2.0], metavar="MM",
         help="voxel size [SMIT 3]")
     add("--hu_window", nargs=2, type=float, default=[-175.0, 250.0], metavar="HU",
-        help="mapped to [0, 1] [release]")
+        help="range that is mapped to [0, 1] [release]")
     add("--hu_offset", type=float, default=0.0, metavar="HU",
         help="added to stored values: -1024 for CT stored from 0 on [ours]")
     add("--cache", default="runs/cache", help="folder of prepared volumes, shared by runs [ours]")
@@ -160,7 +168,7 @@ def add_encoder_flags(parser, drop_path):
         help="attention heads per stage [release]")
     add("--window", nargs=3, type=count, default=[4, 4, 4], help="tokens per axis [SMIT 2]")
     add("--drop_path", type=rate, default=drop_path,
-        help="of the last block, rising to it from 0 [release pre-trains with .3]")
+        help="stochastic depth of the last block, rising to it from 0 [release: .3 to pre-train]")
     add("--checkpointing", action="store_true",
         help="recompute blocks in backward: about half the memory, more time")
     add("--compile", action="store_true",
@@ -183,7 +191,7 @@ def parse(parser, argv, presets, methods=None):
 
     args = parser.parse_args(argv)
     if args.check and not args.data:
-        parser.error("--check is of --data: name it")
+        parser.error("--check needs --data")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run, --overwrite discards it: choose one")
     return args
@@ -304,7 +312,7 @@ def parse_pretraining(description, argv=None):
         help="tau_t before and after its warm-up [SMIT 2]")
     add("--momentum", type=share, default=0.996,
         help="lambda_m of the teacher; rises to 1 along a cosine [SMIT 2]")
-    add("--center_momentum", type=share, default=0.9, help="of the centres [DINO]")
+    add("--center_momentum", type=share, default=0.9, help="of the centring of the teacher [DINO]")
 
     add = add_encoder_flags(parser, drop_path=0.3)
     add("--init", metavar="PATH",
@@ -326,10 +334,11 @@ def parse_pretraining(description, argv=None):
     add("--warmup_epochs", type=not_negative, default=30,
         help="of learning rate and teacher temperature [SMIT 2]")
     add("--batch", type=count, default=2,
-        help="volumes, so pairs of views, a rank and micro-batch [ours]: 3.5 GB")
+        help="pairs of views a rank and micro-batch; 2 need some 3.5 GB, by count [ours]")
     add("--accumulate", type=count, default=1, help="micro-batches per optimiser step [ours]")
     add("--lr", type=not_negative, default=2e-4, help="peak learning rate of AdamW [SMIT 2]")
-    add("--weight_decay", type=not_negative, default=0.01, help="[release]; on matrices only [ours]")
+    add("--weight_decay", type=not_negative, default=0.01,
+        help="[release]; on matrices only [ours]")
     add("--clip", type=not_negative, default=3.0,
         help="largest gradient norm [DINO]; 0 clips nothing")
     sizes = typed(parser, argv)
@@ -526,7 +535,7 @@ def parse_evaluation(description, argv=None):
         if getattr(args, flag) and not args.weights:
             parser.error(f"--{flag} is of predicting with --weights; drop it")
     if args.check and not args.weights:
-        parser.error("--check is of --data: it needs --weights too, for how they are prepared")
+        parser.error("--check needs --data and --weights, which tell how volumes are prepared")
     if args.weights and not args.data or args.predictions and not args.labels:
         parser.error("--weights needs --data, and --predictions needs --labels")
     if not 0 <= args.overlap < 1:

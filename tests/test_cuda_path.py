@@ -87,14 +87,14 @@ def test_pre_training_draws_what_a_student_on_a_gpu_predicts(phantoms, tmp_path,
                                        "--cache", str(tmp_path / "cache"), "--steps", "2"])
     report = train_ssl.figures.pretraining_report
 
-    def on_card(out, config, student, sample):
+    def on_card(out, config, student, sample, step):
         with monkeypatch.context() as patch:
             send_to_gpu(patch, pretrain.SMIT, "forward")
-            report(out, config, student, sample)
+            report(out, config, student, sample, step)
             send_to_gpu(patch, swin.SwinTransformer3D, "forward")
             # the token panel takes the encoder alone
             head, student.voxel_head = student.voxel_head, None
-            report(out, config, student, sample)
+            report(out, config, student, sample, step)
             student.voxel_head = head
     monkeypatch.setattr(train_ssl.figures, "pretraining_report", on_card)
     train_ssl.main(flags)

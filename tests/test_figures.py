@@ -542,7 +542,7 @@ def test_the_pretraining_report_changes_nothing_in_the_run(head, tmp_path):
             and facts_of(parsed(tmp_path / "index.html"))["Steps done"] == "–")
 
     log_file(tmp_path, ["10,.1,.2,.3,.4,,,\n"])
-    report.pretraining_report(tmp_path, config, student, sample)
+    report.pretraining_report(tmp_path, config, student, sample, 10)
     assert student.training and torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
 
@@ -557,7 +557,7 @@ def test_the_fine_tuning_report_shows_charts_and_the_overlay_of_a_named_case(tmp
     image, label, _ = phantom.make_patient(0, 0, spacing_mm=(10.0, 10.0, 10.0))
     config = {"spacing": [10.0] * 3, "labels": {6: "liver"}, "held_back": ["p<7>.nii.gz"]}
     report.finetuning_report(tmp_path, config, np.uint8(image > 0) * 200, label,
-                             torch.tensor(label), case="p<7>")
+                             torch.tensor(label), case="p<7>", step=20)
 
     assert {path.stem for path in tmp_path.iterdir()} == {"log", "loss", "dice", "rate",
                                                           "overlay", "index"}

@@ -390,11 +390,15 @@ def test_weights_are_kept_though_there_is_no_organ_to_score(phantoms, tmp_path, 
     assert all(torch.equal(best[name], weight) for name, weight in model(tmp_path / "run").items())
 
 
-def test_an_output_that_is_not_finite_is_told_and_is_background(phantoms, tmp_path, monkeypatch,
-                                                                capsys):
-    monkeypatch.setattr(segment, "sliding_window",
-                        lambda net, volume, *a, **k: torch.full((1, 14, *volume.shape[2:]),
-                                                                math.nan))
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_an_output_that_is_not_finite_is_told_and_is_background(
+        number, phantoms, tmp_path, monkeypatch, capsys):
+    def output(net, volume, *others, **settings):
+        logits = torch.zeros(1, 14, *volume.shape[2:])
+        logits[:, 2] = number                            # inf would be organ 2
+        return logits
+
+    monkeypatch.setattr(segment, "sliding_window", output)
     runtime.ranks.WARNED.discard("output")
     log = tune(phantoms, tmp_path / "run", "--steps", 1)
     assert "output is not finite" in capsys.readouterr().err and log[-1]["val_dice"] == 0

@@ -11,7 +11,7 @@ from smit import data, scoring, transforms
 from smit.data.organs import CODES, organ, organ_ids
 from smit.figures import page, panels
 from smit.figures.canvas import escaped
-from smit.figures.charts import from_log, read_log
+from smit.figures.charts import from_log
 from smit.figures.page import number_text
 from smit.masking import expand_mask
 from smit.metrics import to_numpy
@@ -43,20 +43,15 @@ def run_page(out, config, title, expected=()):
         "Curves": page.charts_html(out)}, config)
 
 
-def last_step(out):
-    """Return the last step of OUT/log.csv, 0 before the first."""
-    steps, _ = read_log(out / "log.csv").get("step", ((), ()))
-    return int(max(steps, default=0))
-
-
 @torch.no_grad()
-def pretraining_report(out, config, student=None, sample=None):
+def pretraining_report(out, config, student=None, sample=None, step=0):
     """Write OUT/index.html with charts of OUT/log.csv and panels of a sample of ViewPairs [ours].
 
-    Without a sample the panels of an earlier call stay. The student is left in train mode.
+    Without a sample the panels of an earlier call stay. step: how many steps the student has taken.
+    It is left in train mode.
     """
     if sample is not None:
-        draw_student(out, config, student, sample, last_step(out))
+        draw_student(out, config, student, sample, step)
     expected = ["step", "loss"]
     if config.get("mip") and config.get("val_fraction"):
         expected.append("val_mip")
@@ -88,16 +83,16 @@ def draw_student(out, config, student, sample, step):
     student.train()
 
 
-def finetuning_report(out, config, image=None, label=None, pred=None, case=None):
+def finetuning_report(out, config, image=None, label=None, pred=None, case=None, step=0):
     """Write OUT/index.html with charts of OUT/log.csv and the overlay of one case [ours].
 
     image: prepared, (D, H, W) in 0..255; label, pred: label maps (D, H, W). pred may be None, and
     so may all three, which leaves an earlier call's overlay. case: its name; it is a held-back
-    case if the run has any.
+    case if the run has any. step: how many the network has taken.
     """
     if image is not None:
         kind = "held back" if config.get("held_back") else "trained on"
-        title = f"{case or 'One case'}, {kind}, step {last_step(out)}"
+        title = f"{case or 'One case'}, {kind}, step {step}"
         panels.overlay_panel(out / "overlay.svg", to_numpy(image) / 255, label, pred,
                              config["spacing"], config["labels"], title=title)
 
