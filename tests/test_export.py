@@ -99,6 +99,7 @@ def test_where_monai_is_installed_its_strict_load_takes_the_export_and_computes_
 @pytest.mark.parametrize("state, sizes, why", [
     (monai_encoder(), {}, "neighbours 010 and 001 twice"), (release_encoder(), {}, "wrong order"),
     (None, dict(embed_dim=8), "12 divides"), (None, dict(depths=[1, 1], heads=[2, 2]), "4 stages"),
+    (None, dict(patch=4), "patches of 2 voxels; this encoder has 4, 12 and 4"),
 ])
 def test_what_monai_cannot_compute_is_not_exported(state, sizes, why, tmp_path):
     if state is None:
@@ -122,6 +123,14 @@ def test_a_fine_tuned_network_is_published_whole(tmp_path):
     assert same(state["model"], net.state_dict())
     assert state["config"]["labels"] == {1: "liver"} and state["config"]["train"] == []
     assert b"anna" not in (tmp_path / "best.safetensors").read_bytes()
+
+
+def test_what_is_dropped_is_not_written(tmp_path):
+    net = segment.build_network(SETTINGS)
+    model = {**net.state_dict(), "extra.weight": torch.ones(3)}
+    runtime.save_checkpoint(tmp_path / "best.pt", {"model": model, "config": SETTINGS})
+    run(tmp_path / "best.pt", "--to", "smit", "--drop", "extra.")
+    assert same(weights.read_file(tmp_path / "best.smit.pt")["model"], net.state_dict())
 
 
 @pytest.mark.parametrize("state, merge, order", [

@@ -294,6 +294,37 @@ def test_settings_that_make_no_sense_are_refused_in_one_line(settings, tmp_path)
     assert "\n" not in str(refusal.value)
 
 
+def test_names_that_take_long_to_look_into_are_refused(tmp_path):
+    tensors = under("module." * 2 ** 15, {"patch_embed.weight": torch.ones(1)})
+    (tmp_path / "odd.safetensors").write_bytes(weights.safetensors_file.encode(tensors, {}))
+    save(tmp_path / "odd.pt", {"state_dict": tensors})
+    for name in ("odd.safetensors", "odd.pt"):
+        with pytest.raises(ValueError, match=f"{name}.* a name of 229,394 letters") as refusal:
+            weights.read_encoder(tmp_path / name)
+        assert len(str(refusal.value)) < 1000
+
+    deep = under("module." * 60, monai_encoder())
+    assert "under " + "module." * 59 in weights.read_encoder(
+        save(tmp_path / "deep.pt", deep)).report
+
+
+@pytest.mark.parametrize("told, settings", [
+    ("row-major", {}), ("release", {"format": 1}),
+    ("monai-1.4", {"imported": {"habits": ["duplicated_merge"]}})])
+def test_an_order_of_merges_that_the_file_tells_is_not_overruled(told, settings, tmp_path):
+    path = student(tmp_path / "student.pt", **settings)[1]
+    plain = weights.read_encoder(path).weights
+    for order in orders.ORDERS:
+        if order == told:
+            again = weights.read_encoder(path, merge=order).weights
+            assert all(torch.equal(again[name], plain[name]) for name in plain)
+            continue
+        with pytest.raises(ValueError, match=f"{order} is asked for, and the file tells {told}, "
+                                             ".*leave out --merge") as refusal:
+            weights.read_encoder(path, merge=order)
+        assert "\n" not in str(refusal.value)
+
+
 def test_what_is_unknown_can_be_left_out_by_name(tmp_path):
     path = save(tmp_path / "more.pt",
                 under("swinViT.", monai_encoder()) | {"organ_embedding": torch.ones(7)})

@@ -9,6 +9,7 @@ import random
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -261,8 +262,8 @@ ONE = torch.zeros(1)
 @pytest.mark.parametrize("model, why", [
     (ONE.expand(2 ** 20), r"state\['model'\] claims 4,194,304 bytes and has 4"),
     (ONE.long().expand(9), "claims 72 bytes and has 8"),
-    (torch.sparse_coo_tensor(size=(2 ** 40,)), "another kind"),
-    (torch.empty(2 ** 40, device="meta"), "another kind"),
+    (torch.sparse_coo_tensor(size=(2 ** 40,)), "asks to run torch"),
+    (torch.empty(2 ** 40, device="meta"), "asks to run torch"),
     ([torch.zeros(999)] * 999, "the tensors before it claim"),
     (lists_within_lists(22, 2), "262,144 entries"),
     (lists_within_lists(70, 1), "64th container"),
@@ -277,15 +278,80 @@ def test_a_small_file_that_claims_much_memory_or_time_is_refused_unread(
     assert len(str(refusal.value)) < 1000
 
 
-def test_a_bytearray_is_refused_before_torch_makes_it(tmp_path):
-    # {"a": bytearray(2 ** 24)}
-    make = b"\x80\x02}X\x01\x00\x00\x00ac__builtin__\nbytearray\nJ\x00\x00\x00\x01\x85Rs."
-    with zipfile.ZipFile(tmp_path / "large.pt", "w") as archive:
-        archive.writestr("archive/data.pkl", make)
+def write_pickle(path, value, name="archive/data.pkl"):
+    """Write a checkpoint {1: value}; value: the bytes that a pickle has for it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, b"\x80\x02}K\x01" + value + b"s.")
         archive.writestr("archive/version", "3")
-    assert len(torch.load(tmp_path / "large.pt", weights_only=True)["a"]) == 2 ** 24
-    with pytest.raises(ValueError, match="large.pt.*may take any memory"):
-        runtime.load_checkpoint(tmp_path / "large.pt")
+        archive.writestr("archive/byteorder", "little")
+
+
+def encoded(value, codec):
+    """Return the bytes with which a pickle has _codecs.encode(value, codec)."""
+    text = b"X" + struct.pack("<I", len(codec)) + codec.encode()
+    return b"c_codecs\nencode\n" + value + text + b"\x86R"
+
+
+BYTEARRAY = b"c__builtin__\nbytearray\nJ\x00\x00\x00\x01\x85R"            # of 2 ** 24 bytes
+HEX = encoded(b"X\x01\x00\x00\x00a", "utf-8")
+for _ in range(9):
+    HEX = encoded(HEX, "hex")                                    # doubles them
+COPIES = b"ccollections\nOrderedDict\n)R" + b"}K\x01Nsb" * 33   # of {1: None}
+DOUBLED = b"}" + b")q\x00" + b"h\x00\x86q\x00" * 45 + b"Ns"        # a key (t, t), t = (u, u), ...
+DEEP = b"}" + b")" + b"\x85" * 150_000 + b"Ns"                    # a key (((...)))
+
+
+@pytest.mark.parametrize("name", ["archive/data.pkl", "archive/DATA.PKL"])  # torch reads either
+@pytest.mark.parametrize("value, why", [
+    (BYTEARRAY, "asks to run __builtin__.bytearray, which was not done"),
+    (HEX, "asks to run _codecs.encode, which was not done"),
+    (COPIES, "copies a dict more than 32 times"),
+    (DOUBLED, "more than 4,096 parts"),
+    (DEEP, "more than 4,096 parts"),
+], ids=["bytearray", "hex", "copies", "doubled", "deep"])
+def test_a_pickle_that_takes_memory_time_or_the_process_is_refused_before_torch_reads_it(
+        tmp_path, monkeypatch, value, why, name):
+    write_pickle(tmp_path / "small.pt", value, name)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch reads it"))
+    with pytest.raises(ValueError, match=f"small.pt.*{why}") as refusal:
+        runtime.load_checkpoint(tmp_path / "small.pt")
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_plain_types_and_tensors_need_is_not_refused(tmp_path):
+    dtypes = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+              torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+    state = {"tensors": [torch.ones(2, dtype=dtype) for dtype in dtypes],
+             "parameter": torch.nn.Parameter(torch.ones(2)), "random": random.getstate(),
+             "states": [torch.nn.Linear(1, 1).state_dict() for _ in range(32)],
+             "plain": [None, True, 2 ** 70, -1.5, "ü", {(1, "a"): ()}]}
+    runtime.save_checkpoint(tmp_path / "x.pt", state)
+    back = runtime.load_checkpoint(tmp_path / "x.pt")
+    assert all(map(torch.equal, back["tensors"], state["tensors"]))
+    assert type(back["parameter"]) is torch.nn.Parameter
+    assert (back["plain"], back["random"]) == (state["plain"], state["random"])
+    assert back["states"][31].keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("before, after", [(b"before", b""), (b"PK\x03\x04", b""), (b"", b"after")])
+def test_a_file_that_is_more_than_an_archive_is_refused(tmp_path, before, after):
+    # zipfile finds an archive by a file's end, and torch a checkpoint by its beginning
+    write_pickle(tmp_path / "x.pt", b"N")
+    assert runtime.load_checkpoint(tmp_path / "x.pt") == {1: None}
+    data = (tmp_path / "x.pt").read_bytes()
+    length = struct.pack("<H", len(after))                      # of a comment
+    (tmp_path / "x.pt").write_bytes(before + data[:-2] + length + after)
+    with pytest.raises(ValueError, match="x.pt.*does not begin and end as an archive"):
+        runtime.load_checkpoint(tmp_path / "x.pt")
+
+
+def test_no_zip_behind_an_older_kind_of_checkpoint_makes_it_one(tmp_path):
+    torch.save({"a": ONE}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(tmp_path / "old.pt", "a") as archive:
+        archive.writestr("empty", "")
+    assert torch.load(tmp_path / "old.pt", weights_only=True) == {"a": ONE}
+    with pytest.raises(ValueError, match="old.pt.*does not begin and end as an archive"):
+        runtime.load_checkpoint(tmp_path / "old.pt")
 
 
 def test_layers_that_are_tied_and_parts_that_share_settings_load(tmp_path):
@@ -318,7 +384,9 @@ def test_a_checkpoint_must_be_a_dict(tmp_path):
 
 @pytest.mark.parametrize("entry, told", [
     (Path("x"), "Path"), (json.JSONDecoder(), "JSONDecoder"), (torch.float32, "dtype"),
-    (torch.tensor([1.0, float("nan")]), "NaN"), (torch.Size([2]), "Size")])
+    (torch.tensor([1.0, float("nan")]), "NaN"), (torch.Size([2]), "Size"), (b"x", "bytes"),
+    (torch.sparse_coo_tensor(size=(2,)), "another kind"),
+    (torch.empty(2, device="meta"), "another kind")])
 def test_what_could_not_be_loaded_again_is_refused_by_its_key(tmp_path, entry, told):
     with pytest.raises(ValueError, match=rf"state\['model'\]\['list'\]\[1\].*{told}"):
         runtime.save_checkpoint(tmp_path / "last.pt", {"step": 1, "model": {"list": [0, entry]}})

@@ -1,5 +1,6 @@
 """weights.safetensors_file: what it writes others read, and no lie in a header is believed."""
 import json
+import os
 import struct
 
 import pytest
@@ -76,6 +77,7 @@ def test_the_layout_is_the_formats_by_hand(tmp_path):
     ({"a": entry(0, 2 ** 47, (2 ** 45,))}, bytes(4), "claim 140737488355328 bytes where 4 follow"),
     ({"a": {**entry(0, 4), "data_offsets": [0]}}, bytes(4), "not two"),
     ({"a": {**entry(0, 4), "code": "x"}}, bytes(4), "dtype, shape and data_offsets alone"),
+    ({"a" * 513: entry(0, 4)}, bytes(4), "a name of 513 letters, where 512 are the most"),
     ({"a": entry(0, 4, dtype="F128")}, bytes(4), "F128"),
     ({"a": entry(0, 4, dtype=[])}, bytes(4), "does not know"),
     ({"a": entry(0, 4)}, struct.pack("<f", float("nan")), "'a' holds NaN"),
@@ -99,8 +101,13 @@ def test_a_cut_file_is_refused_before_memory_is_taken(data, tmp_path):
     (tmp_path / "cut").write_bytes(data)
     with pytest.raises(ValueError, match="header"):
         safetensors_file.read(tmp_path / "cut")
-    with pytest.raises(ValueError, match="No such file"):
-        safetensors_file.read(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), os.mkfifo])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(make, tmp_path):
+    make(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="x.safetensors.*no regular file"):
+        safetensors_file.read(tmp_path / "x.safetensors")
 
 
 def test_a_dtype_that_the_format_lacks_is_named():

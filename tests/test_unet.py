@@ -68,6 +68,20 @@ def test_a_convolution_equals_torch_s_in_value_and_gradients():
     assert ours.weight.is_contiguous()                      # as checkpoints have it
 
 
+def test_on_a_grid_of_depth_two_bf16_gives_the_gradients_of_fp32():
+    torch.manual_seed(0)
+    conv, x = unet.ChannelsLastConv3d(16, 16, 3, padding=1), torch.randn(64, 16, 2, 2, 2)
+    direction, gradients = torch.randn(64, 16, 2, 2, 2), []
+    for is_bf16 in (False, True, True, True):       # torch's own differ, each time otherwise
+        conv.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            y = conv(x)
+        (y * direction).sum().backward()
+        gradients.append(conv.weight.grad.clone())
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() < .02 * gradients[0].norm()
+
+
 def test_zero_weights_give_a_sigmoid_of_one_half():
     net = unet.UNet3D(width=2)
     for parameter in net.parameters():

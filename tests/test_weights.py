@@ -78,6 +78,11 @@ SIZES = dict(embed_dim=8, depths=[1, 1], heads=[1, 1], window=[4, 4, 4])
     (SIZES, {}, None), (SIZES, {"embed_dim": 2 ** 14}, "not 1 in 100"),
     (SIZES, {"window": [999] * 3}, "not 1 in 100"),
     (SIZES, {"depths": [10 ** 9, 1]}, "1000000001 blocks"),
+    (SIZES, {"imported": {"habits": ["attended_padding"], "mlp_ratio": 4}}, None),
+    (SIZES, {"imported": {"mlp_ratio": 10 ** 6}}, "not 1 in 100"),
+    (SIZES, {"imported": {"num_classes": 3}}, "a dict of patch, mlp_ratio, qkv_bias, habits alone"),
+    (SIZES, {"imported": "mlp_ratio"}, "a dict of"),
+    (SIZES, {"imported": {"habits": ["telepathy"]}}, "make no encoder"),
     (SIZES, {"depths": 3}, "make no encoder"), (SIZES, {"embed_dim": 10 ** 18}, "make no encoder"),
     ({"width": 8}, {}, None), ({"width": 8}, {"width": 2 ** 14}, "not 1 in 100")])
 def test_a_run_whose_sizes_are_not_those_of_its_weights_is_refused_before_it_is_built(

@@ -84,7 +84,10 @@ class MoCo(Task):
 
 
 def image_token(encoder, views, noise=None):
-    """Average the last stage's tokens, before its merge: (2B, 1, D, H, W) -> (2B, 384) [iBOT]."""
+    """Average the last stage's tokens, before its merge: (2B, 1, D, H, W) -> (2B, 384) [iBOT].
+
+    The merge and the norms of other stages stay as they were drawn.
+    """
     last = len(encoder.stages) - 1
     features = encoder(views, noise=noise, wanted=(last,))
     tokens = features[last].flatten(2).transpose(1, 2)                      # (2B, N, 384)

@@ -116,4 +116,13 @@ class ChannelsLastConv3d(nn.Conv3d):
         weight = self.weight
         if not x.is_cuda:
             weight = weight.contiguous(memory_format=torch.channels_last_3d)
-        return F.conv3d(x, weight, self.bias, padding=self.padding)
+        return convolve(x, weight, self.bias, self.padding)
+
+
+def convolve(x, weight, bias, padding):
+    """Convolve as F.conv3d does, on a CPU without autocast where its gradients would be wrong."""
+    # torch 2.13 on a CPU: at size 3 and depth 2, bf16 gives the weight any gradient, or NaN
+    if not x.is_cuda and x.shape[2] == 2:
+        with torch.autocast("cpu", enabled=False):
+            return F.conv3d(x.to(weight.dtype), weight, bias, padding=padding)
+    return F.conv3d(x, weight, bias, padding=padding)

@@ -47,9 +47,10 @@ def to_monai(encoder):
             raise ValueError(f"MONAI from 1.5 on cannot compute what these weights need: "
                              f"{HABITS[habit]}")
     stages, width = len(encoder.arguments["depths"]), encoder.arguments["embed_dim"]
-    if stages != 4 or width % 12:
-        raise ValueError(f"MONAI's SwinUNETR has 4 stages, and a width that 12 divides; "
-                         f"this encoder has {stages} and {width}")
+    patch = encoder.arguments["patch"]
+    if stages != 4 or width % 12 or patch != 2:
+        raise ValueError(f"MONAI's SwinUNETR has 4 stages, a width that 12 divides, and patches of "
+                         f"2 voxels; this encoder has {stages}, {width} and {patch}")
 
     tensors, apart = {}, {}
     index = relative_position_index(tuple(encoder.arguments["window"]))    # a buffer of each block

@@ -18,6 +18,8 @@ from smit.weights.habits import HABITS, adopt
 
 # keys that hold weights; an average of a fine-tuning run goes before its newest ones
 WRAPPERS = ("average", "state_dict", "model", "student", "teacher", "net", "network_weights")
+# what this project's encoders have; a run's settings tell of another as "imported"
+OWN = {"patch": 2, "mlp_ratio": 4, "qkv_bias": False, "habits": []}
 
 
 class Encoder(NamedTuple):
@@ -26,7 +28,7 @@ class Encoder(NamedTuple):
     arguments: dict     # of SwinTransformer3D: SIZES, in_channels, patch, mlp_ratio, qkv_bias
     habits: list        # of habits.HABITS; empty for this project's own
     config: dict        # settings of the run that made the file; {} where it holds none
-    left_out: dict      # {name: tensor} beside the encoder: heads, a decoder
+    left_out: dict      # {name: tensor} beside the encoder, but for dropped ones: heads, a decoder
     report: str         # lines for a person; the last one counts parameters
 
     def build(self, **others):
@@ -39,10 +41,9 @@ class Encoder(NamedTuple):
     def settings(self):
         """Make a run's settings of this encoder: SIZES, and "imported" where it is no own one."""
         sizes = {name: self.arguments[name] for name in SIZES}
-        own = {"patch": 2, "mlp_ratio": 4, "qkv_bias": False, "habits": []}
         given = {**self.arguments, "habits": self.habits}
-        imported = {name: given[name] for name in own}
-        return sizes if imported == own else {**sizes, "imported": imported}
+        imported = {name: given[name] for name in OWN}
+        return sizes if imported == OWN else {**sizes, "imported": imported}
 
 
 def read_encoder(path, part=None, merge=None, drop=(), state=None):
@@ -73,7 +74,7 @@ def recognise(path, state, part, merge, drop):
         raise ValueError("its weights are of the U-Net of smit.baselines; give --net unet")
     tensors, shared_prefix = strip(tensors)
     family, prefix = names.find_encoder(tensors)
-    weights, left_out = translate(tensors, family, prefix, drop)
+    weights, left_out, dropped = translate(tensors, family, prefix, drop)
     if family == "smit" and not config and not merge:
         raise ValueError("no settings beside the weights, and so no word on the order of merges; "
                          "give student.pt or last.pt of train_ssl.py, or best.pt of finetune.py")
@@ -103,7 +104,7 @@ def recognise(path, state, part, merge, drop):
         lines.append(f"habit: {HABITS[habit]}")
     if new_norms:
         lines.append(f"new: {listed(new_norms)}, as 1 and 0; MONAI's encoder has none")
-    lines.append(f"encoder in the file: {counts}; left out {listed(left_out)}")
+    lines.append(f"encoder in the file: {counts}; left out {listed({**left_out, **dropped})}")
     return Encoder(weights, arguments, habits, config, left_out, "\n".join(lines))
 
 
@@ -156,6 +157,8 @@ def unwrap(state, part=None):
         state = state[inside[0]]
     if part == "teacher":
         raise ValueError("no teacher in it; last.pt of train_ssl.py holds one")
+    for name in state:
+        safetensors_file.check_name(name)
     return state, keys
 
 
@@ -178,25 +181,27 @@ def strip(tensors):
 
 
 def translate(tensors, family, prefix, drop):
-    """Sort tensors into those of the encoder, by our names, and known ones that it does not use.
+    """Sort tensors into the encoder's, by our names, known ones beside it, and those to drop.
 
-    ValueError for a tensor that is neither.
+    ValueError for a tensor that is none of these.
     """
-    used, left_out, unknown = {}, {}, {}
+    used, left_out, dropped, unknown = {}, {}, {}, {}
     for name, tensor in tensors.items():
         ours = names.our_name(name, family, prefix)
         if ours and ours in used:
             raise ValueError(f"two tensors for {ours}; the second is {name}")
         if ours:
             used[ours] = tensor
-        elif ours is None or names.is_beside(name, family, prefix) or name.startswith(drop):
+        elif name.startswith(drop):
+            dropped[name] = tensor
+        elif ours is None or names.is_beside(name, family, prefix):
             left_out[name] = tensor
         else:
             unknown[name] = tensor
     if unknown:
         raise ValueError(f"unexpected {listed(unknown)}, unknown in {names.FAMILIES[family]}; if "
                          "they may go, say how they begin: python -m smit.weights FILE --drop")
-    return used, left_out
+    return used, left_out, dropped
 
 
 # --------------------------------------------- its settings, the encoder's sizes
@@ -211,20 +216,32 @@ def settings_of(state):
 
 
 def merge_order(family, config, tensors, given=None):
-    """Choose a key of orders.ORDERS, and say why."""
+    """Choose a key of orders.ORDERS, and say why.
+
+    ValueError where another one is given than that which the file tells.
+    """
+    if config:
+        order, reason = told_order(config)
+        if given not in (None, order):
+            raise ValueError(f"merge order {given} is asked for, and the file tells {order}, "
+                             f"{reason}: leave out --merge")
+        return order, reason
     if given:
         return given, "as asked for"
-    if config:
-        _, old = orders.upgrade({}, config)         # ValueError for a format not known here
-        if old:
-            return "release", "as this project's files of format 1 have it"
-        return orders.order_of(told_habits(config)), "as this project has it"
     if family == "release":
         return "release", "as the authors' code has it"
     if any(".mlp.fc1." in name for name in tensors):
         return "monai-1.4", "which is older than all others, as are its names fc1 and fc2"
     return "monai-1.4", ("guessed: MONAI's default until 1.5, and a file does not tell; one of a "
                          "newer MONAI must go through python -m smit.weights --merge first")
+
+
+def told_order(config):
+    """Read the order of merges off a run's settings: (a key of orders.ORDERS, why)."""
+    _, old = orders.upgrade({}, config)             # ValueError for a format not known here
+    if old:
+        return "release", "as this project's files of format 1 have it"
+    return orders.order_of(told_habits(config)), "as this project has it"
 
 
 def told_habits(config):
@@ -350,7 +367,10 @@ def held_and_claimed(path, found, config, sizes):
     No memory is taken for them: settings of a few bytes can claim any. sizes: as of read_run.
     """
     arguments = {name: config[name] for name in sizes}
+    imported = config.get("imported", {})
     try:
+        if not isinstance(imported, dict) or not imported.keys() <= OWN.keys():
+            raise ValueError(f"what is imported must be a dict of {', '.join(OWN)} alone")
         # a block has several tensors; a loop over 10^9 blocks would not end
         if sum(arguments.get("depths", [])) > len(found):
             raise ValueError(f"{sum(arguments['depths'])} blocks, and {len(found)} tensors")
@@ -358,7 +378,9 @@ def held_and_claimed(path, found, config, sizes):
             if "width" in arguments:
                 encoder = UNet3D(**arguments).encoder
             else:
+                arguments |= {name: imported[name] for name in imported if name != "habits"}
                 encoder = SwinTransformer3D(**arguments, mask_token=False)
+                adopt(encoder, imported.get("habits", ()))
     # a stranger's settings raise anything
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError,
             ArithmeticError) as error:

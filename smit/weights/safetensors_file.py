@@ -22,6 +22,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 2 ** 25  # bytes; ten thousand tensors need one million [ours]
+MAX_NAME = 512        # letters of a tensor's name [ours]
 
 
 def encode(tensors, metadata):
@@ -57,9 +58,12 @@ def read(path):
     """Return the tensors, {name: tensor} on CPU, and the metadata, {text: text}.
 
     ValueError names the file and its fault: a header that is cut or no JSON, bytes that belong to
-    no tensor or to two, a shape that does not fit its bytes, values that are not finite.
+    no tensor or to two, a shape that does not fit its bytes, values that are not finite, or no
+    regular file.
     """
     try:
+        if not os.path.isfile(path):                         # a pipe would be waited for
+            raise ValueError("there is no regular file of this name")
         with open(path, "rb") as file:
             header, start = read_header(file)
             metadata = header.pop("__metadata__", {})
@@ -131,6 +135,7 @@ def check_ranges(header, available):
 
 def check_entry(name, entry):
     """Raise ValueError unless the dtype is known and the shape fills the bytes it claims."""
+    check_name(name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} is not described by dtype, shape and data_offsets alone")
     if entry["dtype"] not in list(DTYPES):
@@ -147,6 +152,13 @@ def check_entry(name, entry):
     if end - begin != needed:
         raise ValueError(f"{name!r} of shape {entry['shape']} needs {needed} bytes and claims "
                          f"{end - begin}")
+
+
+def check_name(name):
+    """Raise ValueError for a name so long that looking for its parts would take long."""
+    if len(name) > MAX_NAME:
+        raise ValueError(f"{name[:40]!r}... is a name of {len(name):,} letters, where {MAX_NAME} "
+                         "are the most")
 
 
 def read_tensor(file, start, name, entry):
