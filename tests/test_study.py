@@ -21,8 +21,8 @@ from smit.data.organs import ORGANS, case_name
 from smit.settings import SIZES, check_finetuning, parse_finetuning, parse_pretraining
 from smit.study import plan as planning
 from smit.study import probe, recipes, reconstruction, run, tables
-from smit.study.__main__ import main, parse_arguments
-from smit.study.plan import plan
+from smit.study.__main__ import check_steps, main, parse_arguments, show, write_tables
+from smit.study.plan import plan, pretrainings
 from smit.study.scores import Run, Score
 
 NETWORK = "--spacing 10 10 10 --embed_dim 8 --depths 1 1 --heads 2 2 --workers 0 --device cpu"
@@ -323,6 +323,31 @@ def test_what_came_from_a_run_or_a_file_that_was_replaced_is_not_taken_for_finis
         os.utime(file, ns=(0, 2 * 10 ** 18))
 
 
+@pytest.mark.parametrize("replaced, reads_it", [
+    ("second.json", ["pretrain"]), ("folder/dataset.json", ["finetune", "evaluate"])])
+def test_every_list_that_a_step_reads_is_known_by_its_content(replaced, reads_it, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("first.json", "second.json", "folder/dataset.json"):
+        (tmp_path / name).write_text("as it was")
+    args = parse_arguments(["table2", "--data", str(tmp_path / "folder"), "--pretrain_data",
+                            str(tmp_path / "first.json"), str(tmp_path / "second.json"),
+                            "--rows", "smit", "--labels", "3", "--out", str(tmp_path / "study")])
+    steps = plan(args)[0].steps
+    for step in steps:
+        record_step(args, step, made=step.name, sources=run.sources(args, step))
+
+    (tmp_path / replaced).write_text("another one")
+    os.utime(tmp_path / replaced, ns=(0, 10 ** 18))
+    for step in steps:
+        if step.name.split("/")[0] not in reads_it:
+            assert run.finished(args, step)
+            continue
+        with pytest.raises(ValueError, match=f"from another {tmp_path / replaced}"):
+            run.finished(args, step)
+        record_step(args, step, made=step.name, sources={})        # of an older study
+        assert run.finished(args, step)
+
+
 def test_a_training_does_not_go_on_from_another_pre_training_than_it_began_with(tmp_path):
     args = arguments("table2", "--rows", "smit", "--labels", 7, "--out", tmp_path)
     first, tune, _ = plan(args)[0].steps
@@ -332,6 +357,38 @@ def test_a_training_does_not_go_on_from_another_pre_training_than_it_began_with(
     record_step(args, first, made="again")
     with pytest.raises(ValueError, match="from another pretrain/smit-seed0"):
         run.start(args, tune)
+
+
+def test_a_step_that_cannot_go_on_is_told_and_the_others_are_run(tmp_path, capsys):
+    (tmp_path / "train.py").write_text(TRAINING)
+    args = arguments("table2", "--out", tmp_path / "study")
+    first, stale, last = (planning.Step(name, str(tmp_path / "train.py"), [], needs)
+                          for name, needs in (("pretrain/a", ()), ("finetune/stale", ()),
+                                              ("pretrain/b", ())))
+    listed = tmp_path / "list.json"
+    listed.write_text("second content")
+    stale = stale._replace(flags=["--data", str(listed)])
+    (tmp_path / "study/finetune/stale").mkdir(parents=True)        # cut off
+    run.begun_path(args, stale).write_text(json.dumps({str(listed): "first content"}))
+
+    show(args, [first, stale])
+    assert "it will fail: " in capsys.readouterr().out.splitlines()[-1]
+    for steps in ([stale, last], [stale], [first, stale, last]):
+        with pytest.raises(ValueError, match="1 steps failed or were stopped, and 0 .*stale"):
+            run.run(args, steps)
+        assert "made from another" in capsys.readouterr().err
+    assert run.finished(args, first) and run.finished(args, last)
+
+
+def test_steps_that_begin_and_end_are_told_where_output_is_no_terminal(tmp_path, capsys,
+                                                                       monkeypatch):
+    (tmp_path / "train.py").write_text(TRAINING)
+    args = arguments("table2", "--out", tmp_path / "study")
+    step = planning.Step("pretrain/a", str(tmp_path / "train.py"), [])
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    run.run(args, [step])
+    assert capsys.readouterr().out.splitlines() == [
+        f"pretrain/a begins; see {args.out}/pretrain/a.log", "1 of 1 steps: pretrain/a"]
 
 
 @pytest.mark.parametrize("words, told", [
@@ -372,11 +429,40 @@ def test_a_training_does_not_go_on_from_another_pre_training_than_it_began_with(
     ("fig3b --row_flags 'smit=--mip 0'", "predict hidden voxels"),
     ("fig3b --pretrain_flags '--mip 0'", "predict hidden voxels"),
     ("fig5 --modality mr", "--mr_data"),
+    ("fig3b --pretrain_flags '--lrr 1'", "--row_flags smit: unrecognized arguments: --lrr 1"),
+    ("table2 --finetune_flags \"--lr '1\"", "--finetune_flags: invalid flags value"),
+    ("table2 --seeds -1", "0 or more"),
+    ("table2 --draws -1", "0 or more"),
+    ("fig3b --ratios 1.5", "between 0 and 1"),
+    ("table2 --rows a/b --checkpoint a/b=x.pt", "--rows a/b: a name has letters"),
 ])
 def test_what_would_fail_after_the_trainings_or_have_no_effect_is_refused(words, told, capsys):
     with pytest.raises(SystemExit):
         arguments(*shlex.split(words))
     assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words, told", [
+    ("table2 --rows smit --pretrain_flags '--lrr 1'",
+     "pretrain/smit-seed0, by --pretrain_flags, .*: unrecognized arguments: --lrr 1"),
+    ("probe --rows smit --pretrain_flags '--mask_cell 5'", "pretrain/smit-seed0.*--mask_cell 5"),
+    ("table2 --rows mg --baseline_flags '--view 90'", "pretrain/mg-seed0, by --baseline.*--view"),
+    ("table2 --rows smit --row_flags 'smit=--view 160'", "--row_flags: --view .* larger"),
+    ("table2 --rows rand --finetune_flags '--lrr 1'", "--finetune_flags: unrec.* --lrr 1"),
+    ("table2 --rows rand-cnn --unet_flags '--crop 50'", "finetune/rand-cnn.*multiples of 8"),
+    ("table2 --rows rand smit --init_flags '--layer_decay 2'", "finetune/smit.*--layer_decay"),
+    ("table2 --rows smit --finetune_flags '--embed_dim 24'", "--embed_dim 24: the encoder of .*48"),
+    ("recipe --draws 0 --recipes 'slow=--lr -1'", "-slow, by .*--recipes: argument --lr"),
+    ("fig3b --ratios 0", "pretrain/smit-mask0-seed0.*--mask_ratio above 0"),
+])
+def test_flags_that_a_later_step_would_refuse_are_refused_before_the_first(words, told, tmp_path):
+    experiment, *words = shlex.split(words)
+    args = arguments(experiment, "--labels", 2, "--out", tmp_path / "study", *words)
+    with pytest.raises(ValueError, match=told):
+        steps = [step for step in pretrainings(args).values() if step]
+        if experiment != "probe":
+            steps = [step for cell in plan(args) for step in cell.steps]
+        check_steps(steps)
 
 
 def test_frozen_experiments_take_rows_that_train_ssl_made():
@@ -429,11 +515,29 @@ def test_table2_averages_seeds_case_by_case_and_then_cases(tmp_path):
     assert len((tmp_path / "cases.csv").read_text().splitlines()) == 1 + len(scores)
 
     # seed 0: .2, .15, seed 1: .1, .15. Seeds' means are .175 and .125: a deviation of .0354, and
-    # (2.8016 * .0354 / .03)^2 + 1.92 = 12.8
+    # (2.8016 * .0354 / .03)^2 + 1.92 = 12.8 from 11 seeds on
     assert lines[f"{less}, 95 % over seeds and cases"][0] == "+0.150, +0.100 to +0.200"
     assert lines[f"{less}, deviation over seeds"][0] == "0.035"
     assert lines[f"{less}, p over seeds"][0] == "0.5"               # 2 of 4 choices of signs
     assert lines["seeds to show 0.03"][0] == "13"
+
+
+@pytest.mark.parametrize("part", ["fold", "draw"])
+def test_seeds_that_a_stopped_study_left_unfinished_have_lines_of_their_own_alone(part, tmp_path):
+    scores = []
+    for row, more in (("rand", 0.), ("smit", .1)):
+        for seed, place, case, dice in ((0, 0, "a", .8), (0, 1, "b", .4), (1, 0, "a", .7),
+                                        (1, 1, "b", .1), (2, 0, "a", .3)):
+            one = score(row, case, "liver", dice + more, seed)
+            scores.append(one._replace(**{part: place}))
+    tables.table2(tmp_path, scores, [])
+    lines = markdown_rows(tmp_path / "table2.md")
+    assert lines["seeds"][0].startswith("0 1") and lines["seeds left out, unfinished"] == ["2", "2"]
+    assert lines["AVG"] == ["0.500", "0.600"]
+    for kind in ("95 % over cases", "95 % over seeds and cases"):
+        assert lines[f"AVG, {kind}"][0].startswith("0.500"), kind
+    assert lines["AVG, deviation over seeds"][0] == "0.141"        # .6 and .4
+    assert lines["AVG, seed 2, 95 % over cases"][0].startswith("0.300")
 
 
 def test_table2_has_a_table_for_each_network_and_one_smit(tmp_path):
@@ -474,12 +578,41 @@ def test_every_organ_belongs_to_one_group_of_figure_4():
     assert sorted(grouped) == sorted(set(tables.PAPER["ct"]) - {"AVG"})
 
 
+def test_a_table_of_fine_tunings_by_several_versions_of_torch_says_so(tmp_path, capsys):
+    args = arguments("table2", "--rows", "rand", "smit", "--checkpoint", "smit=x.pt", "--labels", 3,
+                     "--out", tmp_path)
+    cells = plan(args)
+    for cell, version in zip(cells, ("2.11.0", "2.13.0")):
+        tune, evaluate = cell.steps
+        for step in cell.steps:
+            record_step(args, step, cpu_s=1, torch=version)
+        (tmp_path / tune.name / "log.csv").write_text("step,val_dice\n3,.5\n")
+        (tmp_path / evaluate.name / "results.json").write_text("{}")
+        (tmp_path / evaluate.name / "cases.csv").write_text("case,organ,dice\na,liver,.5\n")
+    told = "fine-tuned by several versions of torch"
+    write_tables(args, tmp_path / "one", cells[:1])
+    assert told not in (tmp_path / "one/table2.md").read_text()
+    write_tables(args, tmp_path / "both", cells)
+    last = (tmp_path / "both/table2.md").read_text().splitlines()[-1]
+    assert last == f"These rows were {told}: 2.11.0, 2.13.0."
+    assert f"{told}: 2.11.0, 2.13.0" in capsys.readouterr().err
+
+
+def test_figure_4_has_a_group_whose_organs_it_has_by_whatever_name(tmp_path):
+    scores = [score("smit", "a", organ, dice) for organ, dice in (
+        ("liver", .9), ("spleen", .8), ("left kidney", .7), ("right kidney", .6), ("aorta", .5))]
+    tables.fig4(tmp_path, scores, [])
+    head, _, line = (tmp_path / "fig4.md").read_text().splitlines()
+    cells = dict(zip(head.split(" | "), line.split(" | ")))
+    assert cells["I large"] == "0.750" and cells["IV vessels"] == "-" and "nan" not in line
+
+
 def test_a_recipe_s_noise_is_told_from_the_draw_of_its_volumes(tmp_path):
     dices = {(0, 0): .3, (1, 0): .5, (0, 1): .5, (1, 1): .7}       # of (seed, draw)
     scores, runs = [], []
     for (seed, draw), dice in dices.items():
         scores.append(score("rand", "a", "liver", dice, seed, draw, "now"))
-        log = {"epoch": [1., 2., 3.], "val_dice": [dice - .2, float("nan"), dice]}
+        log = {"step": [2., 3., 4.], "val_dice": [dice - .2, float("nan"), dice]}
         runs.append(Run("rand", 3, seed, None, None, "ct", draw, "now", None, log))
     recipes.recipe(tmp_path, scores, runs)
     row, labels, n, mean, all_runs, noise, of_draw, half_way, end, seeds = \
@@ -490,6 +623,20 @@ def test_a_recipe_s_noise_is_told_from_the_draw_of_its_volumes(tmp_path):
     assert all_runs == "0.163"                                     # sqrt(.08 / 3)
     assert (half_way, end) == ("0.300", "0.500")
     assert seeds == "351"                              # (2.8016 * .2 / .03)^2 + 1.92 = 350.8
+
+
+def test_half_way_is_the_validation_nearest_to_half_of_the_steps():
+    nan = float("nan")
+    log = {"step": [1., 360., 720., 1080., 1200.], "val_dice": [nan, .1, .2, .3, .4]}
+    assert recipes.nearest_to_half(log) == (.6, .2)
+    assert recipes.nearest_to_half({"step": [1., 300.], "val_dice": [nan, .4]}) == (1., .4)
+
+
+def test_a_share_of_the_steps_that_is_not_half_is_named(tmp_path):
+    log = {"step": [360., 720., 1200.], "val_dice": [.1, .2, .4]}
+    run_of_it = Run("rand", 3, 0, None, None, "ct", 0, "now", None, log)
+    recipes.recipe(tmp_path, [score("rand", "a", "liver", .5, 0, 0, "now")], [run_of_it])
+    assert markdown_rows(tmp_path / "recipe.md")["now"][7:9] == ["0.200 (0.60)", "0.400"]
 
 
 # ----------------------------------------------------------------------------------------- frozen
@@ -629,8 +776,27 @@ def test_a_linear_probe_finds_rare_organs_that_a_plane_parts_from_the_rest():
     organs = (torch.rand(2000, generator=rng) < .02).long()        # some 40 of 2,000 tokens
     features = torch.rand(2000, 5, generator=rng)
     features[:, 2] = .4 * features[:, 2] + .6 * organs             # below .4, above .6
-    weights = probe.fit_linear(features, organs, 2)
+    weights = probe.fit_linear(probe.class_sums(features, organs, 2))
     assert torch.equal(probe.apply_linear(features, weights).argmax(1), organs)
+
+
+@pytest.mark.parametrize("balance", [1., .75])
+def test_a_linear_probe_of_volumes_by_turns_is_that_of_all_their_tokens(balance):
+    rng = torch.Generator().manual_seed(0)
+    features = 3 + 2 * torch.randn(900, 6, generator=rng)
+    organs = torch.randint(3, (900,), generator=rng)
+    frozen = probe.Classifiers(features.split(300), organs.split(300), 4)      # nobody has organ 3
+    torch.testing.assert_close(frozen.normed(features).std(0), torch.ones(6))
+
+    x = torch.nn.functional.pad(frozen.normed(features), (0, 1), value=1).double()
+    weight = (organs.bincount(minlength=4).clamp(min=1).double() ** -balance)[organs, None]
+    squares = x.T @ (weight * x)
+    ridge = .01 * squares.diagonal().mean() * torch.eye(7, dtype=torch.float64)
+    one_hot = torch.nn.functional.one_hot(organs, 4).double()
+    expected = torch.linalg.solve(squares + ridge, x.T @ (weight * one_hot))
+    found = frozen.alike if balance == 1 else frozen.weights
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert frozen.bank_organs.bincount().tolist() == [probe.BANK] * 3
 
 
 def test_some_of_each_organ_are_taken_evenly():
@@ -673,7 +839,7 @@ def test_a_segmentation_by_frozen_features_lies_where_the_organ_is_in_the_file(
     encoder = LastVoxel()
     maps = probe.tokens(encoder, prepared["image"].numpy())
     organs = probe.token_organs(encoder, prepared["label"].numpy())
-    frozen = probe.Classifiers(probe.flat(maps), organs.flatten(), 3)
+    frozen = probe.Classifiers([probe.flat(maps)], [organs.flatten()], 3)
     for classifier in probe.CLASSIFIERS:
         found = probe.segment(frozen, classifier, maps, 2, prepared)
         assert found.shape == label.shape
@@ -684,7 +850,36 @@ def test_a_segmentation_by_frozen_features_lies_where_the_organ_is_in_the_file(
             assert sum(moved.values()) <= sum(dice.values())       # not even by a voxel
 
 
+def test_the_probe_finds_the_files_of_a_list_in_the_data_root(tmp_path):
+    (tmp_path / "files").mkdir()
+    label = np.zeros((16, 16, 16), np.uint8)
+    label[4:12, 4:12, 4:12] = 1
+    image = np.array([-100., 100.], np.float32)[label]
+    for kind, voxels in (("image", image), ("label", label)):
+        nibabel.save(nibabel.Nifti1Image(voxels, np.diag([2., 2., 2., 1.])),
+                     tmp_path / f"files/{kind}.nii.gz")
+    case = {"image": "image.nii.gz", "label": "label.nii.gz"}
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps({"labels": {"0": "background", "1": "liver"}, "training": [case],
+                                  "validation": [case]}))
+
+    config = {"spacing": [2, 2, 2], "modality": "ct", "hu_window": [-175, 250]}
+    asked = probe.Settings(listed, "ct", [1], [None], tmp_path / "cache", tmp_path / "files")
+    found, scores = probe.probe_encoder(LastVoxel(), config, asked, "smit", 1, 0, None)
+    assert found.n == 1 and {one.organ for one in scores} == {"liver"}
+
+
 # ---------------------------------------------------------------------------------- whole commands
+# A training that comes to its end at once.
+TRAINING = """
+import pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(exist_ok=True)
+(out / "config.json").write_text('{"total": 5}')
+(out / "log.csv").write_text("step,loss\\n5,.5\\n")
+"""
+
+
 def study(folder, *flags, check=True):
     return forked.run("-m", "smit.study", *flags, folder=folder, check=check)
 
@@ -726,7 +921,7 @@ def test_fig5_reads_the_students_of_a_study_or_given_ones(whole, phantoms):
     folder, flags = whole
     done = study(folder, "fig5", "--mr_data", phantoms, *flags)
     assert (folder / "study/fig5/smit-mr.svg").exists()
-    assert "| smit | ct | 1 | 1 | " in done.stdout
+    assert "fig5: smit, seed 0\n" in done.stdout and "| smit | ct | 1 | 1 | " in done.stdout
     table = (folder / "study/fig5/fig5.md").read_text().strip().splitlines()
     assert {line.count("|") for line in table} == {10}     # the header names every column
 
@@ -739,6 +934,7 @@ def test_fig5_reads_the_students_of_a_study_or_given_ones(whole, phantoms):
 def test_the_probe_scores_a_random_encoder_and_that_of_a_study(whole):
     folder, flags = whole
     done = study(folder, "probe", *flags, "--rows", "rand", "smit")
+    assert "probe: rand, seed 0\nprobe: smit, seed 0\n" in done.stdout
     assert "| rand | 2 | 0." in done.stdout and "| smit | 2 | 0." in done.stdout
     assert "| smit | 2 | k-NN | " in done.stdout
     assert len((folder / "study/probe/tokens.csv").read_text().splitlines()) == 1 + 2

@@ -51,7 +51,7 @@ FREE = settings.FREE_ON_RESUME | {"max_bad", "val_every"}
 # ----------------------------------------------------------------------------------- settings
 def parse_arguments(argv=None):
     parser = settings.new_parser(__doc__)
-    parser.usage = "%(prog)s TASK [flags]"
+    parser.prog, parser.usage = "python -m smit.baselines", "%(prog)s TASK [flags]"
     # "?", or --help alone would be refused
     parser.add_argument("task", nargs="?", choices=TASKS, help="the pretext task")
     add = settings.add_run_flags(parser, None, PRESETS)

@@ -37,6 +37,7 @@ import torch
 from tqdm import tqdm
 
 from smit.benchmark import measure, rows
+from smit.settings import count
 
 HEADER = "   wall s    CPU s  memory MiB    GFLOP  of ceiling       GB  of ceiling    idle"
 
@@ -47,12 +48,12 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--only", nargs="+", choices=rows.ROWS, default=rows.ROWS, metavar="ROW",
         help=" ".join(rows.ROWS))
-    add("--rounds", type=int, default=3, help="measured rounds; sliding 1, prepare and ranks 2")
-    add("--threads", type=int, default=torch.get_num_threads(),
+    add("--rounds", type=count, default=3, help="measured rounds; sliding 1, prepare and ranks 2")
+    add("--threads", type=count, default=torch.get_num_threads(),
         help="of each contestant (all cores)")
     add("--device", choices=["cpu", "cuda"], default="cpu",
         help=f"cuda: the rows {', '.join(rows.ON_GPU)}")
-    add("--batches", nargs="+", type=int, default=list(rows.GPU_BATCHES), metavar="N",
+    add("--batches", nargs="+", type=count, default=list(rows.GPU_BATCHES), metavar="N",
         help="with --device cuda: pairs or volumes a step")
     add("--precisions", nargs="+", choices=rows.GPU_PRECISIONS, default=list(rows.GPU_PRECISIONS),
         help="with --device cuda")

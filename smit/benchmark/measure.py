@@ -3,6 +3,7 @@
 A spawned process imports this module, so nothing that it runs may live in __main__.py.
 """
 import importlib
+import math
 import multiprocessing
 import os
 import statistics
@@ -34,7 +35,8 @@ CALLS_ON_GPU = 5  # a turn, after one that does not count
 class Traffic(TorchDispatchMode):
     """Count the bytes that operators read and write, and the most that they hold at a time.
 
-    moved: of all tensors that an operator takes and gives; a view moves nothing.
+    moved: of all tensors that an operator takes, gives, and writes into without giving them; what
+    it overwrites is not read, and a view moves nothing.
     most: of what operators made and is still in use. It is what activations and gradients take, a
     little below what an allocator holds.
     """
@@ -45,13 +47,15 @@ class Traffic(TorchDispatchMode):
         self.known = set()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        results = op(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        results = op(*args, **kwargs)
         if is_view(op):
             return results
         inputs = tensors_in((args, kwargs))
         outputs = tensors_in(results)
-        for tensor in inputs + outputs:
-            self.moved += tensor.nbytes
+        targets = targets_of(op, args, kwargs)
+        for tensor in read_by(op, inputs, targets) + written_by(op, outputs, targets):
+            self.moved += bytes_of(tensor)
         given = {storage_of(tensor) for tensor in inputs}
         for tensor in outputs:
             if storage_of(tensor) not in given | self.known:
@@ -73,6 +77,46 @@ class Traffic(TorchDispatchMode):
 
 def tensors_in(values):
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def targets_of(op, args, kwargs):
+    """List the tensors among an operator's arguments that it writes into, by its schema.
+
+    Fused AdamW's has the gradients among them, which it writes with a scaler alone.
+    """
+    targets = []
+    for place, argument in enumerate(op._schema.arguments):
+        if argument.alias_info and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            targets += tensors_in(value)
+    return targets
+
+
+def read_by(op, inputs, targets):
+    """List the inputs that an operator reads, not those that it replaces or takes the shape of."""
+    name = op._schema.name
+    if name.endswith("_like") or name.startswith("aten::new_"):
+        return []
+    return without(inputs, targets) if name in OVERWRITING else inputs
+
+
+def written_by(op, outputs, targets):
+    """List the tensors that an operator writes: its outputs, and what else it changes."""
+    if op._schema.name.startswith(("aten::empty", "aten::new_empty")):
+        return []
+    return outputs + without(targets, outputs)
+
+
+def without(tensors, others):
+    """Leave those tensors out that are others, too."""
+    left_out = set(map(id, others))
+    return [tensor for tensor in tensors if id(tensor) not in left_out]
+
+
+def bytes_of(tensor):
+    """Return the bytes of a tensor's elements; along an axis of stride 0 all are one."""
+    sizes = [size for size, stride in zip(tensor.shape, tensor.stride()) if stride]
+    return math.prod(sizes) * tensor.element_size()
 
 
 def storage_of(tensor):
@@ -98,6 +142,9 @@ def attention_backward_flop(grad, query, key, value, *args, out_shape=None, **kw
     return 2 * batch * heads * n * key[2] * (3 * channels + 2 * value[3])
 
 
+# operators that write into an argument without reading it
+OVERWRITING = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::_foreach_copy_",
+               "aten::_foreach_zero_"}
 # what torch's own counter lacks: fused attention on a CPU
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,

@@ -363,6 +363,7 @@ def loader(at):
                               mask_ratio=0.7, drops=20)
     numbers = ([number] for number in itertools.count())
     batches = samples.load_batches(pairs, numbers, at.workers)
+    next(batches)                      # the cache is filled now
 
     def once():
         for _ in range(PAIRS):

@@ -30,27 +30,37 @@ for each Dice that evaluate.py gave, from all cells that are finished. A study m
 anywhere; the rows that it did not reach are missing from its tables.
 """
 import argparse
+import functools
 import os
 import re
 import shlex
 from pathlib import Path
 
 from smit import data, runtime, settings
+from smit.baselines import __main__ as baselines
 from smit.data.organs import case_name
 from smit.data.samples import fold_split
 from smit.settings import Help, require
 from smit.study import probe, recipes, reconstruction, scores, tables
 from smit.study.plan import (
     EXPERIMENTS, FROZEN, PRESETS, RATIOS, RECIPES, ROWS, folds_of, is_pretrained,
-    labelled_volumes, own_settings, plan, predicts_voxels, pretrainings, student_path,
+    labelled_volumes, own_settings, parsed, plan, predicts_voxels, pretrainings, student_path,
     tuning_settings)
-from smit.study.run import command, estimate, finished, run
+from smit.study.run import command, estimate, finished, refuse_to_go_on, run
 
 WRITERS = {**tables.WRITERS, "recipe": recipes.recipe}
+NAME = r"[\w.+-]+"                     # of a row or recipe: a part of the names of folders
+SOURCES = {  # the study's flags that bring flags to a script
+    "train_ssl.py": "--pretrain_flags, --row_flags",
+    "smit.baselines": "--baseline_flags, --row_flags",
+    "finetune.py": "--finetune_flags, --unet_flags, --init_flags, --recipes",
+    "evaluate.py": "--finetune_flags",
+}
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
+                                     prog="python -m smit.study",
                                      usage="%(prog)s EXPERIMENT [flags]")
     add = parser.add_argument
     add("experiment", choices=EXPERIMENTS, help="what to reproduce")
@@ -67,10 +77,11 @@ def parse_arguments(argv=None):
     add("--labels", nargs="+", type=settings.count,
         help="numbers of volumes to fine-tune on, nested; default: the experiment's, or what every "
              "fold leaves")
-    add("--draws", nargs="+", type=int,
+    add("--draws", nargs="+", type=settings.whole,
         help="seeds of the draw of these volumes; default: the run's; in recipe 0 and 1 [ours]")
-    add("--seeds", nargs="+", type=int, default=[0], help="of pre-training and fine-tuning [ours]")
-    add("--ratios", nargs="+", type=float,
+    add("--seeds", nargs="+", type=settings.whole, default=[0],
+        help="of pre-training and fine-tuning [ours]")
+    add("--ratios", nargs="+", type=settings.share,
         help=f"fig3b: mask ratios; default: {' '.join(map(str, RATIOS))} [SMIT Fig. 3b]")
     add("--folds", type=settings.whole, default=0,
         help="cross-validate on --data's training split; 5 for MR [SMIT 3]")
@@ -78,20 +89,22 @@ def parse_arguments(argv=None):
         help="of --data; pre-training is on CT [SMIT 3]")
     add("--checkpoint", nargs="+", default=[], metavar="ROW=PATH",
         help="a student.pt to use in place of pre-training; {seed} in it stands for the seed")
-    add("--pretrain_flags", default="", help="more flags for train_ssl.py, in one string")
-    add("--baseline_flags", default="",
+    add("--pretrain_flags", type=flags, default="",
+        help="more flags for train_ssl.py, in one string")
+    add("--baseline_flags", type=flags, default="",
         help="more flags for smit.baselines, which pre-trains mg, cpc, cub++, pcrl, moco and "
              "rotation")
-    add("--row_flags", nargs="+", default=[], metavar="ROW=FLAGS",
+    add("--row_flags", nargs="+", type=flags, default=[], metavar="ROW=FLAGS",
         help="more flags for the pre-training of one row, such as a rate of its own")
-    add("--finetune_flags", default="",
+    add("--finetune_flags", type=flags, default="",
         help="more flags for finetune.py, in one string; a single word needs the =, as in "
              "--finetune_flags=--compile")
-    add("--unet_flags", default="", help="more flags for finetune.py in rows with the U-Net alone")
-    add("--init_flags", default="",
+    add("--unet_flags", type=flags, default="",
+        help="more flags for finetune.py in rows with the U-Net alone")
+    add("--init_flags", type=flags, default="",
         help="more flags for finetune.py in rows with loaded weights alone, such as a rate of "
              "their own")
-    add("--recipes", nargs="+", default=[], metavar="NAME=FLAGS",
+    add("--recipes", nargs="+", type=flags, default=[], metavar="NAME=FLAGS",
         help=f"recipe: flags for finetune.py under a name; default: {', '.join(RECIPES)}")
     add("--parallel", type=settings.count, default=1,
         help="steps at a time, each on its share of the CPU cores [ours]")
@@ -114,6 +127,12 @@ def parse_arguments(argv=None):
     return args
 
 
+def flags(text):
+    """argparse type: flags in one string. ValueError if a quote in it is not closed."""
+    shlex.split(text)
+    return text
+
+
 def by_name(option, form, entries):
     """Part the entries NAME=VALUE of an option: {name: value}. ValueError for one without "="."""
     for entry in entries:
@@ -126,6 +145,8 @@ def check_arguments(args):
     for row in args.rows:
         require(row in ROWS or row in args.checkpoint,
                 f"--rows {row}: choose from {', '.join(ROWS)}, or give its --checkpoint")
+        require(re.fullmatch(NAME, row),
+                f"--rows {row}: a name has letters, digits, and . + - _ alone")
     for row, path in args.checkpoint.items():
         require(row in args.rows, f"--checkpoint {row}: not one of --rows {' '.join(args.rows)}; "
                                   "name it there, too")
@@ -135,7 +156,7 @@ def check_arguments(args):
         require(is_pretrained(args, row),
                 f"--row_flags {row}: nothing is pre-trained in this row; drop them, or give "
                 "--finetune_flags, which all rows share")
-    require(all(re.fullmatch(r"[\w.+-]+", name) for name in args.recipes),
+    require(all(re.fullmatch(NAME, name) for name in args.recipes),
             "--recipes NAME=FLAGS: a NAME has letters, digits, and . + - _ alone")
     require(args.pretrain_data or not any(is_pretrained(args, row) for row in args.rows),
             "--pretrain_data is missing; only --rows rand and rand-cnn, and those with a "
@@ -248,6 +269,48 @@ def check_unseen(args, cases, path):
         runtime.warn_once("unseen", told)
 
 
+def check_steps(steps):
+    """Refuse flags that a step's own command would refuse, hours later: ValueError."""
+    settings_of = {}
+    for step in steps:
+        first = settings_of[step.needs[0].name] if step.needs else None
+        settings_of[step.name] = parsed(
+            functools.partial(read_flags, step.script, first), step.flags,
+            f"{step.name}, by {SOURCES[step.script]}")
+
+
+def read_flags(script, first, words):
+    """Parse and check flags as a script does before any work. ValueError as it raises there.
+
+    first: settings of the step that this one needs, or None.
+    """
+    if script == "train_ssl.py":
+        given = settings.parse_pretraining("", words)
+        settings.check_pretraining(given)
+    elif script == "smit.baselines":
+        given = baselines.parse_arguments(words)
+        baselines.check_settings(given)
+    elif script == "finetune.py":
+        given = settings.parse_finetuning("", words)
+        settings.check_finetuning(given)
+        if first or not given.init:                    # a given checkpoint has sizes of its own
+            check_network(given, first or given)
+    else:
+        given = settings.parse_evaluation("", words)
+    return given
+
+
+def check_network(tuned, first):
+    """Refuse sizes of a fine-tuning that do not fit the network that it begins with: ValueError.
+
+    first: settings of the run that makes this network.
+    """
+    names = settings.UNET_SIZES if tuned.network == "unet" else settings.SIZES
+    sizes = {name: getattr(first, name) for name in names}
+    settings.check_sizes(tuned, sizes)
+    settings.check_crop(tuned, sizes)
+
+
 def main(args):
     suffix = "-mr" if args.modality == "mr" else ""
     out = Path(args.out, args.experiment + suffix)
@@ -259,13 +322,12 @@ def main(args):
     else:
         cells = plan(args)
         steps = unique_steps(cells)
+    check_steps(steps)
 
     print(f"{args.experiment}: {len(steps)} steps, {estimate(args, steps)}; results in {out}",
           flush=True)
     if args.dry_run:
-        for step in steps:
-            state = "done   " if finished(args, step) else "to run "
-            print(state, step.name, shlex.join(command(args, step)[1:]))
+        show(args, steps)
         return
 
     try:
@@ -276,6 +338,18 @@ def main(args):
         else:
             write_tables(args, out, cells)
     print((out / f"{args.experiment}.md").read_text())
+
+
+def show(args, steps):
+    """Print the command of each step, whether it is done, and why it cannot go on if it cannot."""
+    for step in steps:
+        done = finished(args, step)
+        print("done   " if done else "to run ", step.name, shlex.join(command(args, step)[1:]))
+        if not done:
+            try:
+                refuse_to_go_on(args, step)
+            except ValueError as error:
+                print(f"        it will fail: {error}")
 
 
 def unique_steps(cells):
@@ -295,6 +369,21 @@ def write_tables(args, out, cells):
     for cell in whole:
         scores.complete_results(args.out, cell)
     WRITERS[args.experiment](out, *scores.read_cells(args.out, whole))
+    versions = torch_versions(args, whole)
+    if len(versions) > 1:
+        told = f"fine-tuned by several versions of torch: {', '.join(versions)}"
+        runtime.warn_once("torch", f"{out}: {told}")
+        page = out / f"{args.experiment}.md"
+        scores.write(page, f"{page.read_text()}\nThese rows were {told}.\n")
+
+
+def torch_versions(args, cells):
+    """List the versions of torch that fine-tuned some finished cells, as their records have it."""
+    versions = set()
+    for cell in cells:
+        tuned = cell.steps[-2]
+        versions.add(finished(args, tuned).get("torch", "unknown"))
+    return sorted(versions)
 
 
 def fig5_lists(args):
@@ -313,7 +402,8 @@ def write_frozen(args, out, first):
     if args.experiment == "fig5":
         reconstruction.fig5(out, students, fig5_lists(args), cache)
     else:
-        asked = probe.Settings(args.data, args.modality, labelled_volumes(args), args.draws, cache)
+        asked = probe.Settings(args.data, args.modality, labelled_volumes(args), args.draws, cache,
+                               tuning_settings(args).data_root)
         probe.probe(out, students, "rand" in args.rows, asked)
 
 

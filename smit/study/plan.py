@@ -1,7 +1,10 @@
 """Plan a study: rows of the comparisons, presets, and the steps that lead to each score [SMIT 3].
 
-Reading order: what there is to choose, Step and Cell, pretraining, cell, plan.
+Reading order: what there is to choose, Step and Cell, flags, pretraining, cell, plan.
 """
+import contextlib
+import functools
+import io
 import itertools
 import os
 import shlex
@@ -145,6 +148,23 @@ def ratio_suffix(ratio):
     return "" if ratio in (None, .7) else f"-mask{ratio:g}"
 
 
+def parsed(parse, flags, source):
+    """Parse a command's flags: what parse(flags) gives.
+
+    source: the study's flag, or the step, that they come from. ValueError names it and says what
+    is wrong, where the command by itself would show its usage and exit.
+    """
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return parse(list(map(str, flags)))
+    except SystemExit:
+        reason = told.getvalue().rpartition("error: ")[2].strip()
+    except ValueError as error:
+        reason = error
+    raise ValueError(f"{source}: {reason}")
+
+
 def is_pretrained(args, row):
     """Tell whether the study pre-trains a row, which has no checkpoint and no random weights."""
     return row not in args.checkpoint and ROWS[row].script is not None
@@ -163,7 +183,8 @@ def pretraining_flags(args, row):
 
 def own_settings(args, row):
     """Parse the flags that pre-train a row of train_ssl.py, with its defaults."""
-    return settings.parse_pretraining("", pretraining_flags(args, row))
+    return parsed(functools.partial(settings.parse_pretraining, ""), pretraining_flags(args, row),
+                  f"--pretrain_flags, or --row_flags {row}")
 
 
 def predicts_voxels(args, row):
@@ -184,7 +205,8 @@ def pretraining(args, row, seed, ratio=None):
 
 def tuning_settings(args):
     """Parse the flags of fine-tuning that all rows share, with their defaults."""
-    return settings.parse_finetuning("", shlex.split(args.finetune_flags))
+    return parsed(functools.partial(settings.parse_finetuning, ""),
+                  shlex.split(args.finetune_flags), "--finetune_flags")
 
 
 def network_of(row):

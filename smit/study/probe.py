@@ -6,6 +6,9 @@ training volumes: least squares, and k nearest neighbours. They are asked twice.
 class counts alike, the background too. *Segmentation*: the classes' scores, brought to the grid of
 the case's file, make a label map, scored as fine-tuned networks are.
 
+Tokens are kept of one volume at a time. With the paper's sizes they are 720 numbers for each of
+its 2^3 voxels, some 4 GB a volume.
+
 Reading order: probe and its tables, one encoder, tokens, the two classifiers, segmentation.
 """
 import math
@@ -26,6 +29,7 @@ from smit.transforms import crop_affine, to_file_grid
 
 BANK = 150                             # tokens of each organ to look for neighbours among
 QUERIES = 60                           # tokens of each organ to ask for in each case
+TOKENS = 50_000                        # that are worked on at a time, for the memory
 NEIGHBOURS = 20                        # that vote for a token's organ [DINO]
 TEMPERATURE = .07                      # of a neighbour's vote, exp(cosine / temperature) [DINO]
 # How much rarer classes weigh in segmentation, from 0 (as often as they come: no small organ is
@@ -47,6 +51,7 @@ class Settings(NamedTuple):
     labels: list                       # numbers of labelled training volumes; None: all
     draws: list                        # seeds of their draw; None: the encoder's seed
     cache: str
+    data_root: str = None              # folder of the files that a list names; None: the list's
 
 
 class Probe(NamedTuple):
@@ -74,6 +79,7 @@ def probe(out, checkpoints, with_random, settings):
 
     probes, scores = [], []
     for row, seed, path in encoders:
+        print(f"probe: {row}, seed {seed}", flush=True)
         encoder, config = load_encoder(path, seed if row == "rand" else None)
         for labels in settings.labels:
             for draw in settings.draws:
@@ -146,21 +152,22 @@ def probe_encoder(encoder, config, settings, row, labels, seed, draw):
     preparation = inference.preparation_of_run(config, settings.modality)
     names = data.label_names(settings.volumes) or numbered(14)
     classes = max(names) + 1
-    training = data.read_list(settings.volumes, "training")
+    training = data.read_list(settings.volumes, "training", settings.data_root)
     if labels is not None:                             # the volumes that fine-tuning would take
         training = nested_subset(training, labels, seed if draw is None else draw)
 
-    features, organs, odd = [], [], []
+    images, organs, odd = [], [], []                   # images stay on the disk
     for case in training:
         image, label, concerns = data.cached_with_concerns(case, preparation, settings.cache, True,
                                                            classes)
         odd += concerns
-        features.append(flat(tokens(encoder, np.array(image))))
+        images.append(image)
         organs.append(token_organs(encoder, np.array(label)).flatten())
-    frozen = Classifiers(torch.cat(features), torch.cat(organs), classes)
+    volumes = (flat(tokens(encoder, np.array(image))) for image in images)
+    frozen = Classifiers(volumes, organs, classes)
 
     linear, nearest, cases, scores = Hits(classes), Hits(classes), 0, []
-    for case in data.read_list(settings.volumes, "validation"):
+    for case in data.read_list(settings.volumes, "validation", settings.data_root):
         prepared = data.load_case(case, preparation, True, classes)
         odd += prepared["concerns"]
         maps = tokens(encoder, prepared["image"].numpy())               # (C, d, h, w)
@@ -220,42 +227,58 @@ def some_of_each(organs, most):
 
 # ------------------------------------------------------------------------------------ classifiers
 class Classifiers:
-    """Least squares and nearest neighbours, fitted on tokens (n, C) and their organs (n,)."""
+    """Least squares and nearest neighbours, fitted on the tokens of some volumes.
 
-    def __init__(self, features, organs, classes):
-        self.mean, self.deviation = features.mean(0), features.std(0) + 1e-6
-        features = self.normed(features)
-        self.alike = fit_linear(features, organs, classes)
-        self.weights = fit_linear(features, organs, classes, BALANCE)
+    volumes: features (n, C) of each volume, which are asked for in turn and not kept; organs: a
+    list of their organs (n,).
+    """
 
-        chosen = some_of_each(organs, BANK)
-        self.bank, self.bank_organs = F.normalize(features[chosen], dim=1), organs[chosen]
+    def __init__(self, volumes, organs, classes):
+        every = torch.cat(organs)
+        chosen = some_of_each(every, BANK).sort().values
+        sums, bank, begin = 0, [], 0
+        for features, own in zip(volumes, organs):
+            sums = sums + class_sums(features, own, classes)
+            end = begin + len(own)
+            bank.append(features[chosen[(begin <= chosen) & (chosen < end)] - begin])
+            begin = end
+
+        self.mean, self.deviation = mean_and_deviation(sums)
+        sums = normed_sums(sums, self.mean, self.deviation)
+        self.alike = fit_linear(sums)
+        self.weights = fit_linear(sums, BALANCE)
+
+        self.bank = F.normalize(self.normed(torch.cat(bank)), dim=1)
+        self.bank_organs = every[chosen]
         # each token of the bank stands for as many of its organ as it was chosen from
-        counts = organs.bincount(minlength=classes)
+        counts = every.bincount(minlength=classes)
         shown = self.bank_organs.bincount(minlength=classes)
         self.stands_for = (counts / shown.clamp(min=1)) ** (1 - BALANCE)
 
     def normed(self, features):
-        return (features - self.mean) / self.deviation
+        return (features - self.mean.float()) / self.deviation.float()
 
     def ask(self, features, organs):
         """Guess organs with all classes alike: (linear guesses (n,), chosen tokens, neighbours').
 
         The nearest neighbour is asked for some tokens of each organ only.
         """
-        features = self.normed(features)
+        guesses = [apply_linear(self.normed(part), self.alike).argmax(1)
+                   for part in features.split(TOKENS)]
         chosen = some_of_each(organs, QUERIES)
-        similarity = F.normalize(features[chosen], dim=1) @ self.bank.T
-        return (apply_linear(features, self.alike).argmax(1), chosen,
-                self.bank_organs[similarity.argmax(1)])
+        similarity = F.normalize(self.normed(features[chosen]), dim=1) @ self.bank.T
+        return torch.cat(guesses), chosen, self.bank_organs[similarity.argmax(1)]
 
     def scores(self, classifier, features):
         """Score the classes of tokens (n, C) for a segmentation: (n, classes)."""
-        features = self.normed(features)
-        if classifier == "linear":
-            return apply_linear(features, self.weights).float()
-        votes = [self.votes(part) for part in features.split(50_000)]   # so many, for the memory
-        return torch.cat(votes)
+        scores = []
+        for part in features.split(TOKENS):
+            part = self.normed(part)
+            if classifier == "linear":
+                scores.append(apply_linear(part, self.weights).float())
+            else:
+                scores.append(self.votes(part))
+        return torch.cat(scores)
 
     def votes(self, features):
         """Count neighbours' votes for each class, as shares: (n, classes)."""
@@ -267,17 +290,47 @@ class Classifiers:
         return votes / votes.sum(1, keepdim=True)
 
 
-def fit_linear(features, organs, classes, balance=1.):
+def class_sums(features, organs, classes):
+    """Sum the products x x' of the tokens of each class, x with a constant: float64.
+
+    features (n, C), organs (n,) -> (classes, C + 1, C + 1). The last column has sums of x, its last
+    number counts tokens. Sums of several volumes add.
+    """
+    width = features.shape[1] + 1
+    sums = torch.zeros(classes, width, width, dtype=torch.float64)
+    for part, own in zip(features.split(TOKENS), organs.split(TOKENS)):
+        for organ in own.unique():
+            x = with_constant(part[own == organ])
+            sums[organ] += x.T @ x
+    return sums
+
+
+def mean_and_deviation(sums):
+    """Compute mean and deviation of all features from `class_sums`: (C,) each, float64."""
+    sums = sums.sum(0)
+    n = sums[-1, -1]
+    mean = sums[:-1, -1] / n
+    variance = (sums.diagonal()[:-1] - n * mean ** 2) / (n - 1)
+    return mean, variance.clamp(min=0).sqrt() + 1e-6
+
+
+def normed_sums(sums, mean, deviation):
+    """Turn `class_sums` into those of features less this mean, over this deviation."""
+    norm = torch.diag(F.pad(1 / deviation, (0, 1), value=1))            # x -> normed x
+    norm[:-1, -1] = -mean / deviation
+    return norm @ sums @ norm.T
+
+
+def fit_linear(sums, balance=1.):
     """Fit one-hot organs by least squares with a ridge; balance: see BALANCE, 1 for all alike.
 
-    features (n, C), organs (n,) -> weights (C + 1, classes) float64, the last row for a constant.
+    sums: of `class_sums` -> weights (C + 1, classes) float64, the last row for a constant.
     """
-    x = with_constant(features)
-    weight = organs.bincount(minlength=classes).clamp(min=1).double() ** -balance
-    weighted = x * weight[organs, None]
-    squares = x.T @ weighted
+    counts = sums[:, -1, -1]
+    weighted = sums * (counts.clamp(min=1) ** -balance)[:, None, None]
+    squares = weighted.sum(0)
     ridge = .01 * squares.diagonal().mean() * torch.eye(len(squares), dtype=torch.float64)
-    return torch.linalg.solve(squares + ridge, weighted.T @ F.one_hot(organs, classes).double())
+    return torch.linalg.solve(squares + ridge, weighted[:, :, -1].T)
 
 
 def apply_linear(features, weights):

@@ -46,6 +46,7 @@ def fig5(out, checkpoints, lists, cache):
     rows, odd = [], []
     first_seed = min((seed for _, seed in checkpoints), default=None)
     for (row, seed), path in checkpoints.items():
+        print(f"fig5: {row}, seed {seed}", flush=True)
         student, config = pretrain.load_student(path)
         for modality, volumes in lists.items():
             samples = masked_views(unseen(volumes, modality), config, modality, cache)

@@ -66,17 +66,33 @@ def read_record(args, step):
 def sources(args, step):
     """Fingerprint what a step reads: {name of a step or path of a file: text, None if unknown}.
 
-    Those are the runs of the steps that it needs, and the files that --data and --init name.
+    Those are the runs of the steps that it needs, and the files that --data and --init name. A
+    folder is known by its dataset.json, which it is read through; without one it has none.
     """
     found = {}
     for needed in step.needs:
         found[needed.name] = (read_record(args, needed) or {}).get("made")
     made = {f"{args.out}/{needed.name}/student.pt" for needed in step.needs}
     made = {os.path.abspath(path) for path in made}
-    for flag, value in zip(map(str, step.flags), map(str, step.flags[1:])):
-        if flag in ("--data", "--init") and value not in made and os.path.isfile(value):
-            found[value] = digest(value, os.stat(value).st_mtime_ns)
+    for path in paths_read(step):
+        inside = os.path.join(path, "dataset.json")
+        if os.path.isfile(inside):
+            path = inside
+        if path not in made and os.path.isfile(path):
+            found[path] = digest(path, os.stat(path).st_mtime_ns)
     return found
+
+
+def paths_read(step):
+    """List the words that follow --data and --init in a step's flags, up to the next flag."""
+    paths = []
+    flag = None
+    for word in map(str, step.flags):
+        if word.startswith("--"):
+            flag = word
+        elif flag in ("--data", "--init"):
+            paths.append(word)
+    return paths
 
 
 @functools.cache
@@ -161,17 +177,23 @@ def spent_path(args, step):
     return Path(args.out, f"{step.name}.spent.json")
 
 
+def refuse_to_go_on(args, step):
+    """Raise ValueError if a step was cut off, and what it was begun from is another one now."""
+    begun = begun_path(args, step)
+    if begun.exists() and Path(args.out, step.name).exists():
+        refuse_other_sources(args, step, json.loads(begun.read_text()))
+
+
 def start(args, step):
-    """Begin a step, or go on with one that was cut off."""
+    """Begin a step, or go on with one that was cut off. ValueError as `refuse_to_go_on`."""
+    refuse_to_go_on(args, step)
     out = Path(args.out, step.name)
     out.parent.mkdir(parents=True, exist_ok=True)
     begun = begun_path(args, step)
     if not out.exists():                               # it is new, or wanted from the beginning
         spent_path(args, step).unlink(missing_ok=True)
         begun.unlink(missing_ok=True)
-    if begun.exists():
-        refuse_other_sources(args, step, json.loads(begun.read_text()))
-    else:
+    if not begun.exists():
         write(begun, json.dumps(sources(args, step), indent=1))
     words = [*command(args, step), "--out", str(out)]
     if is_training(step):
@@ -269,6 +291,12 @@ def do_nothing(number, frame):
     """Handle a signal. Python would complain of SIG_IGN if a signal is on its way already."""
 
 
+def tell(text):
+    """Print a line at once, above the bar where that is on the same screen."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
 def run(args, steps):
     """Run what is not finished, in order, `parallel` steps at a time.
 
@@ -285,12 +313,21 @@ def run(args, steps):
         while waiting or running:
             ready = [step for step in waiting
                      if all(needed.name in done for needed in step.needs)]
+            if not (ready or running):                 # all that are left need one that failed
+                break
             for step in ready[:args.parallel - len(running)]:
                 waiting.remove(step)
-                begun = start(args, step)
+                try:
+                    begun = start(args, step)
+                except ValueError as error:
+                    tqdm.write(f"{step.name} failed: {error}", file=sys.stderr)
+                    failed.append(step.name)
+                    bar.update()
+                    continue
                 running[begun.process.pid] = begun
-            if not running:            # the steps that are left need one that failed
-                break
+                tell(f"{step.name} begins; see {args.out}/{step.name}.log")
+            if not running:                            # none of them could begin
+                continue
 
             pid, status, usage = os.wait4(-1, 0)
             if pid not in running:
@@ -298,8 +335,8 @@ def run(args, steps):
             ended = running.pop(pid)
             if finish(args, ended, status, usage):
                 done.add(ended.step.name)
-                if bar.disable:                        # output is no terminal: a line in its place
-                    print(f"{len(done)} of {len(steps)} steps: {ended.step.name}", flush=True)
+                if bar.disable or not sys.stdout.isatty():
+                    tell(f"{len(done)} of {len(steps)} steps: {ended.step.name}")
             else:
                 failed.append(ended.step.name)
             bar.update()

@@ -86,10 +86,12 @@ rank over cases, two-sided. Both speak of these trained networks alone. Over see
 bootstrap over both, and so about other trainings as well, though of fine-tuning alone in a row that
 begins with the same checkpoint in all seeds; too narrow with few seeds (with two, half the variance
 of seeds). Deviation: of the mean over cases, from seed to seed. p over seeds: the share of all
-choices of signs for the seeds' differences whose mean is at least as far from 0. Seeds: as many
-would show a difference of {EFFECT:g} with probability .8 if it deviates as here; rough with few.
-Draws of labelled volumes are averaged within a seed: all intervals are about the draws that there
-are.
+choices of signs for the seeds' differences whose mean is at least as far from 0. Seeds: with as
+many this p would be .05 or less with probability .8 for a difference of {EFFECT:g}, if it is normal
+and deviates as here; at least 6, below which p cannot be so small; rough with few. Draws of
+labelled volumes are averaged within a seed: all intervals are about the draws that there are. A
+seed without a fold or a draw that another seed of its row has is left out, but for the lines of
+that seed alone.
 """
 
 
@@ -129,25 +131,46 @@ def comparison(rows, reference, reference_scores, runs):
     """Format {row: scores from one number of labels} as a table.
 
     reference: name of the row that the others are compared with; reference_scores: its scores, or
-    None.
+    None. Seeds that a study left unfinished stand in lines of their own alone.
     """
-    tables = {row: dice_by_organ(part) for row, part in rows.items()}
+    whole = {row: whole_seeds(part) for row, part in rows.items()}
+    whole_reference = whole_seeds(reference_scores or [])
+    tables = {row: dice_by_organ(part) if part else {} for row, part in whole.items()}
     # a row may lack a seed, and an organ that no label has is there where a row invented it
     scores = [score for part in rows.values() for score in part]
     organs = [*dice_by_organ(scores)]
     printed = paper_scores(scores[0].modality, organs)
 
-    lines = [["seeds", *(seeds_of(part) for part in rows.values())]]
+    lines = [["seeds", *(seeds_of(part) for part in whole.values())]]
+    left_out = [unfinished_seeds(rows[row], whole[row]) for row in rows]
+    if any(left_out):
+        lines.append(["seeds left out, unfinished", *left_out])
     lines += [organ_line(organ, tables, printed) for organ in organs]
-    lines += lines_over_cases("", rows, reference, reference_scores)
+    lines += lines_over_cases("", whole, reference, whole_reference)
     if len(group(scores, "seed")) > 1:
-        lines += lines_over_seeds(rows, reference, reference_scores)
+        lines += lines_over_seeds(whole, reference, whole_reference)
     for seed in sorted(group(scores, "seed")):
         alone = {row: group(part, "seed").get(seed) for row, part in rows.items()}
         reference_alone = group(reference_scores or [], "seed").get(seed)
         lines += lines_over_cases(f", seed {seed}", alone, reference, reference_alone)
     lines += cost_lines(rows, runs)
     return scoring.markdown(["", *rows], lines)
+
+
+def whole_seeds(scores):
+    """Keep of a row's scores those of seeds with every fold and draw that one of its seeds has.
+
+    Without the others, of a study that was stopped, means over cases and over seeds are one number.
+    """
+    runs = {seed: set(group(part, "fold", "draw")) for seed, part in group(scores, "seed").items()}
+    every = set().union(*runs.values())
+    return [score for score in scores if runs[score.seed] == every]
+
+
+def unfinished_seeds(scores, whole):
+    """List the seeds of a row's scores that are not among its whole ones."""
+    seeds = group(scores, "seed").keys() - group(whole, "seed").keys()
+    return " ".join(map(str, sorted(seeds)))
 
 
 def seeds_of(scores):
@@ -239,8 +262,11 @@ def lines_over_seeds(rows, reference, reference_scores):
              f"{less}, p over seeds", f"seeds to show {EFFECT:g}"]
     columns = []
     for row, part in rows.items():
+        if not part:
+            columns.append([""] * len(names))
+            continue
         cells = spread_of(as_array(list(dice_by_seed_and_case(part).values())))
-        common, _ = matched(reference_scores or [], part)
+        common, _ = matched(reference_scores, part)
         lead = differences_by_seed(reference_scores, part) if common else np.empty((0, 0))
         if row == reference or not lead.size:
             cells += ["", "", "", ""]
@@ -361,17 +387,21 @@ def fig4(out, scores, runs):
         table = dice_by_organ(part)
         means = [organ_group_mean(table, organs) for organs in GROUPS.values()]
         mean, low, high = estimate_mean(table["AVG"])
-        numbers = [f"{value:.3f}" for value in [*means, mean]]
+        numbers = [number(value) or "-" for value in [*means, mean]]
         lines.append([row, labels, *numbers, f"{low:.3f}-{high:.3f}", seeds_of(part)])
     head = ["row", "labelled volumes", *GROUPS, "AVG", "95 %, over cases", "seeds"]
     save(out, "fig4", scoring.markdown(head, lines), scores)
 
 
 def organ_group_mean(table, organs):
-    """Average some organs' means in {organ: Dice of each case}; nan unless it has them all."""
-    if not all(organ in table for organ in organs):
+    """Average some organs' means in {organ: Dice of each case}; nan unless it has them all.
+
+    organs: the paper's short names, which the table has only beside all 13.
+    """
+    dice_of = {CODES.get(organ, organ): dice for organ, dice in table.items()}
+    if not all(organ in dice_of for organ in organs):
         return math.nan
-    return float(np.mean([scoring.finite_mean(table[organ]) for organ in organs]))
+    return float(np.mean([scoring.finite_mean(dice_of[organ]) for organ in organs]))
 
 
 WRITERS = {"table2": table2, "fig3a": fig3a, "fig3b": fig3b, "fig3c": fig3c, "fig4": fig4}
