@@ -290,7 +290,8 @@ def check(args):
     num_classes = labelled.count_classes(args, labelled.organ_names(args.data))
     data.check_voxels(cases + listed, data.preparation_of(args), True, num_classes, problems,
                       args.workers)
-    print(f"checked: {data.count(len(cases + listed), 'case')}, {data.verdict()}")
+    print(f"checked: {data.count(len(cases + listed), 'case')} of {num_classes} classes, "
+          f"{data.verdict()}")
 
 
 def main(args):
