@@ -129,7 +129,7 @@ def saving(lab):
         exact = fingerprint(folder) == fingerprint(lab.whole())
         return Row("power loss: fsync(file), rename, fsync(folder), always", 0,
                    f"{len(saves)} saves in this order", code, exact,
-                   len(saves) == calls.count("replace last.pt\n") == 4 and exact)
+                   len(saves) == calls.count("replace last.pt\n") == 5 and exact)
     yield ordered
 
 
@@ -229,8 +229,8 @@ def workers(lab):
 
 
 def damage(lab):
-    """What a resume finds; the run was killed in step 10,
-    so last.pt is of step 8 and last.prev.pt of step 4."""
+    """What a resume finds; the run was killed in step 10, before whose measurement it saved,
+    so last.pt is of step 9 and last.prev.pt of step 8."""
     def flip(data):
         half = len(data) // 2
         return data[:half] + bytes([data[half] ^ 1]) + data[half + 1:]
@@ -241,7 +241,7 @@ def damage(lab):
         folder = lab.broken()
         newest = folder / "last.pt"
         newest.write_bytes(ways[name](newest.read_bytes()))
-        told = "warning: .*last.pt is refused.*step 4"
+        told = "warning: .*last.pt is refused.*step 8"
         return lab.resumed(f"the newest checkpoint is {name}", folder, lost_steps(folder),
                            told=told)
 
@@ -255,7 +255,7 @@ def damage(lab):
     def older():
         folder = lab.broken()
         os.utime(folder / "last.pt", (0, 0))
-        return lab.resumed("the clock was wrong", folder, lost_steps(folder), told="steps 8 to 13")
+        return lab.resumed("the clock was wrong", folder, lost_steps(folder), told="steps 9 to 13")
 
     def occupied(name, **how):
         return lab.refused(f"a run is there{name}", lab.broken(nth=6),

@@ -279,10 +279,9 @@ def test_compiled_blocks_answer_alike_and_keep_their_names():
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_no_block_of_student_and_teacher_stays_uncompiled(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)         # few, as torch's 8 are few for four stages
+def test_no_block_of_student_and_teacher_stays_uncompiled():
     torch.compiler.reset()
-    # few here, as torch's 8 are few for four stages
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     runs = []
 
     def backend(graph, inputs):
