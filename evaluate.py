@@ -180,8 +180,8 @@ def others_beside(targets):
     """Return the names of further volumes in the folder of these files."""
     if not targets:
         return []
-    names = {path.name for path in targets}
-    return sorted(path.name for path in targets[0].parent.glob("*.nii.gz") if path.name not in names)
+    volumes = {path.name for path in targets[0].parent.glob("*.nii.gz")}
+    return sorted(volumes - {path.name for path in targets})
 
 
 def predict_all(args, device):

@@ -238,7 +238,7 @@ def train(args, ranks, out):
             row["val_dice"], pred = validate(kept, held_back, args, num_classes, precision, ranks,
                                              stop)
             (broken_off,) = ranks.agree(stop.asked)
-            if broken_off:                  # last.pt is of the step before: --resume validates again
+            if broken_off:              # last.pt is of the step before: --resume validates again
                 break
         # differs: one checkpoint for all organs; the release keeps the best one for each organ
         improved = row.get("val_dice", -1.0) > best         # nan, no organ to score, never is

@@ -386,7 +386,8 @@ def table_text(scores, tolerance_mm):
         rows.append([title + suffix, *(mean_text(cell, digits) for cell in cells)])
         rows.append(["95 % interval", *(interval_text(cell, digits) for cell in cells)])
     rows.append(["misses", *(cell["misses"] for cell in scores["hd95_mm"].values())])
-    legend = "AVG: mean over organs. Misses: cases in which label or prediction alone has the organ."
+    legend = ("AVG: mean over organs. Misses: cases in which label or prediction alone has the "
+              "organ.")
     if "AG" in scores["dice"]:
         legend += " AG: mean of both adrenal glands. AVG12: mean over organs, these as one."
     return markdown(["", *scores["dice"]], rows) + f"\n{legend}\n"

@@ -331,7 +331,10 @@ class Preparation:
 
 
 def most_voxels():
-    """Return how many voxels a volume may have: the environment's SMIT_MAX_VOXELS, or MAX_VOXELS."""
+    """Return how many voxels a volume may have: SMIT_MAX_VOXELS of the environment, or MAX_VOXELS.
+
+    ValueError if it is no number.
+    """
     given = os.environ.get("SMIT_MAX_VOXELS", MAX_VOXELS)
     try:
         return int(float(given))

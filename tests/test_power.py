@@ -99,7 +99,7 @@ def test_the_draw_of_volumes_is_parted_from_the_noise_of_training():
     noise, draw = power.noise_and_draw([[.3, .5], [.5, .7]])
     assert noise == pytest.approx(math.sqrt(.02)) and draw == pytest.approx(math.sqrt(.02))
     assert power.noise_and_draw([[.3, .5], [.5, .3]])[1] == 0       # the means are one
-    # means .4, .7 vary by .045; residuals are .05 four times, .01 in all, of which half is in a mean
+    # means .4, .7 vary by .045; residuals are .05 four times, .01 in all, half of it in a mean
     noise, draw = power.noise_and_draw([[.3, .5], [.7, .7]])
     assert noise == pytest.approx(math.sqrt(.01)) and draw == pytest.approx(math.sqrt(.04))
 

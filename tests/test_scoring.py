@@ -406,7 +406,8 @@ def test_all_files_of_one_oddity_are_named_in_one_line(tmp_path, capsys):
         image.set_qform(AFFINE, 0)
         for side in ("label", "pred"):
             voxels = np.asarray(nib.load(tmp_path / side / f"{name}.nii.gz").dataobj)
-            nib.save(nib.Nifti1Image(voxels, None, image.header), tmp_path / f"{side}/{name}.nii.gz")
+            nib.save(nib.Nifti1Image(voxels, None, image.header),
+                     tmp_path / f"{side}/{name}.nii.gz")
     score(tmp_path)
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2 and all(line.startswith("warning: ") for line in told)

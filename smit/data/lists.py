@@ -432,8 +432,8 @@ def visible(folder):
 def with_folds(path, entries):
     """Give entries the folds of a splits_final.json beside the list, if it has none [nnU-Net].
 
-    The file's k-th part holds back the cases under "val" and trains on all others. If it does not, each
-    entry gets a "fold_problem" in place of a fold: whoever wants no folds can read the list.
+    The file's k-th part holds back the cases under "val" and trains on all others. If it does not,
+    each entry gets a "fold_problem" in place of a fold: whoever wants no folds can read the list.
     """
     splits_path = os.path.join(os.path.dirname(path), "splits_final.json")
     images = [entry["image"] for entry in entries]

@@ -1,4 +1,7 @@
-"""Write files that are whole or absent: checkpoints, a run's folder, its log. Trust no file [ours]."""
+"""Write files that are whole or absent: checkpoints, a run's folder, its log [ours].
+
+Trust no file.
+"""
 import contextlib
 import errno
 import fcntl
@@ -25,7 +28,8 @@ CONTAINERS = (dict, OrderedDict, list, tuple)
 PLAIN = (*CONTAINERS, bool, int, float, str, type(None))
 PICKLED = re.compile(  # what torch.save has a pickle ask for, where all is plain
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|"
-    r"torch (Bool|Byte|Char|Short|Int|Long|Half|BFloat16|Float|Double|Complex(Float|Double))Storage")
+    r"torch (Bool|Byte|Char|Short|Int|Long|Half|BFloat16|Float|Double)Storage|"
+    r"torch Complex(Float|Double)Storage")
 
 # What a checkpoint may hold at most [ours]: entries, of which a run's has some thousand;
 # containers within each other; bytes of tensors, as a multiple of the file's, which is above 1
@@ -326,7 +330,8 @@ def load_latest(folder, ranks):
             continue
         try:
             state = load_checkpoint(path)
-            if not (isinstance(state.get("step"), int) and isinstance(state.get("config", {}), dict)):
+            has_step = isinstance(state.get("step"), int)
+            if not (has_step and isinstance(state.get("config", {}), dict)):
                 raise ValueError(f"{path} holds no state of a run")
             states[state["step"]] = state
         except ValueError as error:
