@@ -10,7 +10,6 @@ import collections
 import contextlib
 import functools
 import hashlib
-import os
 import re
 import sys
 import traceback
