@@ -39,7 +39,7 @@ def load_cases(args, ranks):
 
 
 # ------------------------------------------------------------------------- network, optimiser
-def read_init(args, ranks, saved=None):
+def read_init(args, ranks, saved=()):
     """Read what --init names: (weights, sizes of their encoder, a report on them).
 
     Without --init the weights are None and the sizes the flags'. saved: the settings of a run that
@@ -48,7 +48,7 @@ def read_init(args, ranks, saved=None):
     names = settings.UNET_SIZES if args.network == "unet" else settings.SIZES
     if not args.init:
         return None, {name: getattr(args, name) for name in names}, ""
-    if saved:
+    if {*names} <= {*saved}:
         sizes = {name: saved[name] for name in {*names, "imported"} & saved.keys()}
         settings.check_sizes(args, sizes)
         return None, sizes, ""
@@ -132,7 +132,8 @@ def predict(net, image, args, precision):
 
 def train(args, ranks, out):
     # ---------------------------------------------------------------------------------- data
-    pretrained, sizes, report = read_init(args, ranks, runtime.saved_settings(out, ranks))
+    saved = runtime.saved_settings(out, ranks) if args.init else ()
+    pretrained, sizes, report = read_init(args, ranks, saved)
     settings.check_crop(args, sizes)
     cases, held_back, names = load_cases(args, ranks)
     num_classes = labelled.count_classes(args, names)

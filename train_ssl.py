@@ -62,18 +62,19 @@ def view_pairs(args, cases, drops=0, split="train"):
                              args.mask_cell, args.mask_ratio, drops, args.seed, split)
 
 
-def read_init(args, ranks, saved=None):
+def read_init(args, ranks, saved=()):
     """Read what --init names: (the settings, with its encoder's sizes; what to begin with).
 
     saved: the settings of a run that goes on, which has the sizes, and its weights elsewhere.
     """
-    start = None if saved else weights.read_start(args.init)
-    if saved:
+    start, warning = None, ""
+    if {*settings.SIZES} <= {*saved}:
         sizes = {name: saved[name] for name in {*settings.SIZES, "imported"} & saved.keys()}
     else:
+        start = weights.read_start(args.init)
         sizes = start.student.settings()
+        warning = settings.preparation_warning(args, start.student.config)
     settings.check_sizes(args, sizes)
-    warning = settings.preparation_warning(args, start.student.config) if start else ""
     if warning and ranks.is_main:
         print(warning)
     args = argparse.Namespace(**{**vars(args), **sizes})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from smit import segment
 from smit.baselines import unet
 
 
@@ -68,10 +69,11 @@ def test_a_convolution_equals_torch_s_in_value_and_gradients():
     assert ours.weight.is_contiguous()                      # as checkpoints have it
 
 
-def test_on_a_grid_of_depth_two_bf16_gives_the_gradients_of_fp32():
+@pytest.mark.parametrize("kind, side", [(unet.ChannelsLastConv3d, 2), (segment.PaddedConv, 4)])
+def test_on_a_grid_of_depth_two_bf16_gives_the_gradients_of_fp32(kind, side):
     torch.manual_seed(0)
-    conv, x = unet.ChannelsLastConv3d(16, 16, 3, padding=1), torch.randn(64, 16, 2, 2, 2)
-    direction, gradients = torch.randn(64, 16, 2, 2, 2), []
+    conv, x = kind(16, 16, 3, padding=1), torch.randn(64, 16, 2, side, side)
+    direction, gradients = torch.randn_like(x), []
     for is_bf16 in (False, True, True, True):       # torch's own differ, each time otherwise
         conv.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):

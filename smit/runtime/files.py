@@ -353,7 +353,7 @@ def load_latest(folder, ranks):
 def saved_settings(folder, ranks):
     """Return the settings of the run that goes on in a folder, or {} for a new one."""
     state = load_latest(folder, ranks)
-    return state["config"] if state else {}
+    return state.get("config", {}) if state else {}
 
 
 def compare_settings(saved, now, free):
