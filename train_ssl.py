@@ -24,7 +24,6 @@ from smit.data import samples
 from smit.masking import expand_mask
 from smit.runtime import progress
 
-METHODS, PRESETS = settings.METHODS, settings.PRETRAINING_PRESETS
 TERMS = ("mip", "mpd", "itd")
 COLUMNS = ("step epoch lr momentum teacher_temp loss mip mpd itd grad_norm skipped "
            "mpd_entropy mpd_mean_entropy mpd_center itd_entropy itd_mean_entropy itd_center "
@@ -49,7 +48,7 @@ def load_cases(args, ranks):
     n_held_back = round(args.val_fraction * len(cases))
     if args.val_fraction and not n_held_back:
         data.note(f"no volume is held back to measure MIP: {args.val_fraction:g} of {len(cases)} "
-                  "are less than half a one; a larger --val_fraction holds some back")
+                  "are no more than half a one; a larger --val_fraction holds some back")
     settings.require(n_held_back < len(cases),
                      f"--val_fraction {args.val_fraction} of {len(cases)} volumes leaves none to "
                      "train on")
@@ -65,7 +64,8 @@ def view_pairs(args, cases, drops=0, split="train"):
 def read_init(args, ranks, saved=()):
     """Read what --init names: (the settings, with its encoder's sizes; what to begin with).
 
-    saved: the settings of a run that goes on, which has the sizes, and its weights elsewhere.
+    saved: the settings of a run that --resume continues. The sizes come from them, and the weights
+    from its last.pt.
     """
     start, warning = None, ""
     if {*settings.SIZES} <= {*saved}:
@@ -137,7 +137,7 @@ def smit_losses(args, student, teacher, centers, batch, teacher_temp, precision)
     views = u_then_v(batch["views"].to(device, non_blocking=True)) / 255    # (2B, 1, D, H, W)
     hidden_cells = u_then_v(batch["hidden"].to(device, non_blocking=True))  # (2B, d, h, w)
     noise = u_then_v(batch["noise"].to(device, non_blocking=True))          # (2B, drops)
-    embedded = None                 # the same mask for the encoder, whose first tokens are of 2^3
+    embedded = None                 # the same mask for the encoder's first tokens, of 2^3 voxels
     if args.mask_ratio:
         embedded = expand_mask(hidden_cells, args.mask_cell // settings.PATCH)
 

@@ -34,16 +34,16 @@ def cosine(t, start, end):
 def linear_warmup(t, start, end):
     """Go straight from `start` at t = 0 to `end` at t = 1, and stay [SMIT 2].
 
-    So rises the teacher's temperature.
+    The teacher's temperature follows this.
     """
     return start + (end - start) * min(max(t, 0.0), 1.0)
 
 
-def warmup_cosine(step, warmup, total, base, end=0.0):
-    """Rise from 0 to `base` in `warmup` steps, then fall to `end` at step `total` [SMIT 2].
+def warmup_cosine(step, warmup, total, base):
+    """Rise from 0 to `base` in `warmup` steps, then fall to 0 at step `total` [SMIT 2].
 
     This is the learning rate. The rise is straight, the fall is half a cosine.
     """
     if step < warmup:
         return base * step / warmup
-    return cosine((step - warmup) / max(1, total - warmup), base, end)
+    return cosine((step - warmup) / max(1, total - warmup), base, 0)

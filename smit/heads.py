@@ -61,9 +61,9 @@ def mlp(in_channels, width, out_channels):
     second = nn.Linear(width, width)
     third = nn.Linear(width, out_channels)
     for layer in (first, second, third):
-        # differs: DINO draws all three with .02, which is this for the two of width
-        # 2048; in narrow heads .02 leaves next to nothing for the L2 norm to divide by,
-        # gradients explode, and all tokens soon share one direction
+        # differs: DINO draws all three with .02. For a width of 2048 this is nearly the
+        # same. In narrow heads .02 leaves almost nothing for the L2 norm to divide by:
+        # gradients explode, and soon all tokens share one direction
         nn.init.trunc_normal_(layer.weight, std=layer.in_features ** -0.5)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(first, nn.GELU(), second, nn.GELU(), third)
@@ -80,6 +80,8 @@ class ProjectionHead(nn.Module):
     def __init__(self, in_channels=384, width=2048, bottleneck=256, prototypes=8192):
         super().__init__()
         self.mlp = mlp(in_channels, width, bottleneck)
+        # differs: of length 1; DINO's, which torch draws, have .58, and AdamW turns those
+        # faster at first
         self.directions = nn.Parameter(torch.randn(prototypes, bottleneck) * bottleneck ** -0.5)
         self.gains = nn.Parameter(torch.ones(prototypes, 1), requires_grad=False)
 

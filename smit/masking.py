@@ -28,11 +28,7 @@ def random_block_mask(batch, grid, ratio, generator=None):
 
 
 def expand_mask(mask, factor):
-    """Repeat each cell along every axis: (B, D, H, W) -> (B, fD, fH, fW).
-
-    factor: one number, or one per axis.
-    """
-    factors = (factor, factor, factor) if isinstance(factor, int) else factor
-    for axis, repeats in enumerate(factors, start=1):
-        mask = mask.repeat_interleave(repeats, dim=axis)
+    """Repeat each cell along every axis: (B, D, H, W) -> (B, factor D, factor H, factor W)."""
+    for axis in (1, 2, 3):
+        mask = mask.repeat_interleave(factor, dim=axis)
     return mask

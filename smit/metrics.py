@@ -241,9 +241,7 @@ def bootstrap_interval(values, level=.95, draws=10_000, seed=0):
                          "exclude or replace misses")
     if not len(values):
         return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    chosen = rng.integers(len(values), size=(draws, len(values)))          # cases, with replacement
-    means = values[chosen].mean(1)
+    means = bootstrap_means(values[:, None], draws, seed)                  # (draws, 1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -302,6 +300,7 @@ def wilcoxon_p(difference):
     given those ranks, is then built up rank by rank, every sign being equally likely.
     Ranks are doubled, for then mean ranks too are whole numbers.
     """
+    difference = difference.round(12)              # so that rounding errors break no tie
     difference = difference[difference != 0]
     _, size, count = np.unique(np.abs(difference), return_inverse=True, return_counts=True)
     doubled_ranks = (2 * np.cumsum(count) - count + 1)[size]

@@ -80,7 +80,7 @@ def masked_image_errors(student, batches, cell, count_all, device, autocast, ran
     reconstruction. All ranks must call this. It leaves the student in train mode.
     Returns a dict of means over the scored voxels of all ranks, grey values in [0, 1]:
         val_mip        L1 of the student, as Eq. 1
-        val_mse        its square
+        val_mse        mean squared error of the student
         val_constant   L1 of the best single grey value
         val_median     L1 of each view's visible median
     """
@@ -90,12 +90,9 @@ def masked_image_errors(student, batches, cell, count_all, device, autocast, ran
     for batch in batches:
         views = batch["views"].flatten(0, 1)                               # (2B, 1, D, H, W) uint8
         cells = batch["hidden"].flatten(0, 1)                              # (2B, d, h, w)
-        hidden_tokens = None
-        if cells.any():
-            cells_there = cells.to(device, non_blocking=True)
-            hidden_tokens = expand_mask(cells_there, cell // student.encoder.patch)
         with autocast():
-            voxels = student(views.to(device, non_blocking=True) / 255, hidden_tokens).voxels
+            voxels = student.reconstruct(views.to(device, non_blocking=True) / 255,
+                                         cells.to(device, non_blocking=True), cell)
         voxels = voxels.float().cpu()
 
         hidden = expand_mask(cells, cell)[:, None]                         # (2B, 1, D, H, W)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from smit.heads import LinearVoxelHead, MultiLayerVoxelHead, ProjectionHead
+from smit.masking import expand_mask
 from smit.settings import SIZES, require
 from smit.swin import SwinTransformer3D
 from smit.weights import adopt, read_run
@@ -94,6 +95,14 @@ class SMIT(nn.Module):
         if self.image_head:
             image_logits = self.image_head(image)                          # (B, K)
         return Outputs(tokens, voxels, patch_logits, image_logits)
+
+    def reconstruct(self, views, cells, cell):
+        """Predict the voxels of views of which cells are hidden: (B, c, D, H, W).
+
+        views (B, c, D, H, W); cells (B, d, h, w) bool, True where hidden; cell: voxels
+        along each of their axes.
+        """
+        return self(views, expand_mask(cells, cell // self.encoder.patch)).voxels
 
     def make_teacher(self):
         """Copy the student as it is now: f_t, without the voxel head.

@@ -38,7 +38,7 @@ class SegmentationNet(nn.Module):
         self.out = PointConv(channels[0] // 2, num_classes)
 
     def forward(self, x, noise=None):
-        """Segment volumes of any size.
+        """Segment volumes of any size, with a side above 16 voxels: one voxel has no norm.
 
         x (B, in_channels, D, H, W); noise (B, drops): the draws of drop path, or None.
         Returns logits (B, num_classes, D, H, W).
@@ -253,7 +253,10 @@ class PointConv(nn.Conv3d):
 
 
 class InstanceNorm(nn.Module):
-    """Give each sample and channel mean 0 and variance 1 over space: equals F.instance_norm."""
+    """Give each sample and channel mean 0 and variance 1 over space.
+
+    It equals F.instance_norm, which refuses a single voxel; a CPU gives 0 for it here.
+    """
 
     def forward(self, x):
         """x (B, C, D, H, W) -> the same shape."""
@@ -267,12 +270,12 @@ class InstanceNorm(nn.Module):
 class NormaliseSpace(torch.autograd.Function):
     """Compute (rows - mean) / sqrt(variance + 1e-5) over N of rows (B, N, C).
 
-    Inside in float32. Backward keeps the result in place of the rows.
+    Inside in float32, or in float64 for float64. Backward keeps the result in place of the rows.
     """
 
     @staticmethod
     def forward(ctx, rows):
-        normed = rows.float()
+        normed = rows.to(torch.promote_types(rows.dtype, torch.float32))
         normed = normed - normed.mean(1, keepdim=True)
         scale = normed.square().mean(1, keepdim=True).add_(1e-5).rsqrt_()  # (B, 1, C)
         normed = normed.mul_(scale).to(rows.dtype)
@@ -284,7 +287,7 @@ class NormaliseSpace(torch.autograd.Function):
         """Return scale * (grad - mean(grad) - normed * mean(grad * normed))."""
         normed, scale = ctx.saved_tensors
         dtype = normed.dtype
-        grad, normed = grad.float(), normed.float()
+        grad, normed = grad.to(scale.dtype), normed.to(scale.dtype)
         along = (grad * normed).mean(1, keepdim=True)                      # (B, 1, C)
         centred = grad - grad.mean(1, keepdim=True)
         return centred.addcmul_(normed, along, value=-1).mul_(scale).to(dtype)

@@ -16,7 +16,7 @@ import sys
 # names, and may have moved.
 FREE_ON_RESUME = {"preset", "out", "resume", "overwrite", "data", "data_root", "cache", "device",
                   "workers", "log_every", "checkpointing", "compile", "save_steps", "save_minutes"}
-# Values of settings that an older run's config lacks, or has and today's has not: so it resumes.
+# What an older run's config lacks, or today's has dropped: their values then, so that it resumes.
 BEFORE = {"data_root": None, "hu_offset": 0.0, "init": None}
 SIZES = ("embed_dim", "depths", "heads", "window")   # pre-trained and fine-tuned encoder share them
 UNET_SIZES = ("width",)                              # the same of the CNN columns' U-Net
@@ -143,7 +143,7 @@ def add_data_flags(parser, what):
     add("--data_root", metavar="DIR",
         help="folder of the files that lists name; default: the list's own [MONAI]")
     add("--modality", choices=["ct", "mr"], default="ct",
-        help="ct: by the HU window; mr: by percentiles [SMIT 3]")
+        help="ct [SMIT 3]: by the HU window [release]; mr: by percentiles [ours]")
     add("--spacing", nargs=3, type=float, default=[1.5, 1.5, 2.0], metavar="MM",
         help="voxel size [SMIT 3]")
     add("--hu_window", nargs=2, type=float, default=[-175.0, 250.0], metavar="HU",
@@ -168,7 +168,8 @@ def add_encoder_flags(parser, drop_path):
         help="attention heads per stage [release]")
     add("--window", nargs=3, type=count, default=[4, 4, 4], help="tokens per axis [SMIT 2]")
     add("--drop_path", type=rate, default=drop_path,
-        help="stochastic depth of the last block, rising to it from 0 [release: .3 to pre-train]")
+        help="stochastic depth of the last block, rising to it from 0 [release: .3 to pre-train; "
+             "ours: 0 to fine-tune]")
     add("--checkpointing", action="store_true",
         help="recompute blocks in backward: about half the memory, more time")
     add("--compile", action="store_true",
@@ -199,7 +200,7 @@ def parse(parser, argv, presets, methods=None):
 
 def typed(parser, argv, names=SIZES):
     """List the flags of these names that were typed, no defaults: {name: value}."""
-    # argparse gives a default to no attribute that is there already: what is None now was not typed
+    # argparse sets no default where the attribute exists, so what stays None was not typed
     blank = argparse.Namespace(**dict.fromkeys(names))
     argv = sys.argv[1:] if argv is None else argv
     words = [word for word in argv if word not in ("-h", "--help")]
@@ -224,7 +225,8 @@ def check_sizes(args, sizes):
 
 def check_crop(args, sizes):
     """Refuse crops of fine-tuning that the network's last level would see as a single voxel."""
-    least = 8 if args.network == "unet" else PATCH * 2 ** (len(sizes["depths"]) - 1)
+    patch = sizes.get("imported", {}).get("patch", PATCH)
+    least = 8 if args.network == "unet" else patch * 2 ** (len(sizes["depths"]) - 1)
     require(max(args.crop) > least, f"--crop {args.crop}: the network's deepest level would have "
                                     f"one voxel, which no norm can scale; give more than {least}")
 

@@ -125,7 +125,7 @@ def window_starts(size, side, overlap):
 
 
 def importance_map(window, blend):
-    """Weigh a window's voxels: (*window) float32 [nnU-Net].
+    """Weigh a window's voxels: (*window) float32 [nnU-Net; the least weight: MONAI].
 
     A Gaussian of sigma side / 8, at least .001; or 1.
     """

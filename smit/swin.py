@@ -100,8 +100,8 @@ def relative_position_index(window, table_window=None, device=None):
 def shift_mask(grid, window, shift, device=None):
     """Build what is added to attention scores after the cyclic shift [Swin 3.2, Fig. 4].
 
-    Two tokens may meet unless one of them came round from the other end of an
-    axis. A grid that is no multiple of the window is padded at its far ends, and
+    Two tokens may meet unless, along some axis, just one of them came round from the
+    other end. A grid that is no multiple of the window is padded at its far ends, and
     no query may look at a padded key.
     Returns (nW, query n, key n), 0 where a pair may meet and FORBIDDEN elsewhere.
     It is cached: do not write to it.
@@ -214,7 +214,8 @@ class SwinBlock(nn.Module):
 
         x (B, D, H, W, C) -> the same shape.
         """
-        # a window is clamped to the grid, and one that spans an axis is not shifted along it
+        # differs: a window is clamped to the grid, and one that spans an axis is not
+        # shifted along it; the release pads a smaller grid, and shifts
         D, H, W = grid = tuple(x.shape[1:4])
         window = tuple(min(w, side) for w, side in zip(self.window, grid))
         shift = (0, 0, 0)
@@ -307,6 +308,8 @@ class SwinTransformer3D(nn.Module):
 
     window: tokens per axis, one number or one per axis.
     patch: voxels per axis of a token.
+    mlp_ratio: hidden channels of an MLP for each channel of a token [release].
+    qkv_bias: give queries, keys and values a bias [release: none].
     drop_path: rate of the last block; it rises to this linearly, from 0 in the first.
     mask_token: own the learned vector e_[MASK] that replaces hidden tokens;
         fine-tuning does without.

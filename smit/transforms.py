@@ -1,6 +1,6 @@
 """Geometry and intensities of a volume: orient, resample, window, crop, rotate.
 
-[SMIT 3: 1.5 x 1.5 x 2 mm, HU window]
+[SMIT 3: 1.5 x 1.5 x 2 mm; release: the HU window]
 
 Pure functions. A volume's LAST three axes are space, leading ones (channels) are
 free. An affine is NIfTI's: a (4, 4) float64 numpy array from voxel index to mm in
@@ -20,7 +20,7 @@ import torch
 # as stored or prepared; a whole body, 512 x 512 x 2048, is 2 GB in float32
 MAX_VOXELS = 2 ** 29
 MAX_SIDE = 4096
-TIE = 1e-4                             # of summed cosines: closer ones are equal
+TIE = 1e-4                             # share by which summed cosines may differ and be equal
 
 
 # ------------------------------------------------------------------ orientation
@@ -67,6 +67,7 @@ def to_ras(array, affine):
 
     Returns (a view of the array, its affine).
     """
+    # differs: the release pre-trains on volumes as their files hold them
     order, reverse = ras_axes(affine)
     _, ras = ras_grid(array.shape[-3:], affine)
     return permute_and_flip(array, order, reverse), ras
@@ -234,10 +235,10 @@ def percentile_scale(x, low=0., high=99.5):
 def background_level(x, fewest=.005, common=.1):
     """Find the value below which nothing is anatomy in an MR volume [ours].
 
-    Where one value fills a tenth of the volume and lies below its median, as the 0 of
-    a scan whose background was blanked, it is that value. Elsewhere it is the value
-    that .5 % of the voxels do not exceed: the minimum, but for a few strays. A spline's
-    undershoot, or a broken voxel, so moves no grey level of the others.
+    Where one value fills a tenth of the volume and is not above its median, as the 0 of
+    a scan whose background was blanked, it is that value. Elsewhere it is the value that
+    .5 % of the voxels do not exceed: the minimum, but for a few strays. So a spline's
+    undershoot, or a broken voxel, does not move the grey levels of the others.
     """
     values = some_voxels(x)
     levels, counts = np.unique(values, return_counts=True)
@@ -318,7 +319,7 @@ class Preparation:
     spacing_mm: tuple = (1.5, 1.5, 2.)
     modality: str = "ct"  # "ct": by hu_window; "mr": by percentiles of the foreground
     hu_window: tuple = (-175., 250.)
-    percentiles: tuple = (0., 99.5)
+    percentiles: tuple = (0., 99.5)                  # of MR's foreground [ours]
     hu_offset: float = 0.                            # added to stored values by data.load_case
 
     def __post_init__(self):
@@ -328,6 +329,8 @@ class Preparation:
             raise ValueError(f"spacing {self.spacing_mm} mm: give three numbers of .01 to 50")
         if not -np.inf < self.hu_window[0] < self.hu_window[1] < np.inf:
             raise ValueError(f"HU window {self.hu_window}: give a lower and a higher number")
+        if not np.isfinite(self.hu_offset):
+            raise ValueError(f"HU offset {self.hu_offset}: give a finite number")
 
 
 def most_voxels():
@@ -368,8 +371,8 @@ def prepare(image, affine, settings):
         image = window_hu(image, *settings.hu_window)
     else:
         image = percentile_scale(image, *settings.percentiles)
-    # differs: kept in 256 steps, at most .83 HU off in the paper's window; a quarter of
-    # the disk and of the reading
+    # differs: kept in 256 steps, at most .83 HU off in the release's window; a quarter
+    # of the disk and of the reading
     image = image.mul_(255).round_().to(torch.uint8)
 
     # of rounded levels: air at the window's low comes out of resampling a hair above it
@@ -386,10 +389,11 @@ def to_file_grid(logits, affine, file_shape, file_affine):
 
     logits (num_classes, D, H, W) on a grid with RAS `affine`.
     Returns a label map (X, Y, Z) uint8 in the axis order of the file. A voxel that
-    lies farther than one voxel outside the logits' grid is background.
+    lies one voxel or more outside the logits' grid is background.
     One class at a time: memory is a few volumes on the file's grid, whatever the
     number of classes.
     """
+    # differs: the release scores resampled, cropped volumes, and no file's own grid
     shape, ras = ras_grid(file_shape, file_affine)
     index = np.linalg.solve(affine, ras)                           # the file's index -> the logits'
 

@@ -63,3 +63,14 @@ def test_projection_head_gives_cosines():
 def test_projection_head_leaves_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert heads.ProjectionHead(6, 16, 4, 10)(torch.randn(3, 6)).dtype == torch.float32
+
+
+def test_the_heads_equal_the_plain_formulas():
+    head, x = heads.ProjectionHead(6, 16, 4, 10), torch.randn(3, 6)
+    one, two, three = (layer for layer in head.mlp if isinstance(layer, torch.nn.Linear))
+    y = three(F.gelu(two(F.gelu(one(x)))))
+    torch.testing.assert_close(head(x), F.cosine_similarity(y[:, None], head.directions, dim=-1))
+
+    head, y = heads.MultiLayerVoxelHead(8, layers=2), torch.randn(2, 8, 1, 2, 3)
+    one, two = (layer for layer in head if isinstance(layer, torch.nn.ConvTranspose3d))
+    torch.testing.assert_close(head(y), two(F.gelu(one(y))))

@@ -227,3 +227,11 @@ def test_published_weights_score_as_those_that_they_were_made_of(networks, phant
 def test_other_files_are_no_network(student, tmp_path):
     with pytest.raises(ValueError, match="no fine-tuned network"):
         inference.load_network(student[0])
+
+
+def test_an_array_is_offset_as_a_file_is(scan):
+    image, settings = nib.load(scan), transforms.Preparation((10., 10., 10.), hu_offset=-60.)
+    there = inference.prepare_volume(scan, None, settings)
+    here = inference.prepare_volume(image.get_fdata(), image.affine, settings)
+    assert torch.equal(here["image"], there["image"])
+    assert np.array_equal(here["affine"], there["affine"])

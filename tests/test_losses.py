@@ -187,3 +187,12 @@ def test_the_background_can_weigh_less_and_be_left_out_of_dice():
     weighted = torch.nn.functional.cross_entropy(logits, label, torch.tensor([.05, 1, 1]))
     loss = losses.dice_ce_loss(logits, label, background_weight=.05, dice_on="organs")
     torch.testing.assert_close(loss, (1 - dice[:, 1:]).mean() + weighted)
+
+
+def test_an_infinite_logit_does_not_stay_in_the_centre():
+    center = losses.Center(2, momentum=.9)
+    center.update(torch.tensor([[1., 2.]]))
+    for bad in (math.inf, -math.inf, math.nan):
+        center.update(torch.tensor([[bad, 5.]]))
+        assert center.value.tolist() == pytest.approx([.1, .2])
+    assert center.update(torch.tensor([[2., 3.]])).tolist() == pytest.approx([.29, .48])

@@ -170,6 +170,9 @@ def test_wilcoxon_p_equals_the_share_of_sign_patterns():
         expected = min(1, 2 * min((sums <= observed).mean(), (sums >= observed).mean()))
         assert metrics.wilcoxon_p(np.array(difference, dtype=float)) == pytest.approx(expected)
     assert metrics.wilcoxon_p(np.arange(1., 6)) == 2 / 2**5
+    # five of one size, which in binary are not quite; half of all patterns have three positive ones
+    ties = np.array([.85, .35, .6, .55, .8]) - np.array([.8, .3, .55, .6, .85])
+    assert metrics.wilcoxon_p(ties) == 1
 
 
 @pytest.mark.parametrize("n", [3, 9, 25, 60])

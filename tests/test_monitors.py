@@ -30,12 +30,10 @@ def test_effective_rank_counts_dimensions_in_use():
 
 
 class Stub(torch.nn.Module):
-    """A student that answers 0 where it was given a mask token and 1 elsewhere."""
-    encoder = type("Encoder", (), {"patch": 2})
+    """A student that answers 0 in hidden cells and 1 elsewhere."""
 
-    def forward(self, views, hidden):
-        return pretrain.Outputs(tokens=None,
-                                voxels=1 - masking.expand_mask(hidden, 2)[:, None].float())
+    def reconstruct(self, views, cells, cell):
+        return 1 - masking.expand_mask(cells, cell)[:, None].float()
 
 
 def test_errors_on_held_back_volumes_by_hand():
@@ -85,3 +83,17 @@ def test_entropy_of_the_mean_is_taken_over_all_ranks():
     other_rank = torch.tensor([1., 0, 0, 0])
     each, mean = monitors.entropies(logits, 0., .01, lambda own: (own + other_rank) / 2)
     assert each == pytest.approx(0, abs=1e-6) and mean == pytest.approx(.5)      # ln 2 of ln 4
+
+
+def test_errors_on_held_back_volumes_are_those_of_all_ranks():
+    random = torch.Generator().manual_seed(0)
+    batches = [{"views": torch.randint(256, (1, 2, 1, 4, 4, 8), generator=random).byte(),
+                "hidden": torch.tensor([False, True]).expand(1, 2, 1, 1, 2)} for _ in range(2)]
+
+    def errors(batches, mean):
+        return monitors.masked_image_errors(Stub(), batches, 4, False, torch.device("cpu"),
+                                            contextlib.nullcontext, types.SimpleNamespace(mean=mean))
+    sent = []
+    errors(batches[1:], lambda sums: sent.append(sums) or sums)                   # the other rank
+    shared = errors(batches[:1], lambda sums: (sums + sent[0]) / 2)
+    assert shared == pytest.approx(errors(batches, lambda sums: sums))

@@ -13,7 +13,7 @@ from conftest import SMALL
 import evaluate
 import finetune
 import train_ssl
-from smit import phantom
+from smit import phantom, settings
 from smit.baselines import __main__ as baselines
 from smit.benchmark import __main__ as benchmark
 from smit.study import __main__ as study
@@ -164,9 +164,10 @@ def test_help_has_groups_and_defaults_and_a_wrong_value_is_told_the_allowed_ones
     told = " ".join(capsys.readouterr().out.split())
     assert script.__doc__.split("\n")[0] in told and len(re.findall(r" \w+: --", told)) > 1
 
-    default = ("share of a window that the next one covers too [SMIT 3] (default: 0.5)"
-               if script is evaluate else f"(default: {script.PRESETS['tiny']['steps']})")
-    assert default in told and "[flags]" in told
+    default = {train_ssl: f"(default: {settings.PRETRAINING_PRESETS['tiny']['steps']})",
+               finetune: f"(default: {settings.FINETUNING_PRESETS['tiny']['steps']})",
+               evaluate: "share of a window that the next one covers too [SMIT 3] (default: 0.5)"}
+    assert default[script] in told and "[flags]" in told
     with pytest.raises(SystemExit, match="2"):
         script.parse_arguments(["--precision", "fp8"])
     assert "auto, fp32, fp16, bf16" in capsys.readouterr().err.replace("'", "")
@@ -178,7 +179,7 @@ def test_the_lines_of_python_run(phantoms, tmp_path, monkeypatch):
     small = [*SMALL, "--data", str(phantoms), "--steps", "1"]
     train_ssl.main(train_ssl.parse_arguments(small))
     finetune.main(finetune.parse_arguments(
-        [*SMALL_FINETUNE.split(), "--data", str(phantoms), "--steps", "1"]))
+        [*SMALL_FINETUNE.split(), "--data", str(phantoms), "--steps", "1", "--out", "runs/try"]))
     (lines,), names = re.findall(r"```python\n(.*?)```", README, flags=re.S), {}
     exec(lines, names)
     assert len(names["maps"]) == 3 and names["label"].max() <= 13

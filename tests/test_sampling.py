@@ -334,3 +334,39 @@ def test_a_file_replaced_during_a_run_is_noticed_the_img_of_a_pair_too(tmp_path)
     assert isinstance(pairs[0], dict)
     os.utime(tmp_path / "ct.img", ns=(0, 10**18))
     assert isinstance(pairs[1], data.BadVolume) and "changed or removed" in str(pairs[1])
+
+
+def test_each_epoch_cuts_a_volume_anew(phantoms, tmp_path):
+    cases = data.read_list(phantoms)
+    for samples, name in ((dataset(cases, tmp_path), "views"), (crops(cases, tmp_path), "images")):
+        made = [samples[number] for number in range(2 * len(cases))]
+        for index in range(len(cases)):
+            first, second = (sample for sample in made if sample["volume"] == index)
+            assert not torch.equal(first[name], second[name]), (name, index)
+
+
+def test_contrast_and_brightness_change_apart_each_in_one_crop_of_ten():
+    volume, n = np.ones((4, 4, 4), np.uint8), 3000
+    drawn = [sampling.turned_crop(volume, volume, (4, 4, 4), sampling.generator(k))[2:]
+             for k in range(n)]
+    scale, shift = np.array(drawn).T
+    scaled, shifted = scale != 1, shift != 0
+    assert .08 < scaled.mean() < .12 and .08 < shifted.mean() < .12          # 3.6 sigma
+    assert .004 < (scaled & shifted).mean() < .016
+    for values, low, high in ((scale[scaled], .9, 1.1), (shift[shifted], -.1, .1)):
+        ends = .05 * (high - low)
+        assert low <= values.min() < low + ends and high - ends < values.max() <= high
+
+
+def test_views_and_crops_reach_both_ends_and_crops_are_turned_all_ways():
+    rng = sampling.generator(0)
+    starts = [sampling.random_starts((6, 5, 9), (5, 5, 5), (5, 4, 3), rng) for _ in range(200)]
+    seen = [{*axis.tolist()} for axis in torch.stack(starts).flatten(0, 1).T]
+    assert seen == [{0, 1}, {0, 1}, {*range(7)}]
+
+    volume = np.random.default_rng(0).integers(1, 255, (4, 4, 4), dtype=np.uint8)
+    ways = [torch.rot90(torch.from_numpy(volume), k) for k in range(4)]
+    drawn = [sampling.turned_crop(volume, volume, (4, 4, 4), sampling.generator(n))[0]
+             for n in range(300)]
+    counts = [sum(torch.equal(one, way) for one in drawn) for way in ways]
+    assert sum(counts) == 300 and all(8 < count < 36 for count in counts[1:])    # 20 expected

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from smit.pretrain import SMIT
-from smit.segment import SegmentationNet, build_network, conv_norm, load_encoder
+from smit.segment import SegmentationNet, Up, build_network, conv_norm, load_encoder
 from smit.weights import adapt_channels
 
 TINY = {"embed_dim": 8, "depths": (1, 2), "heads": (2, 2), "window": (2, 4, 3)}
@@ -122,3 +122,14 @@ def test_settings_that_make_no_network_are_refused_in_one_line(name, value):
     with pytest.raises(ValueError) as refusal:
         build_network({**good, name: value})
     assert "\n" not in str(refusal.value)
+
+
+def test_a_level_of_the_decoder_equals_the_plain_formula():
+    up, x, skip = Up(6, 4, skip=4), torch.randn(2, 6, 2, 3, 2), torch.randn(2, 4, 4, 5, 4)
+    first, second = up.block.body[0][0].weight, up.block.body[2][0].weight
+    y = F.conv_transpose3d(x, up.up.weight, stride=2)[:, :, :, :5]           # an odd grid
+    y = torch.cat([y, skip], 1)
+    z = F.leaky_relu(F.instance_norm(F.conv3d(y, first, padding=1)), .01)
+    z = F.instance_norm(F.conv3d(z, second, padding=1))
+    z = z + F.instance_norm(F.conv3d(y, up.block.shortcut[0].weight))
+    torch.testing.assert_close(up(x, (4, 5, 4), skip), F.leaky_relu(z, .01), atol=1e-5, rtol=1e-5)

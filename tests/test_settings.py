@@ -70,6 +70,15 @@ def test_a_crop_that_ends_as_one_voxel_is_refused(flags, least):
             settings.check_crop(args, sizes)
 
 
+def test_a_crop_is_judged_by_the_patch_of_an_imported_encoder():
+    args = settings.parse_finetuning("", ["--crop", "16"])
+    sizes = {"depths": [1, 1, 1], "imported": {"patch": 2}}
+    settings.check_crop(args, sizes)                        # 16 / 8: two voxels a side
+    sizes["imported"]["patch"] = 4
+    with pytest.raises(ValueError, match="more than 16"):
+        settings.check_crop(args, sizes)
+
+
 @pytest.mark.parametrize("parse, check", [
     (settings.parse_pretraining, settings.check_pretraining),
     (settings.parse_finetuning, settings.check_finetuning)])

@@ -110,3 +110,10 @@ def test_arguments_that_do_not_fit_are_refused_in_one_line(wrong):
         sliding_window(**{"net": network(), "volume": torch.zeros(1, 2, 9, 9, 9),
                           "window": WINDOW, **wrong})
     assert "\n" not in str(refusal.value)
+
+
+def test_windows_overlap_by_the_share_asked_for():
+    assert window_starts(30, 12, 0) == [0, 12, 18]
+    assert window_starts(30, 12, .25) == [0, 9, 18]
+    assert window_starts(30, 12, .75) == [0, 3, 6, 9, 12, 15, 18]
+    assert window_starts(20, 7, .5) == [0, 3, 6, 9, 12, 13]            # a half voxel is dropped

@@ -582,20 +582,21 @@ def test_a_table_of_fine_tunings_by_several_versions_of_torch_says_so(tmp_path, 
     args = arguments("table2", "--rows", "rand", "smit", "--checkpoint", "smit=x.pt", "--labels", 3,
                      "--out", tmp_path)
     cells = plan(args)
-    for cell, version in zip(cells, ("2.11.0", "2.13.0")):
+    for cell, version, device in zip(cells, ("2.11.0", "2.13.0"), ("cuda", "cpu")):
         tune, evaluate = cell.steps
         for step in cell.steps:
             record_step(args, step, cpu_s=1, torch=version)
         (tmp_path / tune.name / "log.csv").write_text("step,val_dice\n3,.5\n")
+        (tmp_path / tune.name / "config.json").write_text(json.dumps({"device": device}))
         (tmp_path / evaluate.name / "results.json").write_text("{}")
         (tmp_path / evaluate.name / "cases.csv").write_text("case,organ,dice\na,liver,.5\n")
-    told = "fine-tuned by several versions of torch"
+    told = "not all fine-tuned alike"
     write_tables(args, tmp_path / "one", cells[:1])
     assert told not in (tmp_path / "one/table2.md").read_text()
     write_tables(args, tmp_path / "both", cells)
     last = (tmp_path / "both/table2.md").read_text().splitlines()[-1]
-    assert last == f"These rows were {told}: 2.11.0, 2.13.0."
-    assert f"{told}: 2.11.0, 2.13.0" in capsys.readouterr().err
+    assert last == f"These rows were {told}: torch 2.11.0 on cuda, torch 2.13.0 on cpu."
+    assert last.removeprefix("These rows were ")[:-1] in capsys.readouterr().err
 
 
 def test_figure_4_has_a_group_whose_organs_it_has_by_whatever_name(tmp_path):
@@ -730,6 +731,20 @@ def test_lists_that_the_last_steps_could_not_use_are_refused_before_the_first(
     with pytest.raises(ValueError, match=told):
         main(args)
     assert not (tmp_path / "study").exists()
+
+
+def test_a_checkpoint_of_an_unfinished_run_is_told_of(tmp_path, capsys):
+    listed = write_list(tmp_path / "training.json", training="ab")
+    for step, told in ((4, ""), (3, "student.pt is of step 3 of 4; finish")):
+        path = tmp_path / str(step) / "student.pt"
+        path.parent.mkdir()
+        runtime.save_checkpoint(path, {"model": {}, "config": {"total": 4}, "step": step})
+        args = parse_arguments(["table2", "--rows", "smit", "--checkpoint", f"smit={path}",
+                                "--labels", "2", "--data", str(listed), "--out", str(tmp_path)])
+        with pytest.raises(ValueError, match="no validation split"):
+            main(args)
+        error = capsys.readouterr().err
+        assert told in error and ("of step" in error) == bool(told)
 
 
 @pytest.mark.parametrize("folds, told", [(5, "--folds 5: .* folds of its own, .0, 1."),

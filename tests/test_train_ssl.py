@@ -16,7 +16,7 @@ import finetune
 import train_ssl
 from conftest import SMALL
 from foreign import monai_encoder, release_encoder
-from smit import data, losses, masking, runtime, weights
+from smit import data, losses, masking, monitors, runtime, settings, weights
 
 ON_CPU = runtime.Precision("fp32", torch.device("cpu"))
 
@@ -173,7 +173,7 @@ def test_gradients_are_clipped(phantoms, tmp_path, monkeypatch):
     assert seen == [.5, math.inf]
 
 
-@pytest.mark.parametrize("method", train_ssl.METHODS)
+@pytest.mark.parametrize("method", settings.METHODS)
 def test_the_loss_of_each_method_decreases(method, phantoms, tmp_path):
     # a teacher and centres that stand still, so that the target does not move while the
     # student approaches it
@@ -509,3 +509,60 @@ def test_what_a_run_cannot_begin_with_is_refused_in_one_line(phantoms, tmp_path)
         with pytest.raises(ValueError, match=why) as refusal:
             begin(phantoms, tmp_path / "second", path, *flags)
         assert "\n" not in str(refusal.value) and not (tmp_path / "second" / "log.csv").exists()
+
+
+def test_schedules_follow_their_curves_between_the_ends(phantoms, tmp_path):
+    log = train(phantoms, tmp_path / "run", "--steps", 5, "--val_fraction", 0,
+                "--warmup_epochs", 200)                  # of 400: 2.5 of the 5 steps
+    assert [row["teacher_temp"] for row in log] == pytest.approx([.04, .052, .064, .07, .07])
+    falls = [1, (1 + math.sqrt(.5)) / 2, .5, (1 - math.sqrt(.5)) / 2, 0]      # half a cosine
+    assert [row["momentum"] for row in log] == pytest.approx([1 - .004 * fall for fall in falls],
+                                                             abs=1e-7)
+
+
+def test_each_centre_is_the_mean_of_its_own_heads_logits(phantoms, tmp_path):
+    flags = ["--val_fraction", 0, "--center_momentum", 0, "--steps", 1, "--monitor_every", 1]
+    (row,) = train(phantoms, tmp_path / "run", *flags)
+    args = train_ssl.parse_arguments([*SMALL, *map(str, flags), "--data", str(phantoms),
+                                      "--cache", str(tmp_path / "cache")])
+    cases, _, _ = train_ssl.load_cases(args, runtime.start("cpu"))
+    _, teacher, _ = train_ssl.build_networks(args)
+    pairs = train_ssl.view_pairs(args, cases)
+    views = torch.cat([pairs.sample(number)["views"] for number in range(args.batch)])
+    with torch.no_grad():
+        taught = teacher(views / 255)
+
+    centers = runtime.load_checkpoint(tmp_path / "run" / "last.pt")["centers"]
+    for name, logits in (("mpd", taught.patch_logits), ("itd", taught.image_logits)):
+        torch.testing.assert_close(centers[f"{name}.value"], logits.flatten(0, -2).mean(0))
+        each, _ = monitors.entropies(logits, centers[f"{name}.value"], .04)
+        assert row[f"{name}_entropy"] == pytest.approx(each.item(), rel=1e-4)
+
+
+def test_epochs_are_passes_over_all_volumes(phantoms, tmp_path):
+    log = train(phantoms, tmp_path / "run", "--epochs", 2, "--warmup_epochs", 1, "--batch", 1,
+                "--accumulate", 2, "--val_fraction", 0)              # 4 volumes, 2 a step
+    assert [row["epoch"] for row in log] == [.5, 1, 1.5, 2]
+    assert [row["lr"] / 3e-3 for row in log] == pytest.approx(       # the middle of each step
+        [.25, .75, (1 + math.sqrt(.5)) / 2, (1 - math.sqrt(.5)) / 2])
+
+
+def test_matrices_decay_by_as_much_as_asked_for():
+    args = train_ssl.parse_arguments([*SMALL, "--weight_decay", ".3"])
+    groups = train_ssl.build_optimizer(train_ssl.build_networks(args)[0], args).param_groups
+    assert [group["weight_decay"] for group in groups] == [.3, 0]
+
+
+def test_another_seed_draws_other_views_and_masks(phantoms, tmp_path):
+    drawn = []
+    for seed in "12":
+        args = train_ssl.parse_arguments([*SMALL, "--seed", seed, "--cache", str(tmp_path)])
+        drawn.append(train_ssl.view_pairs(args, data.read_list(phantoms)).sample(0)["hidden"])
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_gradient_is_clipped_after_its_scale_is_taken_off(precision, phantoms, tmp_path):
+    whole, low = (train(phantoms, tmp_path / name, "--steps", 1, "--val_fraction", 0,
+                        "--precision", name)[0]["grad_norm"] for name in ("fp32", precision))
+    assert low == pytest.approx(whole, rel=.05)          # fp16's loss is scaled by 4096

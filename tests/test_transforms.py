@@ -1,5 +1,6 @@
 """Geometry by hand-computed values, by nibabel, and by going there and back."""
 import itertools
+import math
 
 import nibabel as nib
 import numpy as np
@@ -222,6 +223,12 @@ def test_prepare_refuses_air():
                   T.Preparation((.01, .01, .01)))
 
 
+@pytest.mark.parametrize("offset", [math.inf, math.nan])
+def test_an_offset_of_hu_that_is_no_number_is_refused(offset):
+    with pytest.raises(ValueError, match="HU offset .* finite"):
+        T.Preparation(hu_offset=offset)
+
+
 def test_a_prepared_volume_does_not_depend_on_the_number_of_threads():
     volume, threads, made = torch.rand(64, 70, 40) * 400 - 200, torch.get_num_threads(), []
     for n in (1, 2, 3):
@@ -277,3 +284,20 @@ def test_the_drawn_voxels_do_not_depend_on_how_a_volume_lies_in_memory():
     turned = volume.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     assert torch.equal(volume, turned) and volume.stride() != turned.stride()
     assert np.array_equal(T.some_voxels(volume), T.some_voxels(turned))
+
+
+def test_prepared_levels_are_the_nearest_and_not_the_next_lower():
+    levels = torch.arange(1., 256)
+    hu = (levels / 255 * 425 - 175).view(5, 51, 1)
+    for off in (-.8, .8):                                    # a step of grey is 1.67 HU
+        image, _ = T.prepare((hu + off).clone(), SCALE, T.Preparation((1.5, 2., 3.)))
+        assert torch.equal(image.flatten(), levels.byte())
+
+
+def test_the_body_of_an_mr_is_what_stands_out_of_the_noise_of_its_air():
+    random = torch.Generator().manual_seed(0)
+    mr = 4 * torch.rand(30, 31, 32, generator=random)          # of 300: 3 of 255 grey levels
+    mr[5:21, 6:24, 9:22] = 200 + 100 * torch.rand(16, 18, 13, generator=random)
+    body, affine = T.prepare(mr, SCALE, T.Preparation((1.5, 2., 3.), "mr"))
+    assert body.shape == (16, 18, 13)
+    assert np.allclose(affine, T.crop_affine(SCALE, (5, 6, 9)))

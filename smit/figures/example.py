@@ -32,8 +32,7 @@ def example_svg(path, student_path, index=1000, seed=0):
     image = padded(body, math.lcm(cell, 2 * student.token_side))        # the encoder's last tokens
     grid = [side // cell for side in image.shape]
     cells = random_block_mask(1, grid, 0.7, torch.Generator().manual_seed(seed))
-    tokens = expand_mask(cells, cell // student.encoder.patch)
-    voxels = student(image[None, None], tokens).voxels[0, 0]
+    voxels = student.reconstruct(image[None, None], cells, cell)[0, 0]
     hidden = expand_mask(cells, cell)[0]
 
     # the plane, without the padding

@@ -68,8 +68,7 @@ def draw_student(out, config, student, sample, step):
 
     student.eval()
     if student.voxel_head:
-        hidden_tokens = expand_mask(cells, cell // student.encoder.patch).to(device)
-        voxels = student(view, hidden_tokens).voxels
+        voxels = student.reconstruct(view, cells.to(device), cell)
         panels.reconstruction_panel(
             out / "reconstruction.svg", view[0, 0], expand_mask(cells, cell)[0], voxels[0, 0],
             spacing_mm, f"Masked image prediction on a view, step {step}")

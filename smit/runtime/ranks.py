@@ -189,7 +189,8 @@ def warn_of_slow_convolutions(cudnn):
         number = f"{cudnn // 10000}.{cudnn // 100 % 100}"
         warn_once("cudnn", f"with cuDNN {number} torch avoids 3-D convolutions in fp16 and bf16, "
                   "so fine-tuning and prediction are several times slower than they could be; "
-                  "install a build of torch with cuDNN 9.15 or newer, or use --precision fp32")
+                  "install a build of torch with cuDNN 9.15 or newer, of which none serves a V100, "
+                  "or use --precision fp32")
 
 
 def join_group(rank, world, device, timeout):

@@ -31,12 +31,13 @@ anywhere; the rows that it did not reach are missing from its tables.
 """
 import argparse
 import functools
+import json
 import os
 import re
 import shlex
 from pathlib import Path
 
-from smit import data, runtime, settings
+from smit import data, runtime, settings, weights
 from smit.baselines import __main__ as baselines
 from smit.data.organs import case_name
 from smit.data.samples import fold_split
@@ -107,7 +108,9 @@ def parse_arguments(argv=None):
     add("--recipes", nargs="+", type=flags, default=[], metavar="NAME=FLAGS",
         help=f"recipe: flags for finetune.py under a name; default: {', '.join(RECIPES)}")
     add("--parallel", type=settings.count, default=1,
-        help="steps at a time, each on its share of the CPU cores [ours]")
+        help="steps at a time, each on its share of the CPU cores [ours]; all use the first GPU, so "
+             "on a machine of several run a study on each, with CUDA_VISIBLE_DEVICES and --out of "
+             "its own")
     add("--ranks", type=settings.count, default=1,
         help="processes of a training step, by torchrun [ours]")
     add("--dry_run", action="store_true",
@@ -217,7 +220,9 @@ def check_lists(args):
     """Refuse data that no step after hours of pre-training could use: ValueError."""
     for (row, seed), step in pretrainings(args).items():
         path = student_path(args, row, seed, step)
-        require(step or Path(path).is_file(), f"--checkpoint {row}: there is no file {path}")
+        if not step:
+            require(Path(path).is_file(), f"--checkpoint {row}: there is no file {path}")
+            warn_of_unfinished(row, path)
     if args.experiment == "fig5":
         for modality, path in fig5_lists(args).items():
             cases = reconstruction.unseen(path, modality)
@@ -369,21 +374,35 @@ def write_tables(args, out, cells):
     for cell in whole:
         scores.complete_results(args.out, cell)
     WRITERS[args.experiment](out, *scores.read_cells(args.out, whole))
-    versions = torch_versions(args, whole)
-    if len(versions) > 1:
-        told = f"fine-tuned by several versions of torch: {', '.join(versions)}"
-        runtime.warn_once("torch", f"{out}: {told}")
+    environments = environments_of(args, whole)
+    if len(environments) > 1:
+        told = f"not all fine-tuned alike: {', '.join(environments)}"
+        runtime.warn_once("environments", f"{out}: {told}")
         page = out / f"{args.experiment}.md"
         scores.write(page, f"{page.read_text()}\nThese rows were {told}.\n")
 
 
-def torch_versions(args, cells):
-    """List the versions of torch that fine-tuned some finished cells, as their records have it."""
-    versions = set()
+def environments_of(args, cells):
+    """List what fine-tuned some finished cells, by their records: "torch 2.13.0 on cpu"."""
+    environments = set()
     for cell in cells:
         tuned = cell.steps[-2]
-        versions.add(finished(args, tuned).get("torch", "unknown"))
-    return sorted(versions)
+        version = finished(args, tuned).get("torch", "of an unknown version")
+        device = json.loads(Path(args.out, tuned.name, "config.json").read_text())["device"]
+        # older runs kept what --device said
+        place = "" if device == "auto" else f" on {device}"
+        environments.add(f"torch {version}{place}")
+    return sorted(environments)
+
+
+def warn_of_unfinished(row, path):
+    """Warn of a --checkpoint that its run saved on the way; ValueError if it cannot be read."""
+    state = weights.read_file(path)
+    step, config = state.get("step"), state.get("config")
+    total = config.get("total") if isinstance(config, dict) else None
+    if isinstance(step, int) and isinstance(total, int) and step < total:
+        runtime.warn_once(path, f"--checkpoint {row}: {path} is of step {step} of {total}; finish "
+                                "its run with --resume first")
 
 
 def fig5_lists(args):

@@ -126,8 +126,7 @@ def reconstruct(student, sample, cell):
     """
     views = sample["views"] / 255                                       # (2, 1, D, H, W)
     hidden = expand_mask(sample["hidden"], cell)[:, None]               # (2, 1, D, H, W)
-    tokens = expand_mask(sample["hidden"], cell // student.encoder.patch)
-    return views, hidden, student(views, tokens).voxels.cpu()
+    return views, hidden, student.reconstruct(views, sample["hidden"], cell).cpu()
 
 
 def errors(views, hidden, voxels):
