@@ -97,11 +97,38 @@ def name_problems(cases, names, weights):
     return problems
 
 
+def number_problems(cases):
+    """Return what numbers of the labels have no name, a line for each label that has such ones.
+
+    Reads every label. One that is damaged is not among them: it fails when it is scored.
+    """
+    problems = []
+    labelled = [case for case in cases if case["label"]]
+    for case in tqdm(labelled, desc="labels", unit="label", disable=None):
+        try:
+            scoring.check_numbers(case)
+        except data.BadVolume:
+            continue
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def tell_unlabelled(cases):
+    """Tell how many cases have no label: maybe their list names it under another key."""
+    count = sum(not case["label"] for case in cases)
+    if count:
+        data.note(f"{count} of {data.count(len(cases), 'case')} without a label, to be predicted "
+                  "and not scored; a JSON names a label under 'label', a text list after its image")
+
+
 def check(args):
     """Read the weights, and every case of --data; ValueError names all that is wrong."""
     nets = load_networks(args.weights, "cpu")
     cases, _ = select_cases(args, nets)
     problems = name_problems(cases, class_names(nets[0].config, args.names), args.weights)
+    problems += number_problems(cases)
+    tell_unlabelled(cases)
     data.check_voxels(cases, nets[0].preparation, labels=None, problems=problems)
     print(f"checked: {data.count(len(cases), 'case')}, {data.verdict()}")
 
@@ -188,7 +215,7 @@ def predict_all(args, device):
     """Predict and write every case: (cases that have a "prediction", what failed, facts).
 
     What failed is {case: reason}; facts are what results.json records. ValueError before the first
-    prediction if labels could not be scored for want of names.
+    prediction if labels, or numbers in them, could not be scored for want of names.
     """
     digests = [digest_of(path) for path in args.weights]
     nets = load_networks(args.weights, device)
@@ -199,7 +226,7 @@ def predict_all(args, device):
     precision = runtime.Precision(args.precision, device).name
     cases, seen = select_cases(args, nets)
     names = class_names(config, args.names)
-    problems = name_problems(cases, names, args.weights)
+    problems = name_problems(cases, names, args.weights) or number_problems(cases)
     settings.require(not problems, "\n".join(problems))
 
     out = Path(args.out)

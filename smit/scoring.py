@@ -15,9 +15,9 @@ import torch
 
 from smit import data, metrics, runtime, transforms
 from smit.data import cases as case_files
-from smit.data import concerns
+from smit.data import concerns, pairing
 from smit.data.organs import (
-    CODES, ORGANS, case_key, case_name, case_names, is_abdomen, numbered, organ, organ_ids)
+    CODES, ORGANS, case_key, case_name, case_names, composed, is_abdomen, numbered, organ, organ_ids)
 
 ABSENT = ("absent from prediction and label: not scored; in one of them alone: a miss, Dice and "
           "surface Dice 0, HD95 inf; the mean HD95 leaves misses out and stands beside their "
@@ -39,59 +39,57 @@ def find_predictions(predictions, labels, key, names_path=None):
 
     predictions: a folder; labels: a folder of label files, or a list whose `key` has labels;
     names_path: a JSON that names the numbers of a side that has no names. A case has a
-    "prediction", too. Tells of predictions without a label. ValueError as `check_names`.
+    "prediction", too, and the name that `labelled_cases` gives it. Tells of predictions without a
+    label. ValueError as `check_names` and `pair`.
     """
-    label_files = by_key(labelled_files(labels, key), labels)
-    files = by_key(data.find_volumes(predictions), predictions)
-    for case in label_files:                             # nnU-Net's channel; labels have none
-        if case not in files and f"{case}_0000" in files:
-            files[case] = files.pop(f"{case}_0000")
+    labelled = labelled_cases(labels, key)
+    files = pairing.Side(data.find_volumes(predictions), predictions)
+    sides = pairing.label_sides(labelled, labels)
+    pairs = pairing.pair(labelled, sides, files, predictions)
 
-    extra = [os.path.basename(path) for case, path in files.items() if case not in label_files]
-    if extra:
+    paired = {file.path for file in pairs.values()}
+    unpaired = [file for file in files.files if file.path not in paired]
+    if unpaired:
+        extra = [os.path.relpath(file.path, predictions) for file in unpaired]
         concerns.note(f"{predictions}: {data.count(len(extra), 'file')} not scored, for want of a "
                       f"label in {labels}: {concerns.enumerate_names(extra)}")
 
     given = given_names(names_path) if names_path else None
     # predictions are often kept below the data set, and rarely numbered as it is
-    label_names = own_or_given(
-        folder_names(labels, label_files.values(), or_parent=True), given, labels)
-    scored = [path for case, path in files.items() if case in label_files]
-    prediction_names = own_or_given(folder_names(predictions, scored), given, predictions)
+    label_files = [case["label"] for case in labelled]
+    label_names = own_or_given(folder_names(labels, label_files, or_parent=True), given, labels)
+    prediction_names = own_or_given(folder_names(predictions, paired), given, predictions)
     check_names(label_names, prediction_names, labels, predictions)
-    titles = dict(zip(files.values(), case_names(list(files.values()))))
     cases, failed = [], {}
-    for case, label in label_files.items():
-        if case in files:
-            path = files[case]
-            cases.append({"name": titles[path], "image": path, "prediction": path, "label": label,
+    for case in labelled:
+        name, label = case["name"], case["label"]
+        if name in pairs:
+            path = pairs[name].path
+            cases.append({"name": name, "image": path, "prediction": path, "label": label,
                           "names": label_names})
         else:
-            failed[case] = f"{label}: has no prediction in {predictions}"
+            failed[name] = (f"{label}: has no prediction in {predictions}"
+                            f"{pairing.namesake_text(case, unpaired, predictions)}")
     facts = {"predictions": predictions, "labels_of": labels, "split": key}
     return cases, prediction_names, failed, facts
 
 
-def labelled_files(labels, key):
-    """Return the label files of a list or a folder; one with files below a JSON is a list."""
+def labelled_cases(labels, key):
+    """Return the cases of a list or a folder that have a "label", each with its "name".
+
+    A folder with files below a JSON is a list. A list's cases have an "image", too, and are named
+    as it is; those of a folder are named as their labels.
+    """
     if os.path.isdir(labels):
         files = data.find_volumes(labels)
         is_list = Path(labels, "dataset.json").is_file()
         if not is_list or any(Path(file).parent == Path(labels).absolute() for file in files):
-            return files
-    return [case["label"] for case in data.read_list(labels, key) if case["label"]]
-
-
-def by_key(paths, where):
-    """Return {key of the case: path}; ValueError where two files are one case."""
-    files = {}
-    for path, name in zip(paths, case_names(paths)):
-        key = case_key(name)
-        if key in files:
-            raise ValueError(f"{where}: {path} and {files[key]} are both case {key}; rename or "
-                             "drop one")
-        files[key] = path
-    return files
+            return [{"name": name, "image": None, "label": file}
+                    for file, name in zip(files, case_names(files))]
+    cases = data.read_list(labels, key)
+    for case, name in zip(cases, case_names([case["image"] for case in cases])):
+        case["name"] = name
+    return [case for case in cases if case["label"]]
 
 
 def folder_names(path, files, or_parent=False):
@@ -120,7 +118,8 @@ def names_numbers_of(results, files):
     if "predictions" in facts:
         scored = Path(facts["predictions"])
         return scored.exists() and scored.samefile(folder)
-    strangers = {Path(file).name for file in files} - {*facts.get("predicted", ())}
+    predicted = {composed(name) for name in facts.get("predicted", ())}
+    strangers = {composed(Path(file).name) for file in files} - predicted
     if "predicted" in facts and strangers:
         names = concerns.enumerate_names(sorted(strangers))
         raise ValueError(f"{folder}: {data.count(len(strangers), 'file')} ({names}) are not of "
@@ -267,6 +266,13 @@ def on_grid_of_label(case, shape, affine):
                          f"{case_files.describe_grid(tuple(pred.shape), pred_affine)}; "
                          "resample one")
     return turned
+
+
+def check_numbers(case):
+    """Raise ValueError if a case's label is damaged, or holds numbers that have no name."""
+    label, _ = data.read_label(case["label"])
+    if case["names"]:
+        check_named(label.numpy(), case["names"], case["label"])
 
 
 def check_named(array, names, path):

@@ -3,6 +3,7 @@ and failures that are told."""
 import csv
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -351,6 +352,38 @@ def test_labels_that_no_name_can_match_are_refused_before_the_first_prediction(
     assert len(json.loads((tmp_path / "out/results.json").read_text())["cases"]) == 2
 
 
+def test_numbers_that_have_no_name_are_refused_by_check_and_before_the_first_prediction(
+        weights, phantoms, tmp_path):
+    source = nib.load(phantoms.parent / "labelsTr/phantom0001.nii.gz")
+    label = np.asarray(source.dataobj).copy()
+    label[3, 3, 3] = 200
+    nib.save(nib.Nifti1Image(label, source.affine, source.header), tmp_path / "odd.nii.gz")
+    names = json.loads(phantoms.read_text())["labels"]
+    few = {number: names[number] for number in ("0", "1", "13")}
+    case = {"image": str(phantoms.parent / "imagesTr/phantom0001.nii.gz"), "label": "odd.nii.gz"}
+    listing = tmp_path / "list.json"
+    for labels, numbers in ((names, "[200]"), (few, f"{[*range(2, 13), 200]}")):
+        listing.write_text(json.dumps({"labels": labels, "validation": [case]}))
+        refusal = re.escape(f"odd.nii.gz: no name for its numbers {numbers}; give the JSON that ")
+        for more in ([], ["--check"]):
+            with pytest.raises(ValueError, match=refusal):
+                run("--weights", weights, "--data", listing, "--out", tmp_path / "out", *more)
+    assert not list(tmp_path.glob("out/*.nii.gz"))
+
+
+def test_a_check_tells_how_many_cases_have_no_label(weights, phantoms, tmp_path, capsys):
+    image, label = (str(phantoms.parent / kind / "phantom0000.nii.gz")
+                    for kind in ("imagesTr", "labelsTr"))
+    content = {**json.loads(phantoms.read_text()), "validation": [{"image": image, "mask": label}]}
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    run("--weights", weights, "--data", tmp_path / "list.json", "--check")
+    told = capsys.readouterr().err
+    assert "1 of 1 case without a label, to be predicted and not scored; a JSON names" in told
+
+    run("--weights", weights, "--data", phantoms, "--check")
+    assert "without a label" not in capsys.readouterr().err
+
+
 def test_names_can_be_given_to_a_network_that_has_none(weights, phantoms, tmp_path):
     state = runtime.load_checkpoint(weights)
     state["config"]["labels"] = {}
@@ -501,3 +534,16 @@ def test_wrong_weights_are_refused_in_one_line(part, why, weights, phantoms, tmp
 def test_images_are_never_overwritten(weights, phantoms):
     with pytest.raises(ValueError, match="overwrite"):
         run("--weights", weights, "--data", phantoms, "--out", phantoms.parent / "imagesTr")
+
+
+def test_an_averages_interval_is_of_the_same_level_and_of_whole_cases():
+    share = np.random.default_rng(0).random(12)
+    def interval(**organs):
+        made = [{"case": str(n), "organ": name, "dice": dice, "hd95_mm": 1.}
+                for name, dices in organs.items() for n, dice in enumerate(dices)]
+        summary = scoring.summary(made, "dice")
+        return [[summary[name]["low"], summary[name]["high"]] for name in (*organs, "AVG")]
+    liver, average = interval(liver=share)
+    assert average == pytest.approx(liver) and liver[0] < liver[1]      # of one organ, its own
+    # where one organ gains what the other loses, whole cases leave no doubt of the mean
+    assert interval(liver=share, spleen=1 - share)[-1] == pytest.approx([.5, .5])

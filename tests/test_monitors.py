@@ -91,8 +91,9 @@ def test_errors_on_held_back_volumes_are_those_of_all_ranks():
                 "hidden": torch.tensor([False, True]).expand(1, 2, 1, 1, 2)} for _ in range(2)]
 
     def errors(batches, mean):
+        ranks = types.SimpleNamespace(mean=mean)
         return monitors.masked_image_errors(Stub(), batches, 4, False, torch.device("cpu"),
-                                            contextlib.nullcontext, types.SimpleNamespace(mean=mean))
+                                            contextlib.nullcontext, ranks)
     sent = []
     errors(batches[1:], lambda sums: sent.append(sums) or sums)                   # the other rank
     shared = errors(batches[:1], lambda sums: (sums + sent[0]) / 2)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import unicodedata
 
 import nibabel as nib
 import numpy as np
@@ -277,6 +278,114 @@ def test_cases_in_folders_of_their_own_are_paired_by_folder(tmp_path):
     assert sorted(float(row["dice"]) for row in rows if row["dice"] != "nan") == [1, 1]
 
 
+def test_a_prediction_is_never_scored_against_the_label_of_another_folder(tmp_path, capsys):
+    save(tmp_path / "label/s0/seg.nii.gz", blocks(1, 0))
+    save(tmp_path / "pred/s1/seg.nii.gz", blocks(1, 0))
+    with pytest.raises(ValueError, match="1 of 1 case failed"):
+        score(tmp_path)
+    told = capsys.readouterr().out
+    assert "s0/seg.nii.gz: has no prediction in" in told
+    assert "pred/s1/seg.nii.gz has its name, but lies in the folder of another" in told
+
+    # two patients were each seen twice, and the folders are known on both sides
+    for n in (0, 1):
+        save(tmp_path / f"visits/label/s{n}/visit{n}.nii.gz", blocks(1, 0))
+        save(tmp_path / f"visits/pred/s{n}/visit{1 - n}.nii.gz", blocks(1, 0))
+    with pytest.raises(ValueError, match="2 of 2 cases failed"):
+        score(tmp_path / "visits")
+
+
+@pytest.mark.parametrize("label, pred", [
+    ("s0/seg s1/seg", "s1/seg"),
+    ("s0/seg s1/seg", "s1"),
+    ("s0/seg s1/seg", "s1/pred"),
+    ("s0 s1", "s1/pred"),
+    ("s0/day1 s1/day2", "s1/day1 s1/day2"),
+])
+def test_a_lone_prediction_is_paired_as_it_would_be_among_others(label, pred, tmp_path):
+    for name in label.split():
+        save(tmp_path / f"label/{name}.nii.gz", blocks(2, 1 if name.startswith("s1") else 2))
+    for name in pred.split():
+        save(tmp_path / f"pred/{name}.nii.gz", blocks(2, 1))
+    with pytest.raises(ValueError, match="1 of 2 cases failed"):           # s0 has no prediction
+        score(tmp_path)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["n"] == 1 and results["scores"]["dice"]["AVG"]["mean"] == 1
+
+
+def test_files_that_their_names_alone_pair_are_told(tmp_path, capsys):
+    for name, label_folder, pred_folder in (("a", "site1", "fold_0"), ("b", "site2", "fold_1")):
+        save(tmp_path / f"label/{label_folder}/{name}.nii.gz", blocks(1, 0))
+        save(tmp_path / f"pred/{pred_folder}/{name}.nii.gz", blocks(1, 0))
+    assert len(score(tmp_path)[0]) == 2
+    told = capsys.readouterr().err
+    assert "2 files paired by name alone, in unlike folders: " in told
+    assert "pred/fold_0/a.nii.gz and " in told and "label/site1/a.nii.gz" in told
+
+
+def list_of(folder, **label_of):
+    """A list in folder/label, whose images are named otherwise than their labels."""
+    cases = [{"image": f"{image}.nii.gz", "label": f"{label}.nii.gz"}
+             for image, label in label_of.items()]
+    content = {"labels": {"background": 0, "liver": 1}, "validation": cases}
+    (folder / "label/dataset.json").write_text(json.dumps(content))
+    return ["--labels", folder / "label/dataset.json", "--names", folder / "label/dataset.json"]
+
+
+@pytest.mark.parametrize("names", [("scan0", "scan1"), ("scan0_seg", "scan1_seg")])
+def test_predictions_are_named_as_the_images_of_a_list_or_as_its_labels(names, tmp_path):
+    for n, name in enumerate(names):
+        save(tmp_path / f"label/scan{n}_seg.nii.gz", blocks(n, 1))
+        save(tmp_path / f"pred/{name}.nii.gz", blocks(n, 1))
+    rows, results = score(tmp_path, *list_of(tmp_path, scan0="scan0_seg", scan1="scan1_seg"))
+    assert results["cases"] == ["scan0", "scan1"] and [row["dice"] for row in rows] == ["1", "1"]
+
+    save(tmp_path / "pred/scan0.nii.gz", blocks(0, 1))
+    save(tmp_path / "pred/scan0_seg.nii.gz", blocks(0, 1))
+    with pytest.raises(ValueError, match="two files for scan0: .*move one away"):
+        score(tmp_path, *list_of(tmp_path, scan0="scan0_seg", scan1="scan1_seg"))
+
+
+def test_a_prediction_that_may_be_of_two_cases_is_refused(tmp_path):
+    for name in ("1", "2", "3"):
+        save(tmp_path / f"label/{name}.nii.gz", blocks(1, 0))
+    save(tmp_path / "pred/2.nii.gz", blocks(1, 0))       # the image of one, the label of the other
+    flags = list_of(tmp_path, **{"1": "2", "2": "3"})
+    with pytest.raises(ValueError, match=r"pred/2.nii.gz: may be of case 1 \(.*\) or of 2 "):
+        score(tmp_path, *flags)
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_two_predictions_of_one_case_are_named_and_refused(tmp_path):
+    for name in "ab":
+        save(tmp_path / f"label/{name}.nii.gz", blocks(1, 0))
+        save(tmp_path / f"pred/{name}.nii.gz", blocks(1, 0))
+        save(tmp_path / f"pred/postprocessed/{name}.nii.gz", blocks(1, 0))
+    pred = tmp_path / "pred"
+    with pytest.raises(ValueError) as refusal:
+        score(tmp_path)
+    assert str(refusal.value) == (f"{pred} holds two files for a: {pred}/a.nii.gz, "
+                                  f"{pred}/postprocessed/a.nii.gz; name one folder")
+
+
+def test_accents_that_a_mac_wrote_are_those_of_other_systems(tmp_path):
+    composed = unicodedata.normalize("NFC", "p\u00e9")
+    decomposed = unicodedata.normalize("NFD", composed)
+    assert composed != decomposed
+    save(tmp_path / f"label/{composed}.nii.gz", blocks(1, 0))
+    save(tmp_path / f"pred/{decomposed}.nii.gz", blocks(1, 0))
+    name_numbers(tmp_path / "label", liver=1)
+    results = {"predicted": [f"{composed}.nii.gz"], "labels": {"1": "liver"}}
+    (tmp_path / "pred/results.json").write_text(json.dumps(results))
+    assert [row["dice"] for row in score(tmp_path)[0]] == ["1"]
+
+    for side, name in (("a", composed), ("b", decomposed)):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "cases.csv").write_text(
+            "\n".join([",".join(scoring.COLUMNS), f"{name},liver,.8,1,1,1,1"]) + "\n")
+    assert "| liver | 1 |" in scoring.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
+
 def test_two_results_are_compared_whatever_prefix_their_cases_have(tmp_path):
     for name, prefix, organ in (("a", "img", "RAG"), ("b", "label", "right adrenal gland")):
         (tmp_path / name).mkdir()
@@ -458,3 +567,18 @@ def test_an_evaluation_in_a_runs_folder_leaves_the_runs_page_and_shows_its_own_p
 
     report.run_page(out, {}, "Fine-tuning")              # nor does the run show the evaluation's
     assert (out / "index.html").read_bytes() == before
+
+
+@pytest.mark.parametrize("axis, mm", [(0, 1.), (1, 2.), (2, 5.)])
+def test_distances_are_in_the_mm_of_their_axis(axis, mm, tmp_path):
+    affine = np.array([[0., 2, 0, 7], [-1, 0, 0, 3], [0, 0, 5, -4], [0, 0, 0, 1]])
+    truth, pred = np.zeros((2, 9, 9, 9), np.uint8)
+    truth[4, 4, 4] = 1
+    pred[(*(4 + 3 * (way == axis) for way in range(3)),)] = 1              # 3 voxels further on
+    save(tmp_path / "label.nii.gz", truth, affine)
+    save(tmp_path / "pred.nii.gz", pred, affine)
+    case = {"label": tmp_path / "label.nii.gz", "prediction": tmp_path / "pred.nii.gz",
+            "names": {1: "liver"}}
+    (row,) = scoring.score_case(case, {1: "liver"}, 3 * mm)
+    assert row["hd95_mm"] == pytest.approx(3 * mm) and row["surface_dice"] == 1
+    assert scoring.score_case(case, {1: "liver"}, 3 * mm - .1)[0]["surface_dice"] == 0

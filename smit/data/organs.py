@@ -1,6 +1,7 @@
 """Names of organs, whatever their spelling, and of cases. [SMIT Tables 1 and 2]"""
 import functools
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -146,15 +147,14 @@ def case_names(paths):
     """
     depth = depth_of_names(paths)
     places = places_that_differ([path_parts(path)[-depth:] for path in paths])
-    names = []
+    path_of = {}
     for path in paths:
         parts = path_parts(path)
         name = "_".join(parts[place] for place in places if -place <= len(parts))
-        if name in names:
-            raise ValueError(f"{paths[names.index(name)]} and {path} are both case {name}; rename "
-                             "or drop one")
-        names.append(name)
-    return names
+        if name in path_of:
+            raise ValueError(f"{path_of[name]} and {path} are both case {name}; rename or drop one")
+        path_of[name] = path
+    return [*path_of]
 
 
 def path_parts(path):
@@ -186,15 +186,20 @@ def depth_of_names(paths):
 def identities(paths):
     """Return the last parts of paths that tell them apart wherever they lie: often only names."""
     depth = depth_of_names(paths)
-    return ["/".join(Path(path).parts[-depth:]) for path in paths]
+    return ["/".join(Path(composed(str(path))).parts[-depth:]) for path in paths]
 
 
 def is_among(path, identities):
     """Return whether a path ends in one of `identities`, a set."""
-    parts = Path(path).parts
+    parts = Path(composed(str(path))).parts
     return any("/".join(parts[i:]) in identities for i in range(len(parts)))
 
 
 def case_key(name):
     """Return what the names of image, label and prediction share: img0029, label0029 give 0029."""
-    return re.sub(r"^(img|label)(?=\d)", "", case_name(name))
+    return re.sub(r"^(img|label)(?=\d)", "", composed(case_name(name)))
+
+
+def composed(name):
+    """Return a name in Unicode's composed form, NFC: a Mac writes an accent as a letter, NFD."""
+    return unicodedata.normalize("NFC", name)

@@ -108,9 +108,9 @@ def parse_arguments(argv=None):
     add("--recipes", nargs="+", type=flags, default=[], metavar="NAME=FLAGS",
         help=f"recipe: flags for finetune.py under a name; default: {', '.join(RECIPES)}")
     add("--parallel", type=settings.count, default=1,
-        help="steps at a time, each on its share of the CPU cores [ours]; all use the first GPU, so "
-             "on a machine of several run a study on each, with CUDA_VISIBLE_DEVICES and --out of "
-             "its own")
+        help="steps at a time, each on its share of the CPU cores [ours]; all use the first GPU: "
+             "on a machine with several, run a study on each, with CUDA_VISIBLE_DEVICES and --out "
+             "of its own")
     add("--ranks", type=settings.count, default=1,
         help="processes of a training step, by torchrun [ours]")
     add("--dry_run", action="store_true",
