@@ -2,7 +2,7 @@
 
     from smit.inference import features, load_encoder, load_network, segment
     encoder = load_encoder("runs/ssl/student.pt")          # or any file that smit.weights reads
-    maps, affines = features(encoder, "scan.nii.gz")       # five maps of tokens, and where they lie
+    maps, affines = features(encoder, "scan.nii.gz")       # tokens of each stage, and their places
     net = load_network("runs/finetune/best.pt")
     label = segment(net, "scan.nii.gz")                    # (X, Y, Z) uint8, on the file's grid
 
