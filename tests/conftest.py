@@ -36,7 +36,8 @@ def two_ranks(phantoms, tmp_path_factory):
     flags = [*SMALL, "--data", phantoms, "--cache", folder / "cache", "--steps", 3, "--seed", 5,
              "--drop_path", ".3", "--lr", "1e-4"]       # AdamW turns a gradient's rounding into lr
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    script = [ROOT / "train_ssl.py", *flags, "--batch", 1, "--out", folder / "run"]
+    sizes = ["--batch", 1, "--accumulate", 2]
+    script = [ROOT / "train_ssl.py", *flags, *sizes, "--out", folder / "run"]
     forked.run(*launch, *script, folder=folder)
     return flags, folder / "run"
 

@@ -237,10 +237,10 @@ def test_validation_stands_beside_predictors_that_know_nothing(phantoms, tmp_pat
     assert full[0]["val_mip"] > 0
 
 
-def test_two_ranks_equal_one_with_twice_the_batch(two_ranks, tmp_path):
+def test_two_ranks_that_accumulate_equal_one_with_the_whole_batch(two_ranks, tmp_path):
     flags, two = two_ranks
-    for name, sizes in (("one", ["--batch", 2]),
-                        ("accumulated", ["--batch", 1, "--accumulate", 2])):
+    for name, sizes in (("one", ["--batch", 4]),
+                        ("accumulated", ["--batch", 1, "--accumulate", 4])):
         words = [*flags, *sizes, "--out", tmp_path / name]
         train_ssl.main(train_ssl.parse_arguments([str(word) for word in words]))
 

@@ -18,7 +18,7 @@ def test_two_agents_equal_one_agent_with_two_processes_to_the_bit(two_ranks, tmp
     flags, folder = two_ranks
     agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
              "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=smit"]
-    script = [ROOT / "train_ssl.py", *flags, "--batch", 1, "--out", "two"]
+    script = [ROOT / "train_ssl.py", *flags, "--batch", 1, "--accumulate", 2, "--out", "two"]
     forked.run(*agent, *script, folder=tmp_path, processes=2)
 
     one, two = (runtime.load_checkpoint(path / "student.pt")["model"]
