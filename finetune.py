@@ -23,7 +23,6 @@ from smit import data, ema, figures, losses, metrics, phantom, runtime, segment,
 from smit.data import labelled, organs, samples
 from smit.runtime import progress
 
-PRESETS = settings.FINETUNING_PRESETS
 COLUMNS = "step epoch lr loss grad_norm skipped val_dice best_dice".split()
 
 
@@ -43,7 +42,7 @@ def read_init(args, ranks, saved=()):
     """Read what --init names: (weights, sizes of their encoder, a report on them).
 
     Without --init the weights are None and the sizes the flags'. saved: the settings of a run that
-    goes on, which has the sizes, and its weights elsewhere.
+    --resume continues. The sizes come from them, and the weights from its last.pt.
     """
     names = settings.UNET_SIZES if args.network == "unet" else settings.SIZES
     if not args.init:
@@ -141,14 +140,14 @@ def train(args, ranks, out):
     per_step = args.batch * ranks.world
     total = args.steps or math.ceil(args.epochs * len(cases) / per_step)
     warmup = total * args.warmup_epochs / args.epochs
-    val_steps = args.val_every * len(cases) / per_step
+    val_samples = args.val_every * len(cases)           # from one validation to the next
 
     # --------------------------------------------------------------------- network, optimiser
     identities = organs.identities([case["image"] for case in cases + held_back])
     precision = runtime.Precision(args.precision, ranks.device)
     config = {**vars(args), **sizes, "num_classes": num_classes, "labels": names,
               "global_batch": per_step, "total": total, "format": weights.FORMAT,
-              "precision": precision.name,
+              "precision": precision.name, "device": ranks.device.type,
               "train": identities[:len(cases)], "held_back": identities[len(cases):]}
     torch.manual_seed(args.seed)        # --init replaces the encoder alone: methods share a decoder
     net = segment.build_network(config)
@@ -196,8 +195,8 @@ def train(args, ranks, out):
     stop = runtime.StopSignals(ranks)
 
     def validates(step):
-        """Tell whether a validation follows a step; val_steps is a float."""
-        is_due = step // val_steps > (step - 1) // val_steps
+        """Tell whether a validation follows a step."""
+        is_due = step * per_step // val_samples > (step - 1) * per_step // val_samples
         return bool(held_back) and (step == total or is_due)
 
     # ------------------------------------------------------------------------------ training
@@ -285,12 +284,22 @@ def train(args, ranks, out):
 
 
 def check(args):
-    """Read --init, and all images and labels of --data; ValueError names all that is wrong."""
-    read_init(args, runtime.Ranks(0, 1, torch.device("cpu")))
+    """Read --init, and all images and labels of --data; ValueError names all that is wrong.
+
+    The cases are split, too, as the run would do it.
+    """
+    _, sizes, _ = read_init(args, runtime.Ranks(0, 1, torch.device("cpu")))
+    settings.check_crop(args, sizes)
     cases, listed, problems = labelled.read_lists(args, args.data)
-    num_classes = labelled.count_classes(args, labelled.organ_names(args.data))
+    try:
+        if cases:                       # without any the lists have told why
+            labelled.choose_cases(args, cases, listed, args.data)
+    except ValueError as error:
+        problems.append(str(error))
+    names = labelled.organ_names(args.data)
+    num_classes = labelled.count_classes(args, names)
     data.check_voxels(cases + listed, data.preparation_of(args), True, num_classes, problems,
-                      args.workers)
+                      args.workers, names)
     print(f"checked: {data.count(len(cases + listed), 'case')} of {num_classes} classes, "
           f"{data.verdict()}")
 

@@ -17,7 +17,8 @@ from smit import data, metrics, runtime, transforms
 from smit.data import cases as case_files
 from smit.data import concerns, pairing
 from smit.data.organs import (
-    CODES, ORGANS, case_key, case_name, case_names, composed, is_abdomen, numbered, organ, organ_ids)
+    CODES, ORGANS, case_key, case_name, case_names, composed, is_abdomen, numbered, organ,
+    organ_ids)
 
 ABSENT = ("absent from prediction and label: not scored; in one of them alone: a miss, Dice and "
           "surface Dice 0, HD95 inf; the mean HD95 leaves misses out and stands beside their "

@@ -258,6 +258,8 @@ def damaged_files():
         "crc.nii.gz": packed[:-8] + wrong_crc + packed[-7:],
         "tail.nii.gz": packed + b"tail that is no gzip",
         "member_more.nii.gz": packed + gzip.compress(bytes(2 * MIB)),
+        "two_volumes.nii.gz": packed + packed,
+        "two_volumes.nii": good + good,
         "trailing.nii": good + bytes(2 * MIB),
     }
 
@@ -374,7 +376,6 @@ def bad_affines():
         "qform_nan.nii": patched(forms(1, 0), quaternion(NAN, 0, 0)),
         "qform_negative.nii": patched(forms(1, 0), first_spacing(-1.5)),
         "quaternion_no_rotation.nii": patched(forms(1, 0), quaternion(0.9, 0.9, 0)),
-        "qfac_2.nii": patched(forms(1, 0), qfac(2)),
         "no_form_zero.nii": patched(forms(0, 0), first_spacing(0)),
         "no_form_negative.nii": patched(forms(0, 0), first_spacing(-1.5)),
         # the header says metres, and its voxels would be metres wide
@@ -503,6 +504,7 @@ def other_images():
         "uint8.nii": plain(np.abs(VOXELS // 8).astype(np.uint8)),
         "no_form.nii": patched(forms(0, 0)),
         "qfac_0.nii": patched(forms(1, 0), qfac(0)),
+        "qfac_2.nii": patched(forms(1, 0), qfac(2)),
         # a unit quaternion that float32 has rounded to a length above 1
         "qform_rounded.nii": patched(forms(1, 0), quaternion(0, 0, 1.0000005)),
     }

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import nibabel as nib
@@ -18,7 +19,8 @@ import finetune
 import train_ssl
 from conftest import SMALL as SMALL_SSL
 from foreign import monai_encoder
-from smit import data, inference, runtime, segment, settings, weights
+from smit import data, inference, losses, metrics, runtime, segment, settings, weights
+from smit.data import samples
 
 SMALL = (
     "--spacing 10 10 10 --crop 24 --embed_dim 8 --depths 1 1 --heads 2 2 --lr 1e-2 "
@@ -283,7 +285,8 @@ def test_without_validation_cases_a_share_is_held_back(tmp_path):
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(phantoms, tmp_path, run_script):
-    flags = ["--steps", 4, "--drop_path", ".3", "--lr", "1e-3"]
+    # 4 steps of 2 of 4 volumes
+    flags = ["--epochs", 2, "--warmup_epochs", 1, "--drop_path", ".3", "--lr", "1e-3"]
     tune(phantoms, tmp_path / "one", *flags, "--batch", 2)
     run_script("finetune.py", *SMALL, "--data", phantoms, "--cache", "cache", *flags, "--batch", 1,
                "--out", "two", ranks=2)
@@ -315,6 +318,12 @@ def test_a_stop_during_a_validation_loses_one_step_and_no_exactness(
     assert stopped == len(log) < len(whole) and not any("val_dice" in row for row in log)
     monkeypatch.undo()
     assert tune(phantoms, tmp_path / "stopped", *flags, "--resume") == whole
+
+
+def test_a_validation_follows_the_step_that_completes_its_epochs(phantoms, tmp_path):
+    # 2 epochs of 4 volumes are 8 samples: with 5 a step they end in steps 1.6, 3.2, 4.8, 6.4 and 8
+    log = tune(phantoms, tmp_path / "run", "--steps", 9, "--val_every", 2, "--batch", 5)
+    assert [int(row["step"]) for row in log if "val_dice" in row] == [2, 4, 5, 7, 8, 9]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(phantoms, tmp_path):
@@ -462,3 +471,113 @@ def test_an_organ_no_training_case_has_is_warned_about(phantoms, tmp_path, capsy
 def test_errors_are_one_line_and_exit_code_2(tmp_path, run_script):
     done = run_script("finetune.py", *SMALL, "--data", "nowhere", check=False)
     assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_learning_rate_rises_and_falls_once_and_lower_blocks_take_their_share(
+        phantoms, tmp_path):
+    log = tune(phantoms, tmp_path / "run", "--steps", 4, "--epochs", 100, "--warmup_epochs", 50)
+    assert [row["lr"] / 1e-2 for row in log] == pytest.approx(       # the middle of each step
+        [.25, .75, (1 + math.sqrt(.5)) / 2, (1 - math.sqrt(.5)) / 2])
+
+    tune(phantoms, tmp_path / "one", "--steps", 1, "--warmup_epochs", 0, "--weight_decay", 0,
+         "--layer_decay", ".5")
+    state = runtime.load_checkpoint(tmp_path / "one" / "last.pt")
+    torch.manual_seed(0)
+    start, (row,) = segment.build_network(state["config"]).state_dict(), read_log(tmp_path / "one")
+    for name, share in {"encoder.patch_embed.weight": 1 / 8, "ups.0.up.weight": 1,
+                        "encoder.stages.0.blocks.0.mlp.0.weight": 1 / 4,
+                        "encoder.stages.1.blocks.0.mlp.0.weight": 1 / 2}.items():
+        # AdamW's first step moves every weight by the rate, whatever its gradient
+        moved = (state["model"][name] - start[name]).abs().max().item()
+        assert moved == pytest.approx(row["lr"] * share, rel=.01), name
+
+
+def test_epochs_are_passes_over_all_volumes(phantoms, tmp_path):
+    log = tune(phantoms, tmp_path / "run", "--epochs", 3, "--warmup_epochs", 1, "--batch", 2)
+    assert [row["epoch"] for row in log] == [.5, 1, 1.5, 2, 2.5, 3]              # of 4 volumes
+
+
+def test_weights_decay_by_as_much_as_asked_for():
+    net = segment.SegmentationNet(3, embed_dim=8, depths=(1, 1), heads=(2, 2))
+    groups = finetune.build_optimizer(net, parse("--weight_decay", ".3")).param_groups
+    assert {group["weight_decay"] for group in groups} == {.3}
+
+
+def test_the_validations_dice_is_a_mean_over_cases_then_over_organs_of_all_ranks(monkeypatch):
+    label = torch.tensor([[[1, 1, 2, 0]], [[1, 1, 0, 0]], [[1, 0, 0, 0]]])
+    pred = torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]], [[0, 0, 0, 0]]])
+    monkeypatch.setattr(finetune.labelled, "volumes",
+                        lambda args, case, num_classes: (pred[case], label[case]))
+    monkeypatch.setattr(finetune, "predict", lambda net, image, *others: image)
+
+    def dice(rank, world, mean):
+        ranks = types.SimpleNamespace(rank=rank, world=world, device="cpu", mean=mean)
+        return finetune.validate(torch.nn.Identity(), [0, 1, 2], None, 4, None, ranks,
+                                 types.SimpleNamespace(asked=False))[0]
+    # organ 1: 1, 2/3, 0; organ 2: 0 in its one case; organ 3: nowhere
+    assert dice(0, 1, lambda scores: scores) == pytest.approx(((1 + 2 / 3 + 0) / 3 + 0) / 2)
+    sent = []
+    dice(1, 2, lambda scores: sent.append(scores) or scores)
+    assert dice(0, 2, lambda scores: (scores + sent[0]) / 2) == pytest.approx((5 / 9) / 2)
+
+
+def test_the_dice_in_best_pt_is_that_of_the_weights_in_it(phantoms, tmp_path):
+    tune(phantoms, tmp_path / "run", "--average", ".9", "--steps", 12, "--val_every", 2)
+    best = runtime.load_checkpoint(tmp_path / "run" / "best.pt")
+    net, dices = inference.load_network(tmp_path / "run" / "best.pt"), []
+    for case in data.read_list(phantoms, "validation"):
+        made = data.load_case(case, net.preparation, with_label=True)
+        pred = segment.predict(net, made["image"].numpy(), (24, 24, 24)).argmax(0)
+        dices.append(metrics.dice(pred, made["label"], 14))
+    assert best["val_dice"] == pytest.approx(np.nanmean(np.nanmean(dices, axis=0)), abs=1e-6)
+
+
+def test_the_loss_is_the_one_asked_for(phantoms, tmp_path):
+    still = ["--steps", 1, "--drop_path", 0]
+    flags = ["--background_weight", ".05", "--dice_on", "organs"]
+    (row,) = tune(phantoms, tmp_path / "run", *still, *flags)
+    config = runtime.load_checkpoint(tmp_path / "run" / "last.pt")["config"]
+    torch.manual_seed(0)
+    net, args = segment.build_network(config), parse(*SMALL, *still)
+    crops = samples.LabelledCrops(data.read_list(phantoms), data.preparation_of(args),
+                                  tmp_path / "cache", 14, args.crop, args.crops_per_volume)
+    batch = samples.collate([crops[number] for number in range(args.batch)])
+    logits = net(samples.augmented(batch).flatten(0, 1))
+    expected = losses.dice_ce_loss(logits, batch["labels"].flatten(0, 1).long(),
+                                   background_weight=.05, dice_on="organs")
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_gradients_are_clipped_and_an_average_is_as_slow_as_asked_for(
+        phantoms, tmp_path, monkeypatch):
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda p, limit: seen.append(limit) or clip(p, limit))
+    tune(phantoms, tmp_path / "run", "--steps", 1, "--clip", ".5", "--average", ".05")
+    state = runtime.load_checkpoint(tmp_path / "run" / "last.pt")
+    torch.manual_seed(0)
+    start = segment.build_network(state["config"]).state_dict()
+    assert seen == [.5]
+    for name, value in state["average"].items():         # .05 is less than a tenth of the start
+        torch.testing.assert_close(value, .05 * start[name] + .95 * state["model"][name])
+
+
+def test_another_seed_draws_other_crops(phantoms, tmp_path, monkeypatch):
+    made, crops = [], samples.LabelledCrops.__init__
+    monkeypatch.setattr(samples.LabelledCrops, "__init__",
+                        lambda self, *others: crops(self, *others) or made.append(self))
+    for seed in (1, 2):
+        tune(phantoms, tmp_path / str(seed), "--steps", 1, "--seed", seed, "--val_fraction", 0)
+    assert not torch.equal(made[0][0]["images"], made[1][0]["images"])
+
+
+def test_an_average_is_what_is_read_of_a_last_pt(phantoms, tmp_path):
+    tune(phantoms, tmp_path / "run", "--average", ".5", "--steps", 1)
+    path = tmp_path / "run" / "last.pt"
+    average = runtime.load_checkpoint(path)["average"]
+    net = inference.load_network(path).state_dict()
+    run, _ = weights.reading.read_run(path, "student", settings.SIZES)
+    assert all(torch.equal(net[name], w) and torch.equal(run[name], w)
+               for name, w in average.items())
+    assert all(torch.equal(average[f"encoder.{name}"], w)
+               for name, w in weights.read_encoder(path).weights.items())

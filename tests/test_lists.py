@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import unicodedata
 
 import finetune
 import hostile
@@ -303,6 +304,30 @@ def test_region_labels_and_ignore_are_refused_in_plain_words(tmp_path):
     assert data.label_names(path, ignore=True) == {0: "background", 1: "liver", 2: "ignore"}
 
 
+@pytest.mark.parametrize("name", ["Ignore", "IGNORE", " ignore "])
+def test_ignore_is_refused_in_any_spelling(name, tmp_path):
+    path = write_list(tmp_path, labels={"0": "background", "1": "liver", "2": name})
+    with pytest.raises(ValueError, match="'ignore' marks voxels that nobody annotated"):
+        data.label_names(path)
+
+
+@pytest.mark.parametrize("name", ["spleen", "Kidney_R", "IVC"])
+def test_an_organ_as_number_0_is_refused(name, tmp_path):
+    path = write_list(tmp_path, labels={"0": name, "1": "liver"})
+    with pytest.raises(ValueError, match=f"label 0 is named '{name}', but 0 is the background "
+                                         "here; number organs from 1"):
+        data.label_names(path)
+
+
+def test_a_name_of_number_0_that_is_no_usual_background_s_is_told(tmp_path, capsys):
+    for name in ("background", "Background", "BG", "unlabeled", "Clear Label", "Unknown"):
+        data.label_names(write_list(tmp_path, labels={"0": name, "1": "liver"}))
+    data.label_names(write_list(tmp_path, labels={"1": "liver"}))
+    assert capsys.readouterr().err == ""
+    assert data.label_names(write_list(tmp_path, labels={"0": "left lung", "1": "liver"}))
+    assert "0 has a name, but it is the background here ('left lung')" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "head, name",
     [
@@ -440,6 +465,49 @@ def test_quotes_and_tabs_keep_commas_in_names_and_an_empty_column_is_no_label(tm
     assert cases[0]["label"] is None and cases[1]["label"] == str(tmp_path / "l.nii")
 
 
+@pytest.mark.parametrize("title", ["image_path,label_path", "CT volume\tOrgans", "scans"])
+def test_a_first_line_without_a_path_is_read_as_titles_and_told(title, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text(f"# a comment\n{title}\na.nii\tl.nii\nb.nii\n")
+    assert names_of(data.read_list(tmp_path / "list.csv"), tmp_path) == ["a.nii", "b.nii"]
+    assert "is read as titles" in capsys.readouterr().err
+
+
+def test_a_line_without_a_path_that_is_not_the_first_stays_a_case(tmp_path):
+    (tmp_path / "list.csv").write_text("image\ncase1\ncase2\n")
+    assert names_of(data.read_list(tmp_path / "list.csv"), tmp_path) == ["case1", "case2"]
+
+
+@pytest.mark.parametrize("name, told", [
+    ("a.nii.gz b.nii.gz", "looks like two names; separate image and label by a tab or comma"),
+    ("C:/data/a.nii.gz", "is a path of Windows; .* --data_root"),
+    ("D:\\data\\a.nii.gz", "is a path of Windows; .* --data_root"),
+    ("~/data/a.nii.gz", "begins with ~, which no list can; write the folder in full"),
+    ("https://host/a.nii.gz", "is an address; download it, and name the file"),
+])
+def test_a_name_that_can_be_no_file_here_is_told_by_its_kind(name, told, tmp_path):
+    (tmp_path / "list.txt").write_text(f"{name}\n")
+    for path in (tmp_path / "list.txt", write_list(tmp_path, training=[name])):
+        with pytest.raises(ValueError, match=f"^{path}: '.*' {told}"):
+            data.read_list(path)
+
+
+def test_a_file_with_a_space_after_its_suffix_is_a_case(tmp_path):
+    touch(tmp_path, "a.nii copy.nii")
+    (tmp_path / "list.txt").write_text("a.nii copy.nii\n")
+    assert names_of(data.read_list(tmp_path / "list.txt"), tmp_path) == ["a.nii copy.nii"]
+
+
+@pytest.mark.parametrize("listed, there", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_of_either_form_of_unicode_are_found_and_told(listed, there, tmp_path, capsys):
+    images, labels = (unicodedata.normalize(there, name) for name in ("é/ü.nii", "é/ö.nii"))
+    touch(tmp_path, images, labels)
+    named = [unicodedata.normalize(listed, name) for name in ("é/ü.nii", "é/ö.nii")]
+    path = write_list(tmp_path, training=[{"image": named[0], "label": named[1]}])
+    (case,) = data.read_list(path)
+    assert [case["image"], case["label"]] == [str(tmp_path / images), str(tmp_path / labels)]
+    assert f"found in the form {there}" in capsys.readouterr().err
+
+
 def test_more_columns_than_two_are_refused(tmp_path):
     (tmp_path / "list.csv").write_text("a.nii,l.nii,0\n")
     with pytest.raises(ValueError, match="more columns than an image and its label"):
@@ -450,6 +518,12 @@ def test_a_case_without_an_image_is_told_by_the_keys_that_it_has(tmp_path):
     path = write_list(tmp_path, training=[{"img": "a.nii", "seg": "l.nii"}])
     with pytest.raises(ValueError, match="has the keys .'img', 'seg'.; name its file 'image'"):
         data.read_list(path)
+
+    (tmp_path / "a.nii").write_bytes(hostile.plain())
+    path = write_list(tmp_path, training=[{"image": "a.nii", "mask": "l.nii"}])
+    with pytest.raises(ValueError, match="a.nii: has no label, only the keys 'image', 'mask'; name "
+                                         "it in the list as 'label'"):
+        data.check_cases(data.read_list(path), labels=True)
 
     path = write_list(tmp_path, training=[{"image": ["a.nii"], "label": ["l.nii"]}])
     assert names_of(data.read_list(path), tmp_path) == ["a.nii"]       # MONAI's list of one channel
@@ -485,7 +559,7 @@ def test_an_empty_file_and_one_packed_twice_are_named_so(tmp_path):
     with pytest.raises(data.BadVolume, match="is empty, 0 bytes; copy it again"):
         data.cases.read_header(tmp_path / "zero.nii.gz")
     (tmp_path / "twice.nii.gz").write_bytes(gzip.compress(gzip.compress(bytes(1000))))
-    with pytest.raises(data.BadVolume, match="is packed twice, which gunzip"):
+    with pytest.raises(data.BadVolume, match="is packed twice; unpack it once with gunzip"):
         data.cases.read_header(tmp_path / "twice.nii.gz")
 
 

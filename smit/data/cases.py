@@ -145,7 +145,9 @@ def check_case(case, labels):
     if not labels:
         return [image]
     if not case["label"]:
-        raise BadVolume(f"{image.path}: has no label; name it in the list, or leave the case out")
+        keys = f", only the keys {', '.join(map(repr, case['keys']))}" if "keys" in case else ""
+        raise BadVolume(f"{image.path}: has no label{keys}; name it in the list as 'label', or "
+                        "leave the case out")
     label = read_header(case["label"])
     if not same_grid((label.shape, label.affine), (image.shape, image.affine)):
         raise BadVolume(f"{label.path}: is not on its image's grid: "
@@ -250,14 +252,16 @@ def check_headers(case, labels=False):
     return found
 
 
-def check_voxels(cases, settings, labels=False, num_classes=None, problems=(), workers=0):
+def check_voxels(cases, settings, labels=False, num_classes=None, problems=(), workers=0,
+                 names=None):
     """Read and prepare all cases: CRC, finite voxels, preparation; values and grid of the labels.
 
-    labels: True for every case, None for those that list one, False for none. Tells what is odd.
-    ValueError as in `check_cases`.
+    labels: True for every case, None for those that list one, False for none; names: {id: organ}
+    of all numbers that they may hold, if it is known. Tells what is odd. ValueError as in
+    `check_cases`.
     """
     check = functools.partial(check_voxels_of, settings=settings, labels=labels,
-                              num_classes=num_classes)
+                              num_classes=num_classes, names=names)
     results = examine(cases, check, workers)
     concerns.tell([concern for _, (_, found) in results for concern in found], names=None)
     image_problems = [texts[0] for _, (texts, _) in results if texts[0]]
@@ -265,7 +269,7 @@ def check_voxels(cases, settings, labels=False, num_classes=None, problems=(), w
     raise_problems([*problems, *image_problems, *label_problems])
 
 
-def check_voxels_of(case, settings, labels, num_classes):
+def check_voxels_of(case, settings, labels, num_classes, names):
     """Read and prepare a case: ((what is wrong with its image, and with its label), concerns)."""
     texts, found = [None, None], []
     try:
@@ -274,19 +278,31 @@ def check_voxels_of(case, settings, labels, num_classes):
         texts[0] = str(error)
     if labels or labels is None and case["label"]:
         try:
-            found += check_label(case, num_classes)
+            found += check_label(case, num_classes, names)
         except ValueError as error:
             texts[1] = str(error)
     return texts, found
 
 
-def check_label(case, num_classes):
-    """Read a case's label and hold it against its image; return what is odd about it."""
+def check_label(case, num_classes, names=None):
+    """Read a case's label, hold it against its image and names; return what is odd about it."""
     if not case["label"]:
         check_case(case, labels=True)
     label, _ = read_label(case["label"], num_classes)
     check_case(case, labels=True)
+    check_named(case["label"], np.unique(label).tolist(), names)
     return header_concerns(case["label"]) + empty_concerns(case["label"], label)
+
+
+def check_named(path, numbers, names):
+    """Raise BadVolume if a label holds numbers that its list does not name.
+
+    names: {id: organ}; empty, or None, for a list that names no number at all.
+    """
+    unnamed = sorted({*numbers} - {0, *(names or ())})
+    if names and unnamed:
+        raise BadVolume(f"{path}: has the numbers {unnamed}, which the list does not name; name "
+                        "them under 'labels', or set them to 0")
 
 
 # -------------------------------------------------------------------------------------------- cache

@@ -2,14 +2,20 @@
 
 args: the settings of finetune.py, in all functions.
 """
+import filecmp
+import functools
 import math
 import os
 
 import numpy as np
 
 from smit.data import concerns, lists, organs, samples
-from smit.data.cases import cached, check_cases, prepare_ahead, preparation_of
+from smit.data.cases import (
+    cached, check_cases, check_named, examine, prepare_ahead, preparation_of, raise_problems,
+    stamp)
+from smit.data.concerns import Concern
 from smit.data.lists import has_split, label_names, lists_labels, split_keys
+from smit.data.nifti import pair
 from smit.settings import require
 
 VAL_KEY = "validation"                 # default of --val_key, which a list may lack
@@ -84,6 +90,16 @@ def find_cases(args, sources):
     if problems:
         check_cases(cases + listed, True, problems=problems)    # files' and lists', all at once
 
+    train, held_back = choose_cases(args, cases, listed, sources)
+    return train, held_back, organ_names(sources)
+
+
+def choose_cases(args, cases, listed, sources):
+    """Split the cases, and take as many to train on as are asked for: (to train on, held back).
+
+    ValueError if none is left, if a case is on both sides, or if there are too few. Tells of files
+    that are on both sides.
+    """
     train, held_back = split_cases(args, cases, listed)
     require(train, f"{', '.join(sources)}: no case is left to train on")
     trained_on = {os.path.realpath(case["image"]) for case in train}
@@ -94,7 +110,50 @@ def find_cases(args, sources):
     if args.num_train is not None:
         seed = args.seed if args.subset_seed is None else args.subset_seed
         train = samples.nested_subset(train, args.num_train, seed)
-    return train, held_back, organ_names(sources)
+    concerns.tell(copied_images(train, held_back) + labels_on_both_sides(train, held_back))
+    return train, held_back
+
+
+def copied_images(train, held_back):
+    """Return concerns about images held back that are files to train on under another name."""
+    trained_on = {}
+    for case in train:
+        _, voxels = pair(case["image"])
+        trained_on[size_and_ends(voxels)] = voxels
+    found = []
+    for case in held_back:
+        _, voxels = pair(case["image"])
+        mark = size_and_ends(voxels)
+        alike = trained_on.get(mark) if mark else None
+        # two volumes that are not packed may begin and end alike, in air
+        if alike and filecmp.cmp(voxels, alike, shallow=False):
+            found.append(Concern(voxels, "is held back, and trained on under another name", alike,
+                                 "keep it in one list, or the scores will be too good"))
+    return found
+
+
+def size_and_ends(path):
+    """Return a file's size and the checksum of its ends, None if it cannot be read."""
+    try:
+        if not os.path.isfile(path):            # opening a pipe would wait for its writer
+            return None
+        _, size, _, _, checksum = stamp(path)
+        return size, checksum
+    except OSError:
+        return None
+
+
+def labels_on_both_sides(train, held_back):
+    """Return concerns about labels of cases held back that are those of cases to train on."""
+    trained_on = {os.path.realpath(case["label"]): case for case in train if case["label"]}
+    found = []
+    for case in held_back:
+        other = trained_on.get(os.path.realpath(case["label"])) if case["label"] else None
+        if other:
+            images = f"of {case['image']} and {other['image']}"
+            found.append(Concern(case["label"], "is the label of a case held back and of one to "
+                                 "train on", images, "give each image its own label"))
+    return found
 
 
 def volumes(args, case, num_classes):
@@ -102,19 +161,35 @@ def volumes(args, case, num_classes):
     return cached(case, preparation_of(args), args.cache, True, num_classes)
 
 
+def numbers_of(case, args, num_classes, names):
+    """Return the numbers in a case's prepared label; BadVolume for one that has no name."""
+    _, label = volumes(args, case, num_classes)
+    numbers = np.unique(label).tolist()
+    check_named(case["label"], numbers, names)
+    return numbers
+
+
 def prepare_cases(args, train, held_back, num_classes, ranks):
     """Prepare this rank's share of all cases, so that what is wrong shows before step 1.
 
-    Organs that no training case has are told.
+    ValueError if a label holds numbers that the list does not name. Organs that no training case
+    has are told.
     """
     check_cases(train + held_back, True, workers=args.workers)     # by the headers: a moment
     prepare_ahead(train + held_back, preparation_of(args), args.cache, ranks, args.workers, True,
                   num_classes)
 
+    # phantoms, which --data does not name, have no other numbers than they should
+    names = organ_names(args.data) if args.data else {}
+    check = functools.partial(numbers_of, args=args, num_classes=num_classes, names=names)
+    trained_on = examine(train[ranks.rank::ranks.world], check)
+    scored_on = examine(held_back[ranks.rank::ranks.world], check)
+    problems = [problem for problem, _ in trained_on + scored_on if problem]
+    raise_problems([problem for part in ranks.gather(problems) for problem in part])
+
     seen = [False] * num_classes
-    for case in train[ranks.rank::ranks.world]:
-        _, label = volumes(args, case, num_classes)
-        for organ in np.unique(label).tolist():
+    for _, numbers in trained_on:
+        for organ in numbers:
             seen[organ] = True
     seen = ranks.agree(*seen)
     missing = [organ for organ, found in enumerate(seen) if not found]

@@ -12,9 +12,10 @@ import csv
 import json
 import os
 import re
+import unicodedata
 import zlib
 
-from smit.data import concerns
+from smit.data import concerns, organs
 from smit.data.concerns import Concern
 from smit.data.nifti import is_volume, name_format, open_unpacked, stem
 
@@ -28,7 +29,15 @@ LABEL_WORDS = "labels?|segmentations?|segs?|masks?|gts?|ground[ _-]?truths?|anno
 LABEL_FOLDER = rf"({LABEL_WORDS})[ _-].*|(.*[ _-])?({LABEL_WORDS})(tr|ts|va|val)?"
 LABEL_FILE = rf"(.*[_.-])?({LABEL_WORDS})([_-]?\d+)?"
 LABEL_FOLDERS = "folders of labels"
-TITLES = ("image", "images", "img", "path", "file", "filename", "scan")
+BACKGROUND = "background|bg|clear label|unlabell?ed|unknown|other|none|exterior|outside"
+NO_PATHS = (                           # names of no file here, and what to do about them
+    (r"[a-z][a-z0-9+.-]+://.*", "is an address; download it, and name the file"),
+    (r"[a-z]:[/\\].*", "is a path of Windows; name that folder of this computer with --data_root, "
+                        "and write paths below it"),
+    (r"~.*", "begins with ~, which no list can; write the folder in full"),
+    (r".*\.(nii|hdr)(\.gz)?\s+\S.*", "looks like two names; separate image and label by a tab or "
+                                    "comma"),
+)
 OTHER_FORMATS = (".dcm", ".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh")
 PRINTABLE = "[^\0-\x1f\x7f\ud800-\udfff]+"
 
@@ -67,7 +76,8 @@ def read_lists(paths, key="training", data_root=None, modality=None):
     Prints what is odd about the lists, such as a modality that is not `modality`.
     """
     cases, problems = {}, []
-    for path in map(os.path.abspath, paths):
+    paths = [os.path.abspath(path) for path in paths]
+    for path in paths:
         listed, wrong = read_source(path, key, data_root, modality)
         problems += wrong
         for case in listed:
@@ -77,6 +87,7 @@ def read_lists(paths, key="training", data_root=None, modality=None):
                                 "there as .nii and .nii.gz; keep one")
             else:
                 cases[identity] = case
+    concerns.tell(shared_labels(", ".join(paths), cases.values()))
     return list(cases.values()), problems
 
 
@@ -93,7 +104,6 @@ def read_source(path, key, data_root=None, modality=None):
         except ValueError as error:
             problems.append(str(error))
 
-    concerns.tell(shared_labels(path, cases))
     images = [case["image"] for case in cases]
     if images and not any(map(os.path.lexists, images)):
         concerns.tell([Concern(path, "none of its images is there", f"such as {images[0]}",
@@ -102,7 +112,7 @@ def read_source(path, key, data_root=None, modality=None):
 
 
 def shared_labels(path, cases):
-    """Return a concern if two cases of a list have one label: a copied line, or two contrasts."""
+    """Return a concern if two listed cases have one label: a copied line, or two contrasts."""
     counts = collections.Counter(case["label"] for case in cases if case["label"])
     shared = [os.path.basename(label) for label, count in counts.items() if count > 1]
     if not shared:
@@ -139,7 +149,7 @@ def read_entries(path, key, data_root=None, modality=None):
         entries = text_entries(path)
     if not entries:
         raise ValueError(f"{path}: holds no NIfTI image (*.nii, *.nii.gz, *.hdr)"
-                         f"{other_formats(path)}; give the folder or list that does")
+                         f"{other_formats(path) or '; give the folder or list that does'}")
     return path, entries
 
 
@@ -179,6 +189,8 @@ def make_case(path, entry, root):
     for name in ("fold", "fold_problem"):
         if entry.get(name) is not None:
             case[name] = entry[name]
+    if label is None and len(entry.get("keys", ())) > 1:
+        case["keys"] = entry["keys"]                     # whoever wants a label tells them
     return case
 
 
@@ -189,6 +201,9 @@ def resolve(path, name, folder):
     a JSON that climbs out of its folder, for lists are passed on and unpacked.
     """
     full = os.path.normpath(os.path.join(folder, name))
+    if not os.path.lexists(full):
+        refuse_no_path(path, name)
+        full = other_form(path, name, folder) or full
     if "\\" in name and not os.path.exists(full):
         slashed = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))
         if not os.path.exists(slashed):
@@ -200,6 +215,27 @@ def resolve(path, name, folder):
         raise ValueError(f"{path}: {name} leaves {folder}; keep the data beside or below the list, "
                          "or name their folder with --data_root")
     return full
+
+
+def refuse_no_path(path, name):
+    """Raise ValueError for a listed name that can be no path here, such as https://host/a.nii."""
+    for pattern, text in NO_PATHS:
+        if re.fullmatch(pattern, name, re.I):
+            raise ValueError(f"{path}: {name[:200]!r} {text}")
+
+
+def other_form(path, name, folder):
+    """Return the path of a listed name whose accents are written otherwise on the disk, or None.
+
+    Macs write an accent as a character of its own (NFD), others as part of its letter (NFC).
+    """
+    for form in ("NFC", "NFD"):
+        other = os.path.normpath(os.path.join(folder, unicodedata.normalize(form, name)))
+        if os.path.lexists(other):
+            concerns.note(f"{path}: names with accents are found in the form {form}, in which they "
+                          "are on the disk")
+            return other
+    return None
 
 
 def with_channel(path, image):
@@ -296,7 +332,7 @@ def natural(name):
 
 
 def other_formats(path):
-    """Return ", but x is DICOM ..." if a folder holds volumes of another format, else ""."""
+    """Return ", but x is DICOM; ..." if a folder holds volumes of another format, else ""."""
     if not os.path.isdir(path):
         return ""
     for where, _, names in os.walk(path):
@@ -495,7 +531,7 @@ def read_text(path):
     """Read a text of at most MAX_LIST bytes in UTF-8, maybe gzip; ValueError for any other file."""
     known = name_format(path)                                        # some are text, such as .mhd
     if known:
-        raise ValueError(f"{path}: is {known}; give the NIfTI file")
+        raise ValueError(f"{path}: is {known}")
     try:
         with open_unpacked(path) as file:
             text = file.read(MAX_LIST + 1)
@@ -511,18 +547,19 @@ def read_text(path):
 def text_entries(path):
     """Return the entries of a text list: an image a line, then maybe its label.
 
-    Spreadsheets write quotes around names, a first line of titles, and empty columns at the end.
+    Spreadsheets write quotes around names, a first line of titles, in which there is no path, and
+    empty columns at the end.
     """
     entries = []
-    for line in read_text(path).splitlines():
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    for number, line in enumerate(lines):
         image, label, *others = columns_of(path, line)
         if any(others):
             raise ValueError(f"{path}: {line[:200]!r} has more columns than an image and its "
                              "label; drop them, or put names with commas in quotes")
-        if not entries and image.lower() in TITLES:
+        has_a_path = re.search(r"[./\\]", line)
+        if number == 0 and not has_a_path:
             concerns.note(f"{path}: its first line, {line[:200]!r}, is read as titles")
             continue
         entries.append({"image": image, "label": label or None})
@@ -606,8 +643,9 @@ def label_names(path, ignore=False):
     """Return {id: name} from the "labels" of a dataset.json, or None if there are none.
 
     MSD has id -> name, nnU-Net name -> id.
-    ValueError unless each name has one number of its own in 0..255. nnU-Net's "ignore", voxels that
-    nobody annotated, is refused unless `ignore`: training would take it for an organ.
+    ValueError unless each name has one number of its own in 0..255, or if 0 is an organ. nnU-Net's
+    "ignore", voxels that nobody annotated, is refused unless `ignore`: training would take it for
+    an organ.
     """
     path = str(path)
     if os.path.isdir(path) and os.path.isfile(os.path.join(path, "dataset.json")):
@@ -629,7 +667,23 @@ def label_names(path, ignore=False):
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: 'labels' must be {{id: name}} or {{name: id}}, ids 0..255, each "
                          f"once ({str(error)[:200]}); repair them") from None
-    if "ignore" in names.values() and not ignore:
+    check_background(path, names)
+    plain_names = [name.strip().lower() for name in names.values()]
+    if "ignore" in plain_names and not ignore:
         raise ValueError(f"{path}: label 'ignore' marks voxels that nobody annotated, which "
                          "training here cannot leave out; relabel them, or leave those cases out")
     return names
+
+
+def check_background(path, names):
+    """Raise ValueError if number 0 of {id: name}, the background here, is an organ's.
+
+    Tells any other name that is not a background's.
+    """
+    name = names.get(0, "background")
+    if organs.organ(name, organs.is_abdomen(names.values())) in organs.ORGANS:
+        raise ValueError(f"{path}: label 0 is named {name!r}, but 0 is the background here; number "
+                         "organs from 1, in the list and in the label files")
+    if not re.search(BACKGROUND, name, re.I):
+        concerns.tell([Concern(path, "label 0 has a name, but it is the background here",
+                               repr(name), "number organs from 1, if it is one")])

@@ -22,7 +22,7 @@ from smit.runtime.files import atomic_write
 from smit.transforms import MAX_SIDE, most_voxels, spacing_of
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
-MAX_TAIL = 2 ** 20                     # bytes that may follow the voxels: some writers pad
+MAX_TAIL = 2 ** 20                     # zeros that may follow the voxels: some writers pad
 DEFLATE_RATIO = 1032                   # no gzip stream holds more than this many times its size
 MAX_OFFSET = 2 ** 26                   # bytes before the voxels: extensions
 MAX_VALUE = 1e30                       # larger ones would overflow in float32 arithmetic
@@ -31,19 +31,34 @@ MIN_MM, MAX_MM = .01, 50               # voxel sizes that are believed
 MAX_FIELD_MM, MAX_FIELD_MM3 = 5e3, 2e9  # and fields of view: no patient is longer than 5 m
 QUATERNION_EXCESS = 1e-4               # of a squared length over 1 that is rounding
 SKEW_DEGREES = 1                       # a larger shear is told
+SPACING_SHARE = .01                    # by which pixdim may differ from the affine's spacing
 TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
          256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
-FORMATS = (                            # name, converter, where its magic stands and what it is
-    ("DICOM", "dcm2niix", 128, b"DICM"),
-    ("DICOM", "dcm2niix", 0, b"\x08\x00\x05\x00"),        # without its preamble
-    ("MetaImage (.mha, .mhd)", "SimpleITK", 0, b"ObjectType"),
-    ("MetaImage (.mha, .mhd)", "SimpleITK", 0, b"NDims"),
-    ("NRRD", "SimpleITK", 0, b"NRRD000"),
-    ("FreeSurfer's MGH or MGZ", "mri_convert", 0, b"\x00\x00\x00\x01\x00\x00"),
-    ("HDF5 or MINC", "mnc2nii", 0, b"\x89HDF"),
-    ("MINC", "mnc2nii", 0, b"CDF\x01"),
-    ("a numpy array", "nibabel", 0, b"\x93NUMPY"),
-    ("packed twice", "gunzip", 0, b"\x1f\x8b"),
+FORMATS = (                            # what it is; what to do, where its magic stands, the magic
+    ("DICOM; convert it with dcm2niix", 128, b"DICM"),
+    ("DICOM; convert it with dcm2niix", 0, b"\x08\x00\x05\x00"),      # without its preamble
+    ("MetaImage (.mha, .mhd); convert it with SimpleITK", 0, b"ObjectType"),
+    ("MetaImage (.mha, .mhd); convert it with SimpleITK", 0, b"NDims"),
+    ("NRRD; convert it with SimpleITK", 0, b"NRRD000"),
+    ("FreeSurfer's MGH or MGZ; convert it with mri_convert", 0, b"\x00\x00\x00\x01\x00\x00"),
+    ("HDF5 or MINC; convert it with mnc2nii", 0, b"\x89HDF"),
+    ("MINC; convert it with mnc2nii", 0, b"CDF\x01"),
+    ("a numpy array; convert it with nibabel", 0, b"\x93NUMPY"),
+    ("packed twice; unpack it once with gunzip", 0, b"\x1f\x8b"),
+    ("a zip archive; unpack it", 0, b"PK\x03\x04"),
+    ("a tar archive; unpack it", 257, b"ustar"),
+    ("a 7z archive; unpack it", 0, b"7z\xbc\xaf\x27\x1c"),
+    ("packed by xz; unpack it with unxz", 0, b"\xfd7zXZ\x00"),
+    ("packed by bzip2; unpack it with bunzip2", 0, b"BZh"),
+    ("packed by zstd; unpack it with unzstd", 0, b"\x28\xb5\x2f\xfd"),
+    ("a Git LFS pointer, not the file; run git lfs pull", 0, b"version https://git-lfs"),
+    ("a git-annex pointer, not the file; run git annex get", 0, b"/annex/objects/"),
+    ("a web page, not the file; download it again", 0, b"<!DOCTYPE"),
+    ("a web page, not the file; download it again", 0, b"<!doctype"),
+    ("a web page, not the file; download it again", 0, b"<html"),
+    ("a web page, not the file; download it again", 0, b"<HTML"),
+    ("a server's answer in XML, not the file; download it again", 0, b"<?xml"),
+    ("macOS's companion of a file (._NAME), not the file; leave it out", 0, b"\x00\x05\x16\x07"),
 )
 
 # body: the file with the voxels; offset: of the first of them, in bytes; nifti: the raw header
@@ -87,15 +102,15 @@ def open_unpacked(path):
 
 
 def name_format(path):
-    """Return a file's format and what converts it, if it is known and not NIfTI; else None."""
+    """Return "what a file is; what to do" if that is known and is not NIfTI; else None."""
     try:
         with open_unpacked(path) as file:
             block = file.read(512)
     except (OSError, EOFError, zlib.error, ValueError):
         return None
-    for name, converter, offset, magic in FORMATS:
+    for name, offset, magic in FORMATS:
         if block[offset:].startswith(magic):
-            return f"{name}, which {converter} converts to NIfTI"
+            return name
     return None
 
 
@@ -133,6 +148,10 @@ def read_header_block(path, head, body):
                 packed = isinstance(voxels, gzip.GzipFile)
         return block, os.path.getsize(body), packed
     except (OSError, EOFError, zlib.error, ValueError) as error:
+        leads_nowhere = os.path.islink(head) and not os.path.exists(head)
+        if leads_nowhere and "/annex/objects/" in os.readlink(head):
+            raise BadVolume(f"{path}: is a git-annex link, and its content is not here; run git "
+                            "annex get") from None
         reason = getattr(error, "strerror", None) or error
         raise BadVolume(f"{path}: {reason}; check it, its links, or its .img") from None
 
@@ -148,7 +167,7 @@ def parse_header(path, block, single):
     kind = nib.Nifti2Header if 540 in (little, big) else nib.Nifti1Header
     if kind.sizeof_hdr not in (little, big) or len(block) < kind.sizeof_hdr:
         known = name_format(path)
-        raise BadVolume(f"{path}: {f'is {known}' if known else 'not a NIfTI file'}; convert it")
+        raise BadVolume(f"{path}: {f'is {known}' if known else 'not a NIfTI file; convert it'}")
     order = "<" if little == kind.sizeof_hdr else ">"
     nifti = kind(block[:kind.sizeof_hdr], order, check=False)
     if nifti["magic"] != (kind.single_magic if single else kind.pair_magic):
@@ -217,10 +236,10 @@ def check_length(path, claimed, size, packed):
 def read_affine(path, nifti):
     """Return the affine of voxels to mm in RAS+ space.
 
-    BadVolume if it is singular, not finite or far off. Mends `nifti` as the standard reads it: a
-    qfac of 0 is 1, a quaternion that rounding made too long is shortened.
+    BadVolume if it is singular, not finite or far off. Mends `nifti` as NIfTI's own code reads it:
+    a qfac below 0 is -1 and any other 1, a quaternion that rounding made too long is shortened.
     """
-    nifti["pixdim"][0] = nifti["pixdim"][0] or 1
+    nifti["pixdim"][0] = -1 if nifti["pixdim"][0] < 0 else 1
     shorten_quaternion(nifti)
     try:
         with np.errstate(all="ignore"):
@@ -271,7 +290,7 @@ def check_field_of_view(path, shape, affine, nifti):
 
 
 def geometry_concerns(path, shape, affine, nifti):
-    """Return what is odd about a sound header: no orientation, two that differ, skewed axes."""
+    """Return what is odd about a sound header: its orientation, its spacing, skewed axes."""
     found = []
     has_qform, has_sform = int(nifti["qform_code"]) > 0, int(nifti["sform_code"]) > 0
     if not has_qform and not has_sform:
@@ -280,6 +299,7 @@ def geometry_concerns(path, shape, affine, nifti):
                              f"taken as {axes}", "set the orientation in the header"))
     if has_qform and has_sform:
         found += differing_forms(path, shape, affine, nifti)
+    found += doubtful_spacing(path, affine, nifti)
     degrees = skew_degrees(affine)
     if degrees > SKEW_DEGREES:
         found.append(Concern(path, "its axes are not at right angles: gantry tilt?",
@@ -307,6 +327,27 @@ def differing_forms(path, shape, affine, nifti):
         what += ", even in left and right"
     detail = f"{codes[0]} by sform, {codes[1]} by qform, {apart_mm:.4g} mm apart"
     return [Concern(path, f"{what}; the sform is used", detail, "make them agree")]
+
+
+def doubtful_spacing(path, affine, nifti):
+    """Return concerns, none or one, about an affine that does not tell the voxels' true size."""
+    sizes_mm = np.abs(nifti["pixdim"][1:4].astype(np.float64)) * unit_mm(nifti)
+    detail = f"{enumerate_mm(spacing_of(affine))} by the affine, {enumerate_mm(sizes_mm)} by pixdim"
+    if np.array_equal(affine, np.eye(4)):
+        return [Concern(path, "its affine is the identity: spacing and orientation were probably "
+                        "lost", detail, "export it again with the affine of its scan")]
+
+    # a pixdim that is not above 0 tells no size
+    differs = np.abs(spacing_of(affine) - sizes_mm) > SPACING_SHARE * sizes_mm
+    if not (differs & (sizes_mm > 0)).any():
+        return []
+    return [Concern(path, "its affine and pixdim differ in the voxels' size; the affine is used",
+                    detail, "make them agree")]
+
+
+def enumerate_mm(sizes_mm):
+    """Return sizes in words: 1.5 x 2 x 2.5 mm."""
+    return " x ".join(f"{size:.4g}" for size in sizes_mm) + " mm"
 
 
 def skew_degrees(affine):
@@ -341,8 +382,12 @@ def read_pieces(header):
                 done += len(values)
 
             # to the end, for only there is the CRC verified
-            if len(file.read(MAX_TAIL + 1)) > MAX_TAIL:
+            tail = file.read(MAX_TAIL + 1)
+            if len(tail) > MAX_TAIL:
                 raise EOFError("goes on far beyond its last voxel")
+            if tail.strip(b"\0"):
+                raise BadVolume(f"{header.path}: goes on after its last voxel, as two volumes in "
+                                "one file do; give each a file of its own, or copy it again")
     except (OSError, EOFError, zlib.error) as error:
         raise BadVolume(f"{header.path}: damaged ({error}); copy it again") from None
 
