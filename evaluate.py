@@ -98,12 +98,12 @@ def name_problems(cases, names, weights):
 
 
 def number_problems(cases):
-    """Return what numbers of the labels have no name, a line for each label that has such ones.
+    """Return a line for each label that holds numbers without a name.
 
-    Reads every label. One that is damaged is not among them: it fails when it is scored.
+    Reads every label that has names. A damaged one is left out here: it fails when it is scored.
     """
     problems = []
-    labelled = [case for case in cases if case["label"]]
+    labelled = [case for case in cases if case["label"] and case["names"]]
     for case in tqdm(labelled, desc="labels", unit="label", disable=None):
         try:
             scoring.check_numbers(case)

@@ -84,7 +84,7 @@ def labelled_cases(labels, key):
     if os.path.isdir(labels):
         files = data.find_volumes(labels)
         is_list = Path(labels, "dataset.json").is_file()
-        if not is_list or any(Path(file).parent == Path(labels).absolute() for file in files):
+        if not is_list or any(Path(file).parent == Path(os.path.abspath(labels)) for file in files):
             return [{"name": name, "image": None, "label": file}
                     for file, name in zip(files, case_names(files))]
     cases = data.read_list(labels, key)
@@ -272,8 +272,7 @@ def on_grid_of_label(case, shape, affine):
 def check_numbers(case):
     """Raise ValueError if a case's label is damaged, or holds numbers that have no name."""
     label, _ = data.read_label(case["label"])
-    if case["names"]:
-        check_named(label.numpy(), case["names"], case["label"])
+    check_named(label.numpy(), case["names"], case["label"])
 
 
 def check_named(array, names, path):

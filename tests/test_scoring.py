@@ -285,7 +285,7 @@ def test_a_prediction_is_never_scored_against_the_label_of_another_folder(tmp_pa
         score(tmp_path)
     told = capsys.readouterr().out
     assert "s0/seg.nii.gz: has no prediction in" in told
-    assert "pred/s1/seg.nii.gz has its name, but lies in the folder of another" in told
+    assert "pred/s1/seg.nii.gz has its name, but lies in another folder" in told
 
     # two patients were each seen twice, and the folders are known on both sides
     for n in (0, 1):
@@ -344,6 +344,26 @@ def test_predictions_are_named_as_the_images_of_a_list_or_as_its_labels(names, t
     save(tmp_path / "pred/scan0_seg.nii.gz", blocks(0, 1))
     with pytest.raises(ValueError, match="two files for scan0: .*move one away"):
         score(tmp_path, *list_of(tmp_path, scan0="scan0_seg", scan1="scan1_seg"))
+
+
+def test_folders_may_be_given_by_a_path_that_climbs(tmp_path, monkeypatch, capsys):
+    save(tmp_path / "label/a.nii.gz", blocks(1, 0))
+    save(tmp_path / "pred/a.nii.gz", blocks(1, 0))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    cases, _, failed, _ = scoring.find_predictions("../pred", "../label", "training")
+    assert [case["name"] for case in cases] == ["a"] and not failed
+    assert "alone" not in capsys.readouterr().err
+
+
+def test_a_numbered_folder_of_several_predictions_is_no_case(tmp_path):
+    for name in "123":
+        save(tmp_path / f"label/{name}.nii.gz", blocks(1, 0))
+    for name in "239":                                  # the first fold, and one without a label
+        save(tmp_path / f"pred/1/{name}.nii.gz", blocks(1, 0))
+    folders = tmp_path / "pred", tmp_path / "label"
+    cases, _, failed, _ = scoring.find_predictions(*folders, "training")
+    assert [case["name"] for case in cases] == ["2", "3"] and [*failed] == ["1"]
 
 
 def test_a_prediction_that_may_be_of_two_cases_is_refused(tmp_path):

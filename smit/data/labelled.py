@@ -2,6 +2,7 @@
 
 args: the settings of finetune.py, in all functions.
 """
+import collections
 import filecmp
 import functools
 import math
@@ -116,19 +117,19 @@ def choose_cases(args, cases, listed, sources):
 
 def copied_images(train, held_back):
     """Return concerns about images held back that are files to train on under another name."""
-    trained_on = {}
+    trained_on = collections.defaultdict(list)
     for case in train:
         _, voxels = pair(case["image"])
-        trained_on[size_and_ends(voxels)] = voxels
+        trained_on[size_and_ends(voxels)].append(voxels)
     found = []
     for case in held_back:
         _, voxels = pair(case["image"])
         mark = size_and_ends(voxels)
-        alike = trained_on.get(mark) if mark else None
-        # two volumes that are not packed may begin and end alike, in air
-        if alike and filecmp.cmp(voxels, alike, shallow=False):
-            found.append(Concern(voxels, "is held back, and trained on under another name", alike,
-                                 "keep it in one list, or the scores will be too good"))
+        for alike in trained_on.get(mark, ()) if mark else ():
+            # two volumes that are not packed may begin and end alike, in air
+            if filecmp.cmp(voxels, alike, shallow=False):
+                found.append(Concern(voxels, "is held back, and trained on under another name",
+                                     alike, "keep it in one list, or the scores will be too good"))
     return found
 
 
@@ -189,8 +190,8 @@ def prepare_cases(args, train, held_back, num_classes, ranks):
 
     seen = [False] * num_classes
     for _, numbers in trained_on:
-        for organ in numbers:
-            seen[organ] = True
+        for number in numbers:
+            seen[number] = True
     seen = ranks.agree(*seen)
     missing = [organ for organ, found in enumerate(seen) if not found]
     if missing and ranks.is_main:

@@ -29,11 +29,12 @@ LABEL_WORDS = "labels?|segmentations?|segs?|masks?|gts?|ground[ _-]?truths?|anno
 LABEL_FOLDER = rf"({LABEL_WORDS})[ _-].*|(.*[ _-])?({LABEL_WORDS})(tr|ts|va|val)?"
 LABEL_FILE = rf"(.*[_.-])?({LABEL_WORDS})([_-]?\d+)?"
 LABEL_FOLDERS = "folders of labels"
-BACKGROUND = "background|bg|clear label|unlabell?ed|unknown|other|none|exterior|outside"
+BACKGROUND = (r"\b(background|bg|clear label|clear|unlabell?ed|unknown|other|none|nothing|air|void|"
+              r"exterior|outside)\b")
 NO_PATHS = (                           # names of no file here, and what to do about them
     (r"[a-z][a-z0-9+.-]+://.*", "is an address; download it, and name the file"),
-    (r"[a-z]:[/\\].*", "is a path of Windows; name that folder of this computer with --data_root, "
-                        "and write paths below it"),
+    (r"[a-z]:[/\\].*", "is a path of Windows; write paths below one folder, and give that folder "
+                        "as --data_root"),
     (r"~.*", "begins with ~, which no list can; write the folder in full"),
     (r".*\.(nii|hdr)(\.gz)?\s+\S.*", "looks like two names; separate image and label by a tab or "
                                     "comma"),

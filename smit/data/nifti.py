@@ -385,7 +385,8 @@ def read_pieces(header):
             tail = file.read(MAX_TAIL + 1)
             if len(tail) > MAX_TAIL:
                 raise EOFError("goes on far beyond its last voxel")
-            if tail.strip(b"\0"):
+            # less than a header is no second volume
+            if len(tail.strip(b"\0")) > 348:
                 raise BadVolume(f"{header.path}: goes on after its last voxel, as two volumes in "
                                 "one file do; give each a file of its own, or copy it again")
     except (OSError, EOFError, zlib.error) as error:

@@ -1,7 +1,9 @@
-"""Which prediction is of which case, by names of files and of their folders [ours].
+"""Pair predictions with cases, by the names of files and of their folders [ours].
 
 Reading order: a side's files and their names, the pairs, what makes one, what is told and refused.
 """
+import collections
+import functools
 import os
 import re
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import NamedTuple
 from smit.data import concerns
 from smit.data.organs import case_key, case_names
 
-KIND_FOLDER = "(images|labels)(tr|ts|va|val|te)?"        # folders that name no patient [nnU-Net]
+KIND_FOLDER = "(images?|img|labels?)(tr|ts|va|val|te)?"  # names no patient [nnU-Net, BTCV]
 
 
 class NamedFile(NamedTuple):
@@ -35,7 +37,8 @@ class Side:
             names = {name, case_key(distinct_name), "_".join([*folders, name])}
             self.files.append(NamedFile(path, frozenset(folders), name, names))
         self.folders = {folder for file in self.files for folder in file.folders}
-        self.has_one_name = len({file.name for file in self.files}) == 1
+        counts = collections.Counter(file.name for file in self.files)
+        self.repeated = {name for name, count in counts.items() if count > 1}
 
 
 def folders_below(path, place):
@@ -43,7 +46,7 @@ def folders_below(path, place):
 
     Of a file that lies elsewhere, its own folder's.
     """
-    root, folder = Path(place).absolute(), Path(path).absolute().parent
+    root, folder = Path(os.path.abspath(place)), Path(path).parent
     root = root if root.is_dir() else root.parent
     parts = folder.relative_to(root).parts if folder.is_relative_to(root) else (folder.name,)
     return [case_key(part) for part in parts if not re.fullmatch(KIND_FOLDER, part, re.I)]
@@ -73,11 +76,14 @@ def pair(cases, sides, predictions, where):
     pairs = {}
     for is_match in (have_common_name, have_common_folder):
         taken = {file.path for file in pairs.values()}
+        # a folder in which another case's prediction lies is named after no case
+        crowded = {folder for file in pairs.values() for folder in file.folders}
         free = [file for file in predictions.files if file.path not in taken]
         matches = {}
         for number, case in enumerate(cases):
             if case["name"] not in pairs:
-                matches[case["name"]] = matches_of(number, sides, predictions, free, is_match)
+                matches[case["name"]] = matches_of(number, sides, predictions, free,
+                                                  functools.partial(is_match, crowded=crowded))
         refuse_ambiguous(matches, cases, where)
         pairs |= {name: files[0] for name, files in matches.items() if files}
     tell_pairs_by_name_alone(pairs, cases, sides, where)
@@ -95,14 +101,18 @@ def matches_of(number, sides, predictions, free, is_match):
     return list(matches.values())
 
 
-def have_common_name(label, prediction):
+def have_common_name(label, prediction, crowded=()):
+    """Return whether two files share a name of their case; crowded folders do not matter here."""
     return not label.names.isdisjoint(prediction.names)
 
 
-def have_common_folder(label, prediction):
-    """Return whether one file is named as the other's folder, or but for nnU-Net's channel."""
+def have_common_folder(label, prediction, crowded):
+    """Return whether one file is named as the other's folder, or but for nnU-Net's channel.
+
+    crowded: folders of predictions that name no case.
+    """
     channelless = {name.removesuffix("_0000") for name in prediction.names}
-    return (not label.names.isdisjoint(prediction.folders | channelless)
+    return (not label.names.isdisjoint((prediction.folders - crowded) | channelless)
             or not prediction.names.isdisjoint(label.folders))
 
 
@@ -116,12 +126,13 @@ def are_alike_by_name_alone(label, prediction):
 def are_of_two_cases(labels, label, predictions, prediction):
     """Return whether the folders of two files tell that they are of two cases, whatever their name.
 
-    Unlike folders do, as in s0/seg.nii.gz and s1/seg.nii.gz, if a side has but one file name, or if
-    one of these folders is there on both sides. labels, predictions: the Sides of the two files.
+    Unlike folders do, as in s0/seg.nii.gz and s1/seg.nii.gz, if a side has that file name twice, if
+    each side is one file, or if one of these folders is there on both sides. labels, predictions: the Sides of the two files.
     """
     if not are_alike_by_name_alone(label, prediction):
         return False
-    if labels.has_one_name or predictions.has_one_name:
+    are_alone = len(labels.files) == len(predictions.files) == 1
+    if are_alone or label.name in labels.repeated | predictions.repeated:
         return True
     label_folders = label.folders - prediction.folders
     prediction_folders = prediction.folders - label.folders
@@ -177,6 +188,6 @@ def namesake_text(case, unpaired, where):
     names = {case_key(case[kind]) for kind in ("image", "label") if case[kind]}
     for file in unpaired:
         if file.name in names:
-            return (f"; {shown(file, where)} has its name, but lies in the folder of another; if "
-                    "they are of one case, give --predictions and --labels these two folders")
+            return (f"; {shown(file, where)} has its name, but lies in another folder; if they "
+                    "are of one case, give --predictions and --labels these two folders")
     return ""
