@@ -127,7 +127,8 @@ def are_of_two_cases(labels, label, predictions, prediction):
     """Return whether the folders of two files tell that they are of two cases, whatever their name.
 
     Unlike folders do, as in s0/seg.nii.gz and s1/seg.nii.gz, if a side has that file name twice, if
-    each side is one file, or if one of these folders is there on both sides. labels, predictions: the Sides of the two files.
+    each side is one file, or if one of these folders is there on both sides.
+    labels, predictions: the Sides of the two files.
     """
     if not are_alike_by_name_alone(label, prediction):
         return False
