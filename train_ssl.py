@@ -48,7 +48,7 @@ def load_cases(args, ranks):
     n_held_back = round(args.val_fraction * len(cases))
     if args.val_fraction and not n_held_back:
         data.note(f"no volume is held back to measure MIP: {args.val_fraction:g} of {len(cases)} "
-                  "are no more than half a one; a larger --val_fraction holds some back")
+                  "is half a volume or less; a larger --val_fraction holds some back")
     settings.require(n_held_back < len(cases),
                      f"--val_fraction {args.val_fraction} of {len(cases)} volumes leaves none to "
                      "train on")
