@@ -214,8 +214,8 @@ def score_case(case, names, tolerance_mm):
         # one organ at least, so that a case that is rightly all background has its row
         highest = max(1, int(truth.max()), int(pred.max()))
         label_names = names = numbered(highest + 1)
-    check_named(truth, label_names, case["label"])
-    check_named(pred, names, case["prediction"])
+    require_names(truth, label_names, case["label"])
+    require_names(pred, names, case["prediction"])
 
     label_ids, ids = organ_ids(label_names, case["label"]), organ_ids(names, case["prediction"])
     if "ignore" in label_ids:
@@ -272,15 +272,14 @@ def on_grid_of_label(case, shape, affine):
 def check_numbers(case):
     """Raise ValueError if a case's label is damaged, or holds numbers that have no name."""
     label, _ = data.read_label(case["label"])
-    check_named(label.numpy(), case["names"], case["label"])
+    require_names(label.numpy(), case["names"], case["label"])
 
 
-def check_named(array, names, path):
+def require_names(array, names, path):
     """Raise ValueError if a label map holds numbers that have no name."""
-    unnamed = set(np.unique(array).tolist()) - {0, *names}
+    unnamed = case_files.unnamed_numbers(np.unique(array).tolist(), names)
     if unnamed:
-        raise ValueError(f"{path}: no name for its numbers {sorted(unnamed)}; give the JSON that "
-                         "has them")
+        raise ValueError(f"{path}: no name for its numbers {unnamed}; give the JSON that has them")
 
 
 def surface_distances(pred, label, affine):

@@ -73,13 +73,17 @@ def test_a_scan_held_back_that_is_a_copy_of_one_to_train_on_is_told(tmp_path, ca
 
 
 def test_scans_that_begin_and_end_alike_are_no_copies(tmp_path, capsys):
-    path = write_cases(tmp_path, {"a.nii": "la.nii"}, {"b.nii": "lb.nii"})
-    for number, image in enumerate("ab"):
+    path = write_cases(tmp_path, {"a.nii": "la.nii", "b.nii": "lb.nii"}, {"c.nii": "lc.nii"})
+    for number, image in enumerate("abc"):
         voxels = np.zeros((40, 40, 99), np.int16)            # 155 kB before and behind the middle
         voxels[20, 20, 49] = number
         (tmp_path / f"{image}.nii").write_bytes(hostile.plain(voxels))
     find(path)
     assert "another name" not in capsys.readouterr().err
+
+    shutil.copy(tmp_path / "a.nii", tmp_path / "c.nii")     # not of the last that looks like it
+    find(path)
+    assert f"({tmp_path}/a.nii)" in capsys.readouterr().err
 
 
 def test_pairs_of_one_header_are_no_copies_and_a_pipe_is_not_waited_for(tmp_path, capsys):

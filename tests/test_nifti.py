@@ -61,8 +61,9 @@ def test_two_volumes_in_one_file_are_refused(packed, tmp_path):
         data.read_volume(volume(tmp_path, content))
 
 
-def test_zeros_after_the_last_voxel_are_read_over(tmp_path):
-    voxels, _ = data.read_volume(volume(tmp_path, gzip.compress(hostile.plain() + bytes(999))))
+@pytest.mark.parametrize("tail", [bytes(999), b"\n"])
+def test_zeros_or_a_stray_byte_after_the_last_voxel_are_read_over(tail, tmp_path):
+    voxels, _ = data.read_volume(volume(tmp_path, gzip.compress(hostile.plain() + tail)))
     assert np.array_equal(voxels, hostile.VOXELS)
 
 

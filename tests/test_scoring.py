@@ -366,6 +366,16 @@ def test_a_numbered_folder_of_several_predictions_is_no_case(tmp_path):
     assert [case["name"] for case in cases] == ["2", "3"] and [*failed] == ["1"]
 
 
+def test_a_lone_prediction_in_a_fold_s_folder_is_of_the_label_with_its_name(tmp_path, capsys):
+    for name in ("site1/a", "site1/b", "site2/c"):
+        save(tmp_path / f"label/{name}.nii.gz", blocks(1, 0))
+    save(tmp_path / "pred/fold_0/a.nii.gz", blocks(1, 0))
+    folders = tmp_path / "pred", tmp_path / "label"
+    cases, _, failed, _ = scoring.find_predictions(*folders, "training")
+    assert [case["name"] for case in cases] == ["a"] and sorted(failed) == ["b", "c"]
+    assert "1 file paired by name alone" in capsys.readouterr().err
+
+
 def test_a_prediction_that_may_be_of_two_cases_is_refused(tmp_path):
     for name in ("1", "2", "3"):
         save(tmp_path / f"label/{name}.nii.gz", blocks(1, 0))

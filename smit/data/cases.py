@@ -299,10 +299,15 @@ def check_named(path, numbers, names):
 
     names: {id: organ}; empty, or None, for a list that names no number at all.
     """
-    unnamed = sorted({*numbers} - {0, *(names or ())})
-    if names and unnamed:
+    unnamed = unnamed_numbers(numbers, names) if names else []
+    if unnamed:
         raise BadVolume(f"{path}: has the numbers {unnamed}, which the list does not name; name "
                         "them under 'labels', or set them to 0")
+
+
+def unnamed_numbers(numbers, names):
+    """Return those of a label's numbers that {id: organ} does not name, sorted; 0 needs no name."""
+    return sorted({*numbers} - {0, *names})
 
 
 # -------------------------------------------------------------------------------------------- cache

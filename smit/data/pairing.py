@@ -73,21 +73,25 @@ def pair(cases, sides, predictions, where):
     the names of folders and nnU-Net's channel. ValueError where two predictions are of one case,
     or one may be of two.
     """
-    pairs = {}
-    for is_match in (have_common_name, have_common_folder):
-        taken = {file.path for file in pairs.values()}
-        # a folder in which another case's prediction lies is named after no case
-        crowded = {folder for file in pairs.values() for folder in file.folders}
-        free = [file for file in predictions.files if file.path not in taken]
-        matches = {}
-        for number, case in enumerate(cases):
-            if case["name"] not in pairs:
-                matches[case["name"]] = matches_of(number, sides, predictions, free,
-                                                  functools.partial(is_match, crowded=crowded))
-        refuse_ambiguous(matches, cases, where)
-        pairs |= {name: files[0] for name, files in matches.items() if files}
+    pairs = pair_rest({}, cases, sides, predictions, have_common_name, where)
+    # a folder in which another case's prediction lies is named after no case
+    crowded = {folder for file in pairs.values() for folder in file.folders}
+    is_match = functools.partial(have_common_folder, crowded=crowded)
+    pairs |= pair_rest(pairs, cases, sides, predictions, is_match, where)
     tell_pairs_by_name_alone(pairs, cases, sides, where)
     return pairs
+
+
+def pair_rest(pairs, cases, sides, predictions, is_match, where):
+    """Find the predictions of cases that are not in `pairs`, among the files that are not."""
+    taken = {file.path for file in pairs.values()}
+    free = [file for file in predictions.files if file.path not in taken]
+    matches = {}
+    for number, case in enumerate(cases):
+        if case["name"] not in pairs:
+            matches[case["name"]] = matches_of(number, sides, predictions, free, is_match)
+    refuse_ambiguous(matches, cases, where)
+    return {name: files[0] for name, files in matches.items() if files}
 
 
 def matches_of(number, sides, predictions, free, is_match):
@@ -101,8 +105,7 @@ def matches_of(number, sides, predictions, free, is_match):
     return list(matches.values())
 
 
-def have_common_name(label, prediction, crowded=()):
-    """Return whether two files share a name of their case; crowded folders do not matter here."""
+def have_common_name(label, prediction):
     return not label.names.isdisjoint(prediction.names)
 
 
