@@ -286,8 +286,8 @@ def evaluate(args, out, device):
     if args.weights:
         cases, names, failed, facts = predict_all(args, device)
     else:
-        cases, names, failed, facts = scoring.find_predictions(args.predictions, args.labels,
-                                                               args.key, args.names)
+        cases, names, failed, facts = scoring.find_predictions(
+            args.predictions, args.labels, args.key, args.names, args.data_root)
         refuse_overwriting(args, cases, scoring.result_files(out))
         refuse_other_results(out)
         scoring.clear(out)

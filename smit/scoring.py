@@ -35,15 +35,15 @@ PAIRS = 2 ** 24                        # of surface voxels whose distances are h
 
 
 # ----------------------------------------------------------------------------- what is to be scored
-def find_predictions(predictions, labels, key, names_path=None):
+def find_predictions(predictions, labels, key, names_path=None, data_root=None):
     """Pair another system's files with labels: (cases, names of its numbers, what failed, facts).
 
-    predictions: a folder; labels: a folder of label files, or a list whose `key` has labels;
-    names_path: a JSON that names the numbers of a side that has no names. A case has a
-    "prediction", too, and the name that `labelled_cases` gives it. Tells of predictions without a
-    label. ValueError as `check_names` and `pair`.
+    predictions: a folder; labels: a folder of label files, or a list whose `key` has labels, its
+    relative paths beginning at data_root; names_path: a JSON that names the numbers of a side that
+    has no names. A case has a "prediction", too, and the name that `labelled_cases` gives it. Tells
+    of predictions without a label. ValueError as `check_names` and `pair`.
     """
-    labelled = labelled_cases(labels, key)
+    labelled = labelled_cases(labels, key, data_root)
     files = pairing.Side(data.find_volumes(predictions), predictions)
     sides = pairing.label_sides(labelled, labels)
     pairs = pairing.pair(labelled, sides, files, predictions)
@@ -75,7 +75,7 @@ def find_predictions(predictions, labels, key, names_path=None):
     return cases, prediction_names, failed, facts
 
 
-def labelled_cases(labels, key):
+def labelled_cases(labels, key, data_root=None):
     """Return the cases of a list or a folder that have a "label", each with its "name".
 
     A folder with files below a JSON is a list. A list's cases have an "image", too, and are named
@@ -87,7 +87,7 @@ def labelled_cases(labels, key):
         if not is_list or any(Path(file).parent == Path(os.path.abspath(labels)) for file in files):
             return [{"name": name, "image": None, "label": file}
                     for file, name in zip(files, case_names(files))]
-    cases = data.read_list(labels, key)
+    cases = data.read_list(labels, key, data_root)
     for case, name in zip(cases, case_names([case["image"] for case in cases])):
         case["name"] = name
     return [case for case in cases if case["label"]]

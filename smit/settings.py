@@ -521,7 +521,7 @@ def parse_evaluation(description, argv=None):
     add("--predictions", metavar="DIR",
         help="score these files, {case}.nii.gz, in place of predicting")
     add("--labels", metavar="PATH",
-        help="folder or dataset.json (its --key) with the labels of --predictions")
+        help="folder or dataset.json (its --key, --data_root) with the labels of --predictions")
     add("--names", metavar="JSON",
         help="dataset.json that names the numbers of a side that has no names of its own")
     add("--tolerance_mm", type=not_negative, default=2.0, help="of the surface Dice [ours]")

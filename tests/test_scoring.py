@@ -356,6 +356,14 @@ def test_folders_may_be_given_by_a_path_that_climbs(tmp_path, monkeypatch, capsy
     assert "alone" not in capsys.readouterr().err
 
 
+def test_a_list_of_labels_may_name_files_below_the_data_root(tmp_path):
+    for folder in ("elsewhere", "pred"):
+        save(tmp_path / folder / "a.nii.gz", blocks(1, 0))
+    (tmp_path / "label").mkdir()
+    rows, _ = score(tmp_path, *list_of(tmp_path, scan="a"), "--data_root", tmp_path / "elsewhere")
+    assert [row["dice"] for row in rows] == ["1"]
+
+
 def test_a_numbered_folder_of_several_predictions_is_no_case(tmp_path):
     for name in "123":
         save(tmp_path / f"label/{name}.nii.gz", blocks(1, 0))
