@@ -257,6 +257,12 @@ def predict_all(args, device):
         except ValueError as error:                      # of the network, which names no file
             failed[case["name"]] = f"{case['image']}: {error}"
             continue
+        except (RuntimeError, MemoryError) as error:
+            if not runtime.is_out_of_memory(error):
+                raise
+            failed[case["name"]] = (f"{case['image']}: {str(error) or 'no memory is left'}; give "
+                                    "--stitch_on_cpu, or a smaller --batch")
+            continue
         data.write_label(target, label, case["image"])
         export.write(case, label)
         case["prediction"] = target

@@ -24,6 +24,9 @@ from smit.data import labelled, organs, samples
 from smit.runtime import progress
 
 COLUMNS = "step epoch lr loss grad_norm skipped val_dice best_dice".split()
+# bytes of a validation's logits that lie beside a training on a GPU; larger ones go to the CPU:
+# a hundred classes of a whole body have 10 GB [ours]
+MOST_LOGITS = 2 ** 31
 
 
 def parse_arguments(argv=None):
@@ -109,7 +112,7 @@ def validate(net, cases, args, num_classes, precision, ranks, stop):
         if stop.asked:
             break
         image, label = labelled.volumes(args, cases[number], num_classes)
-        pred = predict(net, image, args, precision)
+        pred = predict(net, image, num_classes, args, precision)
         first = pred if number == 0 else first
         dice = torch.from_numpy(metrics.dice(pred, label, num_classes))
         scores[:, number] = torch.stack([dice.nan_to_num(), ~dice.isnan()])
@@ -117,11 +120,12 @@ def validate(net, cases, args, num_classes, precision, ranks, stop):
     return (total / counted)[counted > 0].mean().item(), first
 
 
-def predict(net, image, args, precision):
+def predict(net, image, num_classes, args, precision):
     """Label map (D, H, W) on the CPU of a prepared volume; warns of logits that are not finite."""
     with precision.autocast():
         logits = segment.predict(net, image, tuple(args.crop),
-                                 batch=args.batch * args.crops_per_volume)
+                                 batch=args.batch * args.crops_per_volume,
+                                 stitch_on_cpu=4 * num_classes * image.size > MOST_LOGITS)
     label, finite = logits.argmax(0), logits.isfinite().all(0)
     if not finite.all():
         runtime.warn_once("output", "the network's output is not finite, and becomes background: "
@@ -258,7 +262,7 @@ def train(args, ranks, out):
             case = (held_back or cases)[0]
             image, label = labelled.volumes(args, case, num_classes)
             if pred is None and last:
-                pred = predict(kept.eval(), image, args, precision)
+                pred = predict(kept.eval(), image, num_classes, args, precision)
             figures.finetuning_report(out, config, image, label, pred,
                                       organs.case_name(case["image"]), step)
 

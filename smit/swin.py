@@ -522,7 +522,8 @@ def fused_attention(q, k, v, bias, mask=None, multiple=None, most=65_535):
 
     Saves the scores, the largest tensor of a forward. It is used without gradient
     alone, for with one in `bias` torch falls back to a kernel slower than the
-    plain form.
+    plain form, and cuDNN's, which torch 2.11 prefers on an H100, has given NaN in
+    backward with a mask and windows of 64 tokens (pytorch#196678).
 
     q, k, v (B, nW, h, n, d), bias (h, n, n), mask (nW, n, n) or None -> (B, nW, h, n, d).
     multiple: zero-pad heads to a multiple of so many channels, which changes no
@@ -555,12 +556,13 @@ class MLP(nn.Sequential):
     """Linear, GELU, Linear: equals nn.Sequential, and computes GELU again in backward.
 
     GELU is cheap, and its result as large as any tensor kept: a fifth of what a
-    block keeps is saved. A compiler finds that by itself.
+    block keeps is saved. A compiler finds that by itself, and without gradient
+    nothing is kept.
     """
 
     def forward(self, x):
         widen, gelu, narrow = self
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self.plain(x)
         return checkpoint(nn.Sequential(gelu, narrow), widen(x), **CHECKPOINT)
 

@@ -425,6 +425,30 @@ def test_an_output_that_is_not_finite_fails_its_case_and_not_the_run(weights, ph
     assert "phantom0004.nii.gz: the network's output is not finite" in failed["phantom0004"]
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"), TypeError("a bug")])
+def test_a_case_that_no_memory_holds_fails_by_itself(
+        error, weights, phantoms, tmp_path, monkeypatch):
+    segment = inference.segment
+
+    def of_little_memory(nets, path, **options):
+        if "large" in str(path):
+            raise error
+        return segment(nets, path, **options)
+
+    monkeypatch.setattr(inference, "segment", of_little_memory)
+    for name in ("a", "large", "z"):
+        shutil.copy(phantoms.parent / "imagesTr" / "phantom0000.nii.gz",
+                    tmp_path / f"{name}.nii.gz")
+    with pytest.raises((ValueError, TypeError), match="1 of 3 cases failed: large|a bug"):
+        run("--weights", weights, "--data", tmp_path, "--out", tmp_path / "out")
+    assert (tmp_path / "out/z.nii.gz").exists() != isinstance(error, TypeError)
+    if not isinstance(error, TypeError):
+        (told,) = json.loads((tmp_path / "out/results.json").read_text())["failed"].values()
+        assert "large.nii.gz: " in told and "give --stitch_on_cpu" in told
+
+
 def test_an_evaluation_leaves_the_files_of_the_run_whose_folder_it_is_in(
         weights, phantoms, tmp_path):
     shutil.copytree(weights.parent, tmp_path / "run")

@@ -521,6 +521,21 @@ def test_the_validations_dice_is_a_mean_over_cases_then_over_organs_of_all_ranks
     assert dice(0, 2, lambda scores: (scores + sent[0]) / 2) == pytest.approx((5 / 9) / 2)
 
 
+def test_a_validation_whose_logits_are_large_is_put_together_off_the_gpu(monkeypatch):
+    asked = []
+
+    def predict(net, image, window, batch, stitch_on_cpu):
+        asked.append(stitch_on_cpu)
+        return torch.zeros(2, *image.shape)
+
+    monkeypatch.setattr(finetune.segment, "predict", predict)
+    precision = runtime.Precision("fp32", torch.device("cpu"))
+    body = np.broadcast_to(np.uint8(0), (500, 300, 300))            # 45 million voxels
+    for image, num_classes in ((body, 11), (body, 105), (body[:50], 105)):
+        finetune.predict(None, image, num_classes, parse(), precision)
+    assert asked == [False, True, False]
+
+
 def test_the_dice_in_best_pt_is_that_of_the_weights_in_it(phantoms, tmp_path):
     tune(phantoms, tmp_path / "run", "--average", ".9", "--steps", 12, "--val_every", 2)
     best = runtime.load_checkpoint(tmp_path / "run" / "best.pt")

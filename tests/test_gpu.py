@@ -92,11 +92,13 @@ def test_the_segmentation_network_computes_what_it_does_on_the_cpu():
     compare(net, copy.deepcopy(net).cuda(), torch.rand(2, 1, 32, 32, 32).double(), 1e-9)
 
 
-@pytest.mark.parametrize("volumes, windows, heads", [(2, 5, 3), (70_000, 1, 1), (1, 40_000, 2)])
+@pytest.mark.parametrize("volumes, windows, heads, n, d", [
+    (2, 5, 3, 8, 12), (70_000, 1, 1, 8, 12), (1, 40_000, 2, 8, 12),   # more than a kernel takes
+    (2, 216, 4, 64, 12), (2, 27, 4, 64, 24), (2, 8, 4, 64, 48), (2, 1, 4, 64, 96),  # at 96^3
+])
 @pytest.mark.parametrize("dtype, tolerance", [
     (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
-def test_fused_attention_is_the_formula(volumes, windows, heads, dtype, tolerance):
-    n, d = 8, 12
+def test_fused_attention_is_the_formula(volumes, windows, heads, n, d, dtype, tolerance):
     q, k, v = torch.randn(3, volumes, windows, heads, n, d, device="cuda").to(dtype)
     bias = torch.randn(heads, n, n, device="cuda")
     mask = None

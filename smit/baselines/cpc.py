@@ -57,7 +57,9 @@ class CPC(Task):
         codes = self.encode(patches)                                        # (2B, 5, 5, 5, code)
         # (n, 10, code), (n, 3, code); n = 2B * 25
         contexts, targets = columns(codes, self.x, self.y, self.row, self.targets)
-        _, state = self.recurrent(contexts)
+        # cuDNN's GRU runs in float16 under any autocast, and bfloat16 has no scaler of losses
+        with torch.autocast(contexts.device.type, enabled=False):
+            _, state = self.recurrent(contexts.float())
         state = state[-1]                                                   # (n, context)
 
         losses = []

@@ -323,8 +323,7 @@ def describe(error):
     """Return (exit code, text to show) of what ended a run."""
     if isinstance(error, KeyboardInterrupt):
         return 130, f"interrupted{hint_of_torchrun()}"
-    no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if no_memory or "DefaultCPUAllocator" in str(error):        # on a CPU a plain RuntimeError
+    if is_out_of_memory(error):
         return 2, (f"error: {str(error) or 'no memory is left'}; give a smaller --batch; or "
                    "--checkpointing, to train, and --stitch_on_cpu to evaluate.py")
     for pattern, advice in LOADER_FAULTS.items():
@@ -333,6 +332,13 @@ def describe(error):
     if isinstance(error, (ValueError, OSError)):
         return 2, f"error: {error}{place_of_bug(error)}"
     return 1, traceback.format_exc()
+
+
+def is_out_of_memory(error):
+    """Tell whether an error says that memory ran out, a GPU's or the machine's."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "DefaultCPUAllocator" in str(error)                  # on a CPU a plain RuntimeError
 
 
 def place_of_bug(error):

@@ -97,8 +97,7 @@ def paths_read(step):
 
 @functools.cache
 def digest(path, mtime_ns):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def refuse_other_sources(args, step, then):
