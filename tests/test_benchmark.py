@@ -35,6 +35,21 @@ def test_it_runs_and_writes_what_it_prints(tmp_path):
             assert f"{result['wall']:8.3f}" in done.stdout
 
 
+def test_a_benchmark_that_is_cut_off_has_written_the_rows_before(tmp_path, monkeypatch):
+    def measure_rows(*arguments):
+        result = dict(precision="fp32", batch=1, wall=.5, cpu=.5, memory=1, parts={})
+        yield "encoder", {"ours": result}, {"copy": 10.}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "measure_rows", measure_rows)
+    flags = ["--ours", "--threads", str(torch.get_num_threads()),
+             "--json", str(tmp_path / "some.json")]
+    with pytest.raises(KeyboardInterrupt):
+        command.main(command.parse_arguments(flags))
+    found = json.loads((tmp_path / "some.json").read_text())
+    assert found["rows"]["encoder"]["ours"]["wall"] == .5 and found["ceiling"]["encoder"]
+
+
 def test_help_is_documentation():
     done = benchmark("--help")
     assert "take turns" in done.stdout and "--compile" in done.stdout

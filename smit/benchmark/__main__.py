@@ -78,25 +78,29 @@ def main(args):
     sizes = measure.QUICK if args.quick else measure.PAPER
     chosen = choose(args, sizes, with_peers)
     settings = dict(sizes, device=args.device, threads=args.threads)
-    found, rates = {}, {}
+    found, rates, reached = {}, {}, []
     with tqdm(total=count_turns(chosen, args.rounds), disable=None, leave=False) as bar:
         measured = measure.measure_rows(chosen, settings, args.rounds, args.quick, bar)
         for row, results, rates[row] in measured:
             found[row] = results
             bar.clear()
             print(*table(row, results), sep="\n", flush=True)
+            reached = rows.marks(found, torch.get_num_threads(), args.device)
+            if args.json:                                # now: the next row may be cut off
+                figures = dict(machine=machine, ceiling=rates, rows=found,
+                               marks=[(*mark, mark.is_reached) for mark in reached])
+                write_figures(args.json, figures)
 
     show_rates(rates)
-    reached = rows.marks(found, torch.get_num_threads(), args.device)
     show_marks(reached)
     if args.device == "cuda":
         show_batches(found.get("step", {}))
-    if args.json:
-        figures = dict(machine=machine, ceiling=rates, rows=found,
-                       marks=[(*mark, mark.is_reached) for mark in reached])
-        path = Path(args.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1))
+
+
+def write_figures(path, figures):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1))
 
 
 def describe_machine(args, with_peers):
