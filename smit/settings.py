@@ -161,6 +161,7 @@ def add_data_flags(parser, what):
 def add_encoder_flags(parser, drop_path):
     """Say the sizes of the Swin encoder."""
     add = parser.add_argument_group("network").add_argument
+    # differs: the paper names Swin-small; these are the sizes of the release, and of its 28.19M
     add("--embed_dim", type=count, default=48,
         help="width of the first stage; 16 * 48 = 768 at the end [SMIT 2]")
     add("--depths", nargs="+", type=count, default=[2, 2, 4, 2], help="blocks per stage [release]")
@@ -277,7 +278,8 @@ def parse_pretraining(description, argv=None):
     parser = new_parser(description)
     add = add_run_flags(parser, "runs/ssl", PRETRAINING_PRESETS)
     add("--method", choices=METHODS, default="smit",
-        help="loss weights of a row of the paper's comparisons")
+        help="a row of the paper's comparisons: its loss weights; dino and full mask nothing, full "
+             "counts MIP on all voxels, ml-smit has the multi-layer decoder")
     add("--val_every", type=count, default=1000,
         help="steps between measurements on held-back volumes [ours]")
     add("--monitor_every", type=count, default=50,
