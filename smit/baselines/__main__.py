@@ -46,6 +46,7 @@ PRESETS = {   # what differs from the flags' defaults
 }
 # --batch and --accumulate are not free here: a contrast's negatives are the micro-batch
 FREE = settings.FREE_ON_RESUME | {"max_bad", "val_every"}
+OUT = "runs/TASK"                      # the task's own folder, as --help shows it
 
 
 # ----------------------------------------------------------------------------------- settings
@@ -54,7 +55,7 @@ def parse_arguments(argv=None):
     parser.prog, parser.usage = "python -m smit.baselines", "%(prog)s TASK [flags]"
     # "?", or --help alone would be refused
     parser.add_argument("task", nargs="?", choices=TASKS, help="the pretext task")
-    add = settings.add_run_flags(parser, None, PRESETS)
+    add = settings.add_run_flags(parser, OUT, PRESETS)
     add("--val_every", type=count, default=1000,
         help="steps between measurements on held-back volumes [ours]")
 
@@ -97,7 +98,8 @@ def parse_arguments(argv=None):
     args = settings.parse(parser, argv, PRESETS)
     if args.task is None:
         parser.error(f"name a TASK: {', '.join(TASKS)}")
-    args.out = args.out or f"runs/{args.task}"
+    if args.out == OUT:
+        args.out = f"runs/{args.task}"
     return args
 
 

@@ -71,7 +71,9 @@ def parse_arguments(argv=None):
         help="volumes to pre-train on, as train_ssl.py --data")
     add("--mr_data", metavar="PATH", help="fig5: MR volumes, none of them in --pretrain_data")
     add("--out", default="runs/study", help="output folder, shared by experiments [ours]")
-    add("--preset", choices=PRESETS, default="paper", help="sizes of all runs")
+    add("--preset", choices=PRESETS, default="paper",
+        help="sizes of all runs; small: voxels of 6 mm and networks of 0.2 M parameters, for two "
+             "CPU cores [ours]")
     add("--rows", nargs="+", metavar="ROW",
         help=f"of {', '.join(ROWS)}, and others with a --checkpoint; default: the experiment's. "
              "rand, smit and simmim come first")
