@@ -14,6 +14,7 @@ that cannot be predicted or scored are listed, and the exit code is 2. Killed at
 whole predictions and no results.json; the same command makes everything anew.
 """
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from smit.data import cases as case_files
 from smit.data.concerns import enumerate_names
 from smit.data.organs import btcv_numbers, case_key, case_names, is_among, numbered
 
+WRITTEN = ".written.json"      # in --out: the files that evaluations wrote, and may write again
 # settings of the network's run that results.json records
 RECORDED = ("spacing", "modality", "hu_window", "hu_offset", "crop")
 
@@ -180,6 +182,32 @@ def refuse_overwriting(args, cases, targets):
     clash = sources & {path.resolve() for path in targets}
     settings.require(not clash, f"--out or --export_test would overwrite {min(clash, default='')}: "
                                 "give another folder")
+    # the labels of images that a folder gave, for one
+    own = written_before(Path(args.out))
+    foreign = [path.name for path in targets if path.exists() and path.resolve() not in own]
+    settings.require(not foreign, "--out or --export_test would overwrite "
+                                  f"{data.count(len(foreign), 'file')} that no evaluation wrote "
+                                  f"there ({enumerate_names(foreign)}): give another folder")
+
+
+def written_before(out):
+    """Return the paths of what evaluations wrote in a folder: a set."""
+    own = set()
+    if (out / WRITTEN).is_file():
+        own |= {out / name for name in data.read_json(out / WRITTEN)["files"]}
+    if (out / "results.json").is_file():                 # of a version that kept no list
+        results = data.read_json(out / "results.json")
+        if "absent_organs" in results:
+            own |= {out / name for name in results.get("predicted", ())}
+            own |= {*scoring.result_files(out)}
+    return {path.resolve() for path in own}
+
+
+def note_writing(out, targets):
+    """Write down what is going to be written: the next evaluation may write it again."""
+    files = written_before(out) | {path.resolve() for path in targets}
+    content = json.dumps({"files": sorted(map(str, files))}, indent=1)
+    runtime.atomic_write(out / WRITTEN, content.encode())
 
 
 def clear(out, targets, exported):
@@ -233,9 +261,11 @@ def predict_all(args, device):
     export = Export(args.export_test, names, cases)
     targets = [out / f"{case['name']}.nii.gz" for case in cases]
     exported = [export.target(case) for case in cases] if export.folder else []
-    refuse_overwriting(args, cases, targets + exported + scoring.result_files(out))
+    everything = targets + exported + scoring.result_files(out)
+    refuse_overwriting(args, cases, everything)
     tell_before(cases)
 
+    note_writing(out, everything)
     clear(out, targets, exported)
     size = sum(parameter.numel() for parameter in nets[0].parameters())
     print(f"{data.count(len(cases), 'case')}, {data.count(len(nets), 'network')} of {size:,} "
@@ -294,8 +324,9 @@ def evaluate(args, out, device):
     else:
         cases, names, failed, facts = scoring.find_predictions(
             args.predictions, args.labels, args.key, args.names, args.data_root)
-        refuse_overwriting(args, cases, scoring.result_files(out))
         refuse_other_results(out)
+        refuse_overwriting(args, cases, scoring.result_files(out))
+        note_writing(out, scoring.result_files(out))
         scoring.clear(out)
     labelled = [case for case in cases if case["label"]]
     facts["unmatched"] = scoring.unmatched(labelled, names)

@@ -18,7 +18,7 @@ from smit.data import cases as case_files
 from smit.data import concerns, pairing
 from smit.data.organs import (
     CODES, ORGANS, case_key, case_name, case_names, composed, is_abdomen, numbered, organ,
-    organ_ids)
+    organ_ids, stem)
 
 ABSENT = ("absent from prediction and label: not scored; in one of them alone: a miss, Dice and "
           "surface Dice 0, HD95 inf; the mean HD95 leaves misses out and stands beside their "
@@ -44,7 +44,15 @@ def find_predictions(predictions, labels, key, names_path=None, data_root=None):
     of predictions without a label. ValueError as `check_names` and `pair`.
     """
     labelled = labelled_cases(labels, key, data_root)
-    files = pairing.Side(data.find_volumes(predictions), predictions)
+    if not labelled:
+        raise ValueError(f"{labels}: has no label; name a folder of them, or a list that has some "
+                         f"under {key!r} (--key)")
+    volumes = data.find_volumes(predictions)
+    if not volumes:
+        raise ValueError(f"{predictions}: holds no NIfTI file to score")
+    for place, paths in ((labels, [case["label"] for case in labelled]), (predictions, volumes)):
+        refuse_organ_masks(place, paths)
+    files = pairing.Side(volumes, predictions)
     sides = pairing.label_sides(labelled, labels)
     pairs = pairing.pair(labelled, sides, files, predictions)
 
@@ -73,6 +81,15 @@ def find_predictions(predictions, labels, key, names_path=None, data_root=None):
                             f"{pairing.namesake_text(case, unpaired, predictions)}")
     facts = {"predictions": predictions, "labels_of": labels, "split": key}
     return cases, prediction_names, failed, facts
+
+
+def refuse_organ_masks(place, paths):
+    """Raise ValueError if files are named after organs: masks of one organ each, as some write."""
+    named = [path for path in paths if organ(stem(path)) in CODES]
+    if len(named) > 1:
+        names = concerns.enumerate_names([Path(path).name for path in named])
+        raise ValueError(f"{place}: {names} are named after organs: a mask of one organ each; "
+                         "merge those of a case into one label map")
 
 
 def labelled_cases(labels, key, data_root=None):
@@ -374,8 +391,11 @@ def summary(rows, score):
 # -------------------------------------------------------------------------- files that are written
 def markdown(header, rows):
     """Return a table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
+    lines = []
+    for cells in [header, ["---"] * len(header), *rows]:
+        cells = [str(cell).replace("|", r"\|") for cell in cells]     # an organ's name may have one
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return "".join(lines)
 
 
 def table_text(scores, tolerance_mm):

@@ -57,10 +57,10 @@ def rate(text):
 
 
 def whole(text):
-    """argparse type: a whole number from 0 on."""
+    """argparse type: a whole number from 0 on, of 63 bits, as torch takes seeds."""
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
+    if not 0 <= value < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more, and below 2^63")
     return value
 
 

@@ -378,8 +378,9 @@ def prepare(image, affine, settings):
     # of rounded levels: air at the window's low comes out of resampling a hair above it
     threshold = 0 if ct else 12
     if not image.max() > threshold:
-        raise ValueError(f"all air, nothing above {settings.hu_window[0]} HU; "
-                         "leave it out, or set the modality")
+        offset = f", {settings.hu_offset:g} being added" if settings.hu_offset else ""
+        raise ValueError(f"all air, nothing above {settings.hu_window[0]} HU{offset}; "
+                         "leave it out, or set its modality or HU offset")
     start, end = zip(*foreground_box(image, threshold))
     return crop(image, start, np.subtract(end, start)), crop_affine(affine, start)
 

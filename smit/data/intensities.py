@@ -45,10 +45,11 @@ def judge_raw(path, image, settings):
                         "give the original HU, for the window would be laid over it once more")]
     if low >= 0 and high <= 255:
         return [Concern(path, "these are grey values, hardly HU: it was scaled before, or is no CT",
-                        values, "give the original HU, or use --modality mr")]
+                        values, "give the original HU, or train with --modality mr")]
     if is_raised(voxels):
         return [Concern(path, "no air near -1000, and most of it lies near 1024: HU were stored "
-                        "with 1024 added", values, "use --hu_offset -1024")]
+                        "with 1024 added", values, "take it off the file, or train with "
+                        "--hu_offset -1024")]
     if np.mean(voxels < AIR_HU) > STRAY:
         return []
     if -1000 < low < -10 and np.mean(voxels == low) > MANY:
@@ -57,7 +58,8 @@ def judge_raw(path, image, settings):
         return [Concern(path, "nothing lies below -200 HU: air was cut off, and is grey in place "
                         "of black", values, "give the full HU, unless all are cut off alike")]
     return [Concern(path, "nothing lies below -200, where CT has its air: these are no HU", values,
-                    "use --modality mr for MR, or --hu_offset -1024 for HU with 1024 added")]
+                    "give HU, or train with --modality mr for MR, with --hu_offset -1024 for HU "
+                    "with 1024 added")]
 
 
 def is_raised(voxels):

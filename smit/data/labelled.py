@@ -73,9 +73,9 @@ def organ_names(sources):
     ValueError where they differ, or where two numbers are one organ.
     """
     names = [label_names(path) for path in sources]
-    for path, found in zip(sources, names):
-        organs.organ_ids(found or {}, path)              # refuses two numbers of one organ
-    require(all(other == names[0] for other in names),
+    # refuses two numbers of one organ; the background may be named or not
+    ids = [found and organs.organ_ids(found, path) for path, found in zip(sources, names)]
+    require(all(other == ids[0] for other in ids),
             f"{', '.join(sources)} number their labels differently: train on one of them")
     return names[0] or {}
 

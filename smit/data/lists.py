@@ -422,7 +422,7 @@ def nnunet_entries(path, content, key, root):
     if key == "training" and isinstance(content.get("dataset"), dict):
         return [nnunet_entry(path, name, files) for name, files in content["dataset"].items()]
 
-    ending = str(content.get("file_ending", ".nii.gz"))
+    ending = "." + str(content.get("file_ending", "nii.gz")).lstrip(".")
     if not is_volume(ending):
         raise ValueError(f"{path}: its files end in {ending}, which is no NIfTI; convert them to "
                          ".nii.gz")
@@ -561,6 +561,9 @@ def text_entries(path):
                              "label; drop them, or put names with commas in quotes")
         has_a_path = re.search(r"[./\\]", line)
         if number == 0 and not has_a_path:
+            if re.match("(label|mask|seg)", image, re.I):
+                raise ValueError(f"{path}: its titles, {line[:200]!r}, put the label first; give "
+                                 "the image first")
             concerns.note(f"{path}: its first line, {line[:200]!r}, is read as titles")
             continue
         entries.append({"image": image, "label": label or None})

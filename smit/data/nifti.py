@@ -247,7 +247,7 @@ def read_affine(path, nifti):
             affine[:3] *= unit_mm(nifti)
             skew = abs(np.linalg.det(affine[:3, :3] / spacing_of(affine)))
     except (ValueError, nib.spatialimages.HeaderDataError) as error:
-        raise BadVolume(f"{path}: orientation: {error}; repair sform or qform") from None
+        raise BadVolume(f"{path}: orientation: {error}; repair sform, qform or pixdim") from None
     has_sizes = nifti["sform_code"] or nifti["pixdim"][1:4].min() > 0
     if not (np.abs(affine).max() < 1e5 and skew > .1 and has_sizes):
         raise BadVolume(f"{path}: affine is singular, not finite or far off{units_text(nifti)}; "
@@ -433,8 +433,11 @@ def read_label(path, num_classes=None, allow_empty=True):
         whole = values.round()
         wrong = values[(np.abs(values - whole) > tolerance) | (whole < 0) | (whole > highest)]
         if len(wrong):
+            advice = "repair the label"
+            if highest < wrong[0] == wrong[0].round() <= 255:
+                advice += ", or give --num_classes, if the list names no organs"
             raise BadVolume(f"{path}: label value {wrong[0]} is not a whole number in "
-                            f"0..{highest}; repair the label")
+                            f"0..{highest}; {advice}")
         label[start:start + len(values)] = whole
     if not allow_empty and not label.any():
         raise BadVolume(f"{path}: the label is empty, all background; leave the case out")

@@ -88,13 +88,19 @@ def is_abdomen(names):
 
 
 def organ_ids(names, where):
-    """Turn {id: name} into {organ: id}, without background; ValueError if two are one organ."""
+    """Turn {id: name} into {organ: id}, without background.
+
+    ValueError if two are one organ, or if one of them is called background.
+    """
     ids = {}
     codes_count = is_abdomen(names.values())
     for number, name in sorted(names.items()):
         if not number:
             continue
         known = organ(name, codes_count)
+        if known == "background":
+            raise ValueError(f"{where}: label {number} is called background, which is 0 in label "
+                             "maps; name it otherwise, or number the labels anew")
         if known in ids:
             raise ValueError(f"{where}: labels {ids[known]} and {number} are both {known}; rename "
                              "one")
@@ -190,9 +196,15 @@ def identities(paths):
 
 
 def is_among(path, identities):
-    """Return whether a path ends in one of `identities`, a set."""
-    parts = Path(composed(str(path))).parts
-    return any("/".join(parts[i:]) in identities for i in range(len(parts)))
+    """Return whether a path ends in one of `identities`, a set, whatever its suffix and channel."""
+    parts = Path(composed(bare(path))).parts
+    known = {bare(identity) for identity in identities}
+    return any("/".join(parts[i:]) in known for i in range(len(parts)))
+
+
+def bare(path):
+    """Return a path without .nii, .nii.gz and nnU-Net's channel: a copy may have another."""
+    return str(Path(path).with_name(stem(path).removesuffix("_0000")))
 
 
 def case_key(name):

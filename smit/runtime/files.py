@@ -201,7 +201,8 @@ def check_pickle(data):
             value = argument
             if not PICKLED.fullmatch(argument):
                 asked = re.sub(r"[^\w.]+", ".", argument)[:100]
-                raise ValueError(f"it asks to run {asked}, which was not done")
+                raise ValueError(f"it asks to run {asked}, which was not done: where it comes "
+                                 "from, save tensors and plain numbers alone")
         elif name.startswith("TUPLE"):
             value += sum(1 if isinstance(part, str) else part for part in stack[start:])
             if value > MOST_PARTS:
