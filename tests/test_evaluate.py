@@ -425,6 +425,32 @@ def test_an_output_that_is_not_finite_fails_its_case_and_not_the_run(weights, ph
     assert "phantom0004.nii.gz: the network's output is not finite" in failed["phantom0004"]
 
 
+def test_a_prediction_replaces_no_file_that_no_evaluation_wrote(weights, phantoms, tmp_path):
+    images, labels = tmp_path / "imagesTr", tmp_path / "labelsTr"
+    for folder in (images, labels):
+        folder.mkdir()
+        shutil.copy(phantoms.parent / folder.name / "phantom0000.nii.gz", folder)
+    truth = (labels / "phantom0000.nii.gz").read_bytes()
+    with pytest.raises(ValueError, match=r"would overwrite 1 file .* \(phantom0000.nii.gz\)"):
+        run("--weights", weights, "--data", images, "--out", labels)
+    assert (labels / "phantom0000.nii.gz").read_bytes() == truth
+
+    for _ in range(2):                                   # its own it may replace
+        run("--weights", weights, "--data", images, "--out", tmp_path / "out")
+        (tmp_path / "out/results.json").unlink()         # as after a kill
+    (tmp_path / "out/.written.json").unlink()
+    with pytest.raises(ValueError, match="would overwrite"):
+        run("--weights", weights, "--data", images, "--out", tmp_path / "out")
+
+
+def test_an_image_is_seen_under_another_suffix_and_channel():
+    seen = {"case0.nii.gz", "site/scan.nii"}
+    for path in ("/d/case0.nii", "imagesTs/case0_0000.nii.gz", "/x/site/scan_0000.nii.gz"):
+        assert organs.is_among(path, seen), path
+    for path in ("/d/case01.nii.gz", "/d/case0_0001.nii.gz", "other/scan.nii"):
+        assert not organs.is_among(path, seen), path
+
+
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
     RuntimeError("DefaultCPUAllocator: can't allocate memory"), TypeError("a bug")])

@@ -59,6 +59,28 @@ def test_numbers_that_the_list_does_not_name_are_refused_by_check_and_run(start,
     start(arguments(path))
 
 
+def two_lists(folder, first, second):
+    """Write two lists without cases, with these names, {number: organ}."""
+    paths = [folder / "first.json", folder / "second.json"]
+    for path, names in zip(paths, (first, second)):
+        path.write_text(json.dumps({"labels": names, "training": []}))
+    return list(map(str, paths))
+
+
+def test_lists_number_alike_whatever_the_case_of_names_and_with_or_without_background(tmp_path):
+    paths = two_lists(tmp_path, {"0": "background", "1": "spleen"}, {"1": "Spleen"})
+    assert labelled.organ_names(paths) == {0: "background", 1: "spleen"}
+    paths = two_lists(tmp_path, {"1": "spleen", "2": "liver"}, {"1": "liver", "2": "spleen"})
+    with pytest.raises(ValueError, match="number their labels differently"):
+        labelled.organ_names(paths)
+
+
+def test_a_background_that_is_not_0_is_refused(tmp_path):
+    paths = two_lists(tmp_path, *2 * [{"1": "background", "2": "spleen"}])
+    with pytest.raises(ValueError, match="label 1 is called background"):
+        labelled.organ_names(paths)
+
+
 # ------------------------------------------------------------------------------ files on both sides
 def test_a_scan_held_back_that_is_a_copy_of_one_to_train_on_is_told(tmp_path, capsys):
     path = write_cases(tmp_path, {"a.nii": "la.nii", "b.nii": "lb.nii"}, {"c.nii": "lc.nii"})

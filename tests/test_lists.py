@@ -185,6 +185,14 @@ NNUNET = {
 }
 
 
+def test_nnunets_file_ending_may_lack_its_dot(tmp_path):
+    for name in ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    path = write_list(tmp_path, **{**NNUNET, "file_ending": "nii.gz"})
+    assert names_of(data.read_list(path), tmp_path) == ["imagesTr/a_0000.nii.gz"]
+
+
 def test_nnunets_dataset_key_names_files_one_by_one(tmp_path):
     entry = {"images": ["files/p1_img.nii.gz"], "label": "files/p1_seg.nii.gz"}
     path = write_list(tmp_path, **NNUNET, dataset={"p1": entry})
@@ -470,6 +478,12 @@ def test_a_first_line_without_a_path_is_read_as_titles_and_told(title, tmp_path,
     (tmp_path / "list.csv").write_text(f"# a comment\n{title}\na.nii\tl.nii\nb.nii\n")
     assert names_of(data.read_list(tmp_path / "list.csv"), tmp_path) == ["a.nii", "b.nii"]
     assert "is read as titles" in capsys.readouterr().err
+
+
+def test_titles_that_put_the_label_first_are_refused(tmp_path):
+    (tmp_path / "list.csv").write_text("label,image\nl.nii,a.nii\n")
+    with pytest.raises(ValueError, match="put the label first"):
+        data.read_list(tmp_path / "list.csv")
 
 
 def test_a_line_without_a_path_that_is_not_the_first_stays_a_case(tmp_path):

@@ -364,6 +364,27 @@ def test_a_list_of_labels_may_name_files_below_the_data_root(tmp_path):
     assert [row["dice"] for row in rows] == ["1"]
 
 
+def test_one_mask_per_organ_is_refused(tmp_path):
+    for name in ("s0/liver", "s0/spleen"):
+        save(tmp_path / f"label/{name}.nii.gz", blocks(1, 0))
+        save(tmp_path / f"pred/{name}.nii.gz", blocks(1, 0))
+    with pytest.raises(ValueError, match="liver.nii.gz, spleen.nii.gz are named after organs"):
+        score(tmp_path)
+
+
+@pytest.mark.parametrize("empty, told", [("label", "has no label"), ("pred", "holds no NIfTI")])
+def test_a_folder_without_a_file_to_score_is_told(empty, told, tmp_path):
+    (tmp_path / empty).mkdir()
+    save(tmp_path / {"label": "pred", "pred": "label"}[empty] / "a.nii.gz", blocks(1, 0))
+    with pytest.raises(ValueError, match=told):
+        score(tmp_path)
+
+
+def test_an_organ_s_name_leaves_a_table_its_columns():
+    table = scoring.markdown(["organ", "DSC"], [["prostate|uterus", .5]])
+    assert table.splitlines()[-1] == r"| prostate\|uterus | 0.5 |"
+
+
 def test_a_numbered_folder_of_several_predictions_is_no_case(tmp_path):
     for name in "123":
         save(tmp_path / f"label/{name}.nii.gz", blocks(1, 0))
