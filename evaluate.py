@@ -11,7 +11,8 @@ Writes OUT/{case}.nii.gz (uint8, on the grid of its image), OUT/cases.csv (a row
 organ), OUT/results.json, OUT/table.md and OUT/index.html (the worst, median and best case; in the
 folder of a training run OUT/evaluation.html). Organs are matched by name, never by number. Cases
 that cannot be predicted or scored are listed, and the exit code is 2. Killed at any time it leaves
-whole predictions and no results.json; the same command makes everything anew.
+whole predictions and no results.json; the same command makes everything anew. It replaces no file
+that no evaluation wrote: OUT/.written.json lists those that did come from one.
 """
 import hashlib
 import json
