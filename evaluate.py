@@ -24,7 +24,7 @@ from tqdm import tqdm
 from smit import data, figures, inference, runtime, scoring, settings
 from smit.data import cases as case_files
 from smit.data.concerns import enumerate_names
-from smit.data.organs import btcv_numbers, case_key, case_names, is_among, numbered
+from smit.data.organs import btcv_numbers, case_key, case_names, numbered, those_among
 
 WRITTEN = ".written.json"      # in --out: the files that evaluations wrote, and may write again
 # settings of the network's run that results.json records
@@ -73,15 +73,16 @@ def select_cases(args, nets):
             cases.append(case)
 
     for net in nets if args.held_out else ():
-        held_back = set(net.config["held_back"])
-        cases = [case for case in cases if is_among(case["image"], held_back)]
+        held_back = those_among([case["image"] for case in cases], net.config["held_back"])
+        cases = [case for case in cases if case["image"] in held_back]
     settings.require(cases, f"--held_out: none of {', '.join(args.data)} ({args.key}) was held "
                             f"back from {', '.join(args.weights)}")
     for case, name in zip(cases, case_names([case["image"] for case in cases])):
         case["name"] = name
 
-    train = {identity for net in nets for identity in net.config["train"]}
-    seen = [case["name"] for case in cases if is_among(case["image"], train)]
+    trained = [identity for net in nets for identity in net.config["train"]]
+    trained = those_among([case["image"] for case in cases], trained)
+    seen = [case["name"] for case in cases if case["image"] in trained]
     if seen:
         print(f"warning: training saw images of the same name as {len(seen)} of {len(cases)} "
               f"cases: {', '.join(seen)}")
@@ -195,7 +196,7 @@ def written_before(out):
     """Return the paths of what evaluations wrote in a folder: a set."""
     own = set()
     if (out / WRITTEN).is_file():
-        own |= {out / name for name in data.read_json(out / WRITTEN)["files"]}
+        own |= {out / name for name in data.read_json(out / WRITTEN).get("files", ())}
     if (out / "results.json").is_file():                 # of a version that kept no list
         results = data.read_json(out / "results.json")
         if "absent_organs" in results:

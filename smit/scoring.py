@@ -85,7 +85,8 @@ def find_predictions(predictions, labels, key, names_path=None, data_root=None):
 
 def refuse_organ_masks(place, paths):
     """Raise ValueError if files are named after organs: masks of one organ each, as some write."""
-    named = [path for path in paths if organ(stem(path)) in CODES]
+    # of three letters a name may be a patient's initials
+    named = [path for path in paths if len(stem(path)) > 3 and organ(stem(path)) in CODES]
     if len(named) > 1:
         names = concerns.enumerate_names([Path(path).name for path in named])
         raise ValueError(f"{place}: {names} are named after organs: a mask of one organ each; "

@@ -42,6 +42,17 @@ def test_cpc_takes_products_without_a_norm():
     assert small().contrast(2 * codes, codes).item() == pytest.approx(math.log(1 + 3 / math.e ** 2))
 
 
+def test_the_recurrent_network_runs_in_float32_under_autocast():
+    model, seen = small(), []
+    model.recurrent.register_forward_hook(
+        lambda net, given, made: seen.extend([given[0].dtype, made[1].dtype]))
+    sample = model.samples(torch.rand(2, 1, 32, 32, 32), rng())
+    batch = {name: value[None] for name, value in sample.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch)
+    assert seen == [torch.float32, torch.float32]
+
+
 # ------------------------------------------------------------------------------------------ pyramid
 @pytest.mark.parametrize("rows, patches, targets",
                          [(3, 1, 2), (4, 10, 2), (5, 10, 3), (6, 35, 3), (7, 35, 4)])

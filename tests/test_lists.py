@@ -439,9 +439,7 @@ def test_cases_are_told_apart_by_the_folders_that_differ():
     ]
     assert organs.case_names(["/d/imagesTr/p_0000.nii.gz", "/d/q.nii"]) == ["p", "q"]
     assert organs.identities(["/d/a.nii", "/e/b.nii.gz"]) == ["a.nii", "b.nii.gz"]
-    assert organs.is_among(kits[1], {"case_1/imaging.nii.gz"}) and not organs.is_among(
-        kits[0], {"case_1/imaging.nii.gz"}
-    )
+    assert organs.those_among(kits, {"case_1/imaging.nii.gz"}) == {kits[1]}
     with pytest.raises(ValueError, match="are both case a_b_c"):
         organs.case_names(["/a_b/c.nii", "/a/b_c.nii", "/a/c.nii", "/a_b/b_c.nii"])
 

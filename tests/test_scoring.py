@@ -364,6 +364,13 @@ def test_a_list_of_labels_may_name_files_below_the_data_root(tmp_path):
     assert [row["dice"] for row in rows] == ["1"]
 
 
+def test_initials_that_are_an_organ_s_code_are_names_of_cases(tmp_path):
+    for name in ("pan", "eso"):
+        save(tmp_path / f"label/{name}.nii.gz", blocks(1, 0))
+        save(tmp_path / f"pred/{name}.nii.gz", blocks(1, 0))
+    assert [row["case"] for row in score(tmp_path)[0]] == ["eso", "pan"]
+
+
 def test_one_mask_per_organ_is_refused(tmp_path):
     for name in ("s0/liver", "s0/spleen"):
         save(tmp_path / f"label/{name}.nii.gz", blocks(1, 0))

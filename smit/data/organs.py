@@ -195,16 +195,21 @@ def identities(paths):
     return ["/".join(Path(composed(str(path))).parts[-depth:]) for path in paths]
 
 
-def is_among(path, identities):
-    """Return whether a path ends in one of `identities`, a set, whatever its suffix and channel."""
-    parts = Path(composed(bare(path))).parts
+def those_among(paths, identities):
+    """Return the set of paths that end in one of `identities`, whatever suffix and channel."""
     known = {bare(identity) for identity in identities}
-    return any("/".join(parts[i:]) in known for i in range(len(parts)))
+    found = set()
+    for path in paths:
+        parts = Path(composed(bare(path))).parts
+        if any("/".join(parts[i:]) in known for i in range(len(parts))):
+            found.add(path)
+    return found
 
 
 def bare(path):
     """Return a path without .nii, .nii.gz and nnU-Net's channel: a copy may have another."""
-    return str(Path(path).with_name(stem(path).removesuffix("_0000")))
+    folder, slash, name = str(path).rpartition("/")
+    return folder + slash + stem(name).removesuffix("_0000")
 
 
 def case_key(name):
